@@ -1,0 +1,60 @@
+"""LoRA, QLoRA (NF4 with double quantisation) and P-tuning v2 as PyTorch layers."""
+
+from minipeft import integrations, io
+from minipeft.adapters import (
+    adapter_parameters,
+    adapter_state_dict,
+    base_state_dict,
+    disable_adapters,
+    freeze,
+    load_adapter_state_dict,
+    scale_adapters,
+)
+from minipeft.double_quant import dequantize_absmax, quantize_absmax
+from minipeft.inject import inject, inject_lora, inject_qlora, quantize_model
+from minipeft.io.peft import load_peft, save_peft
+from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
+from minipeft.memory import count_parameters, packed_bits
+from minipeft.merge import merge, remove, unmerge
+from minipeft.nf4 import NF4_CODEBOOK, dequantize_nf4, normal_float_codebook, quantize_nf4
+from minipeft.ops import backend, use_kernels
+from minipeft.qlora import NF4Linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NF4_CODEBOOK",
+    "LoRALinear",
+    "NF4Linear",
+    "__version__",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "backend",
+    "base_state_dict",
+    "count_parameters",
+    "dequantize_absmax",
+    "dequantize_nf4",
+    "disable_adapters",
+    "freeze",
+    "inject",
+    "inject_lora",
+    "inject_qlora",
+    "integrations",
+    "io",
+    "load_adapter_state_dict",
+    "load_peft",
+    "lora_delta",
+    "lora_forward",
+    "lora_scaling",
+    "merge",
+    "normal_float_codebook",
+    "packed_bits",
+    "quantize_absmax",
+    "quantize_model",
+    "quantize_nf4",
+    "remove",
+    "save_peft",
+    "scale_adapters",
+    "unmerge",
+    "use_kernels",
+]

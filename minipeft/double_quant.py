@@ -1,0 +1,169 @@
+"""Double quantisation: the scales of NF4, quantised too (QLoRA, Dettmers et al. 2023).
+
+One float32 absmax for 64 weights costs half a bit a weight.  Their mean (the offset) is taken off
+and what is left is quantised to 8 bits in blocks of 256, with a map that has 7 decades of
+magnitudes and more values in the larger ones:
+
+    absmax   0.081  0.074  0.079 ...     float32, one for 64 weights         32 / 64
+    offset   0.076                       float32, one for the tensor
+    scale    0.012                       float32, one for 256 absmax         32 / (64 * 256)
+    code       204     96    179         uint8, one for each absmax           8 / 64
+
+8/64 + 32/(64*256) = 0.127 bits a weight instead of 0.5.  Read next: qlora.py.
+"""
+
+import functools
+import math
+
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor
+
+from minipeft import nf4, ops
+
+ABSMAX_BLOCK_SIZE = 256  # scales in a block: QLoRA's
+_SUM_CHUNK = 2**16
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+
+
+def dynamic_codebook() -> tuple[float, ...]:
+    """The 256 values of the signed 8-bit dynamic map, ascending, from -0.99297 to 1.
+
+    Decade i in 0..6 spans 10**(i-7) to 10**(i-6) and holds 2**i evenly spaced values of either
+    sign; zero and one are added.  Built in float32 as in bitsandbytes, whose map it equals.
+
+    >>> values = dynamic_codebook()
+    >>> len(values), values[127], values[-1]
+    (256, 0.0, 1.0)
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        means = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += means + [-mean for mean in means]
+    return tuple(torch.tensor(sorted(values), dtype=torch.float32).tolist())
+
+
+@functools.cache
+def _codebook(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The values, and the float32 midpoints between neighbours."""
+    values = torch.tensor(dynamic_codebook(), dtype=torch.float32, device=device)
+    return values, (values[1:] + values[:-1]) / 2
+
+
+def _halving_sum(x: Tensor) -> Tensor:
+    """Sum over the last axis by adding its upper half to its lower half until one is left.
+
+    Only elementwise additions, so the order is the same on every device and number of threads.
+    """
+    while x.shape[-1] > 1:
+        half = (x.shape[-1] + 1) // 2
+        upper = x[..., half:]
+        x = torch.cat([x[..., : upper.shape[-1]] + upper, x[..., upper.shape[-1] : half]], dim=-1)
+    return x.sum(-1)
+
+
+def ordered_mean(x: Float32[Tensor, " n"]) -> Float32[Tensor, " one"]:
+    """The mean, summed in float64 in an order that depends on nothing but n, as one float32."""
+    if x.numel() == 0:
+        return x.new_zeros(1)
+    chunks = [_halving_sum(chunk.double()) for chunk in x.split(_SUM_CHUNK)]
+    return (_halving_sum(torch.stack(chunks)) / x.numel()).float().view(1)
+
+
+@ops.implements("quantize_absmax")
+def _quantize(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    flat = absmax.reshape(-1)
+    offset = ordered_mean(flat)
+    _, midpoints = _codebook(flat.device)
+    code, scales = torch.empty_like(flat, dtype=torch.uint8), []
+    step = max(1, nf4.chunk_elements(flat.device) // block_size) * block_size
+    for first in range(0, flat.numel(), step):
+        rest = flat[first : first + step] - offset
+        padding = -rest.numel() % block_size
+        blocks = torch.nn.functional.pad(rest, (0, padding)).view(-1, block_size)
+        scale = blocks.abs().amax(dim=1)
+        scale = torch.where(scale < _SMALLEST_NORMAL, 0.0, scale)
+        blocks = blocks * torch.where(scale == 0, 0.0, scale.reciprocal())[:, None]
+        nearest = torch.bucketize(blocks.flatten(), midpoints)  # a tie goes to the lower code
+        code[first : first + step] = nearest[: rest.numel()].to(torch.uint8)
+        scales.append(scale)
+    scale = torch.cat(scales) if scales else flat.new_empty(0)
+    return code.view(absmax.shape), scale, offset
+
+
+@ops.implements("dequantize_absmax")
+def _dequantize(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tensor:
+    values, _ = _codebook(code.device)
+    flat = values.index_select(0, code.reshape(-1).int())
+    whole = flat.numel() // block_size * block_size
+    flat[:whole].view(-1, block_size).mul_(scale[: whole // block_size, None])
+    flat[whole:].mul_(scale[-1] if whole < flat.numel() else 1.0)
+    return flat.add_(offset).view(code.shape)
+
+
+@ops.implements("dequantize_nf4")
+def _dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return nf4.decode(packed, decoded_absmax(absmax, scale, offset), shape, block_size, dtype)
+
+
+def decoded_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    """float32 scales, from float32 scales (`scale` None) or from their 8-bit codes."""
+    if scale is None or offset is None:
+        return absmax
+    out: Tensor = torch.ops.minipeft.dequantize_absmax(absmax, scale, offset, ABSMAX_BLOCK_SIZE)
+    return out
+
+
+def quantize_absmax(
+    absmax: Float32[Tensor, "*shape"], *, block_size: int = ABSMAX_BLOCK_SIZE
+) -> tuple[UInt8[Tensor, "*shape"], Float32[Tensor, " n_groups"], Float32[Tensor, " one"]]:
+    """8-bit codes of `absmax` less its mean: code, scale (one for `block_size` codes), offset.
+
+    The nearest value of the dynamic map, ties to the lower one.  The default 256 is QLoRA's.
+
+    Raises:
+        ValueError: absmax is not float32, not finite, or block_size is below 1.
+
+    >>> code, scale, offset = quantize_absmax(torch.tensor([1.0, 2.0, 3.0]))
+    >>> dequantize_absmax(code, scale, offset)
+    tensor([1.0070, 2.0000, 3.0000])
+    """
+    if absmax.dtype != torch.float32:
+        raise ValueError(f"quantize_absmax: expected float32 scales, got {absmax.dtype}")
+    if block_size < 1:
+        raise ValueError(f"quantize_absmax: block_size={block_size}; expected at least 1")
+    if not bool(absmax.isfinite().all()):
+        raise ValueError("quantize_absmax: scales must be finite; quantise finite weights")
+    code, scale, offset = torch.ops.minipeft.quantize_absmax(absmax.detach(), block_size)
+    return code, scale, offset
+
+
+def dequantize_absmax(
+    code: UInt8[Tensor, "*shape"],
+    scale: Float32[Tensor, " n_groups"],
+    offset: Float32[Tensor, " one"],
+    *,
+    block_size: int = ABSMAX_BLOCK_SIZE,
+) -> Float32[Tensor, "*shape"]:
+    """The scales that codes stand for: value[code] * scale + offset, in float32.
+
+    Raises:
+        ValueError: there is not one scale for every `block_size` codes.
+    """
+    groups = math.ceil(code.numel() / block_size)
+    if scale.numel() != groups or offset.numel() != 1:
+        raise ValueError(
+            f"dequantize_absmax: {code.numel()} codes take {groups} scales and 1 offset; got "
+            f"{scale.numel()} and {offset.numel()}"
+        )
+    out: Tensor = torch.ops.minipeft.dequantize_absmax(code, scale, offset, block_size)
+    return out

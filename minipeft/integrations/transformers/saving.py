@@ -1,0 +1,61 @@
+"""`save_pretrained` of an injected model writes the adapter, as Trainer expects of it.
+
+The method as it was would write base weights under names such as `q_proj.base.weight`, which
+`from_pretrained` does not know: it would fill those layers with random numbers.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from minipeft import inject
+from minipeft.adapters import named_adapters
+from minipeft.io.peft import save_peft
+from minipeft.protocol import is_packed
+
+
+def save_adapters(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **arguments: object,
+) -> None:
+    """In the place of `model.save_pretrained`: save the adapter files, never base weights.
+
+    Without adapters and packed layers it is the class's own method again.  Sharding, variants and
+    serialisation options have no meaning for an adapter and are accepted.
+
+    Raises:
+        ValueError: packed layers and no adapter, which this format cannot hold; push_to_hub.
+    """
+    if arguments.get("push_to_hub"):
+        raise ValueError("save_pretrained: save the adapter first, then upload the directory")
+    if named_adapters(model):
+        if is_main_process:
+            save_peft(model, save_directory, state_dict=state_dict)
+    elif any(is_packed(module) for module in model.modules()):
+        raise ValueError(
+            "save_pretrained: the model has NF4 layers, whose codes from_pretrained would not "
+            "load; save model.state_dict() with safetensors, and load it into a model that "
+            "quantize_model has prepared"
+        )
+    else:
+        original: Callable[..., None] = type(model).save_pretrained  # type: ignore[assignment]
+        original(
+            model, save_directory, is_main_process=is_main_process, state_dict=state_dict,
+            **arguments,
+        )  # fmt: skip
+
+
+def adopt(model: nn.Module) -> None:
+    """Give every Hugging Face model in `model` this `save_pretrained`."""
+    for module in model.modules():
+        if callable(getattr(type(module), "save_pretrained", None)):
+            # a partial, not a bound method: pickle would look a bound method up by its name
+            module.save_pretrained = functools.partial(save_adapters, module)  # type: ignore[assignment]
+
+
+inject.after_swap.append(adopt)

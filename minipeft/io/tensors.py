@@ -1,0 +1,93 @@
+"""safetensors files: written whole or not at all, with a checksum for each tensor.
+
+Format: https://github.com/huggingface/safetensors.  The checksums are sha256 of each tensor's
+bytes, as JSON under `minipeft_sha256` in the file's metadata, where other readers ignore them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_CHECKSUMS = "minipeft_sha256"
+
+
+def _sha256(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(data.numpy().data).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors, which must have elements, to a safetensors file with checksums.
+
+    Raises:
+        ValueError: a tensor is empty or on the meta device: its values are elsewhere (sharded,
+            offloaded), and the file would hold none.
+    """
+    from safetensors.torch import save
+
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 or tensor.device.type == "meta":
+            raise ValueError(
+                f"{path.name}: {name} has no values here ({tuple(tensor.shape)} on "
+                f"{tensor.device}); gather sharded or offloaded parameters before saving"
+            )
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    sums = json.dumps({name: _sha256(tensor) for name, tensor in plain.items()})
+    write_atomically(path, save(plain, metadata={"format": "pt", _CHECKSUMS: sums}))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU; checksums are verified where it has them.
+
+    Raises:
+        ValueError: no such file, a damaged one, or a tensor whose checksum differs.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
+    if _CHECKSUMS in metadata:
+        sums = parse_object(metadata[_CHECKSUMS].encode(), f"{path}: checksums")
+        for name, tensor in tensors.items():
+            if sums.get(name) != _sha256(tensor):
+                raise ValueError(f"{path}: {name} differs from its checksum; the file is damaged")
+    return tensors
+
+
+def parse_object(data: bytes, what: str) -> dict[str, object]:
+    """A JSON object from bytes.
+
+    Raises:
+        ValueError: not JSON, not an object, or nested too deeply.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: no valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{what}: expected a JSON object, found {type(value).__name__}")
+    return value

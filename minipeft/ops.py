@@ -1,0 +1,272 @@
+"""The operators: schema, shapes, backward, and the table of implementations.
+
+An operator is a name with a schema, registered with torch so that autograd, torch.compile and
+torch.export know its shapes and treat it as one node.  What it computes is chosen from a table:
+
+    operator          name      when (device, dtype, shape)   where
+    dequantize_nf4    pytorch   always                        minipeft.nf4: the chunked version
+
+Rows are tried from the top; the PyTorch one is the last of each operator and takes everything.
+A row names a module and a function; the module is imported when the row is first needed, inside
+the operator's body, never when minipeft is imported.  An import that fails strikes the row out,
+and `backend()` tells the reason.
+
+Read next: kernels/README.md, how to add a row.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+Predicate = Callable[[torch.device, torch.dtype, tuple[int, ...]], bool]
+
+LIBRARY = torch.library.Library("minipeft", "DEF")
+
+# torch's registration helper `custom_op` imports dynamo at its first call (about a second);
+# define and impl do not.
+SCHEMAS = {
+    "quantize_nf4": "(Tensor w, int block_size) -> (Tensor, Tensor)",
+    "dequantize_nf4": "(Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
+    "SymInt[] shape, int block_size, ScalarType dtype) -> Tensor",
+    "quantize_absmax": "(Tensor absmax, int block_size) -> (Tensor, Tensor, Tensor)",
+    "dequantize_absmax": "(Tensor code, Tensor scale, Tensor offset, int block_size) -> Tensor",
+    "nf4_linear": "(Tensor x, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
+    "Tensor? bias, SymInt out_features, int block_size) -> Tensor",
+    "nf4_linear_input_gradient": "(Tensor grad, Tensor packed, Tensor absmax, Tensor? scale, "
+    "Tensor? offset, SymInt in_features, int block_size) -> Tensor",
+}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One row of the table: what computes `operator`, and when it may.
+
+    `when` gets the first tensor's device, the dtype that decides (the input's, or the result's
+    when the input is packed) and the first tensor's shape.
+    """
+
+    operator: str
+    name: str
+    when: Predicate
+    module: str
+    function: str
+
+
+_table: dict[str, list[Implementation]] = {name: [] for name in SCHEMAS}
+_loaded: dict[Implementation, Callable[..., Any] | str] = {}  # the function, or why there is none
+_kernels_enabled: ContextVar[bool] = ContextVar(
+    "minipeft_kernels_enabled", default=os.environ.get("MINIPEFT_KERNELS", "1") != "0"
+)
+
+
+def add_implementation(row: Implementation) -> None:
+    """Put a row before those that `row.operator` already has, so that the newest is tried first.
+
+    Raises:
+        ValueError: the operator does not exist.
+    """
+    if row.operator not in _table:
+        raise ValueError(
+            f"add_implementation: no operator {row.operator!r}; there are {sorted(_table)}"
+        )
+    _table[row.operator].insert(0, row)
+
+
+def remove_implementation(row: Implementation) -> None:
+    """Take a row out of the table again (a test's or an experiment's kernel)."""
+    _table[row.operator].remove(row)
+    _loaded.pop(row, None)
+
+
+def implements(operator: str) -> Callable[[F], F]:
+    """Decorator: this PyTorch function is what `operator` falls back on, for any input."""
+
+    def register(function: F) -> F:
+        row = Implementation(
+            operator, "pytorch", lambda *_: True, function.__module__, function.__name__
+        )
+        _table[operator].append(row)
+        _loaded[row] = function
+        return function
+
+    return register
+
+
+def _load(row: Implementation) -> Callable[..., Any] | str:
+    if row not in _loaded:
+        try:
+            _loaded[row] = getattr(importlib.import_module(row.module), row.function)
+        except (ImportError, AttributeError, OSError, RuntimeError) as error:
+            _loaded[row] = f"{type(error).__name__}: {error}"
+    return _loaded[row]
+
+
+def choose(
+    operator: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> tuple[Callable[..., Any], list[str]]:
+    """The function that computes `operator` on such an input, and why each row before it does not.
+
+    The last entry of the list names the row that was chosen.
+    """
+    reasons = []
+    for row in _table[operator]:
+        if row.name != "pytorch" and not _kernels_enabled.get():
+            reasons.append(f"{row.name}: kernels are off")
+        elif not row.when(device, dtype, shape):
+            reasons.append(f"{row.name}: not for {dtype} {shape} on {device.type}")
+        elif isinstance(function := _load(row), str):
+            reasons.append(f"{row.name}: {function}")
+        else:
+            return function, [*reasons, row.name]
+    raise RuntimeError(f"minipeft::{operator} has no implementation; tried {reasons}")
+
+
+@contextmanager
+def use_kernels(enabled: bool) -> Iterator[None]:
+    """Within this context, let operators use optional kernels, or only PyTorch.
+
+    The environment variable MINIPEFT_KERNELS=0 does the same for a whole process.
+    """
+    token = _kernels_enabled.set(enabled)
+    try:
+        yield
+    finally:
+        _kernels_enabled.reset(token)
+
+
+def backend(
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shape: tuple[int, ...] = (4096, 4096),
+) -> dict[str, str]:
+    """What each operator would use for such a first argument, and why not what comes before it.
+
+    >>> backend()["nf4_linear"]
+    'pytorch'
+    """
+    device = torch.device(device)
+    report = {}
+    for operator in SCHEMAS:
+        _, reasons = choose(operator, device, dtype, shape)
+        rejected = "; ".join(reasons[:-1])
+        report[operator] = reasons[-1] + (f" (not {rejected})" if rejected else "")
+    return report
+
+
+def _body(operator: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        first = args[0]
+        dtype = args[-1] if isinstance(args[-1], torch.dtype) else first.dtype
+        function, _ = choose(operator, first.device, dtype, tuple(first.shape))
+        if torch.is_autocast_enabled(first.device.type):  # the caller has settled every dtype
+            with torch.autocast(first.device.type, enabled=False):
+                return function(*args)
+        return function(*args)
+
+    return run
+
+
+def _ceil_div(n: int, d: int) -> int:
+    return (n + d - 1) // d
+
+
+def _fake_quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    n = w.numel()
+    absmax = w.new_empty((_ceil_div(n, block_size),), dtype=torch.float32)
+    return w.new_empty((_ceil_div(n, 2),), dtype=torch.uint8), absmax
+
+
+def _fake_dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    block_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def _fake_quantize_absmax(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    groups = _ceil_div(absmax.numel(), block_size)
+    code = torch.empty_like(absmax, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    return code, absmax.new_empty((groups,)), absmax.new_empty((1,))
+
+
+def _fake_dequantize_absmax(
+    code: Tensor, scale: Tensor, offset: Tensor, block_size: int
+) -> Tensor:
+    return torch.empty_like(code, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def _fake_nf4_linear(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], args[5]))
+
+
+def _fake_nf4_linear_input_gradient(grad: Tensor, *args: Any) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], args[4]))
+
+
+# y = x W^T + b.  W is frozen, so backward needs only W, decoded again: the packed state is what
+# is saved, and the input is not.
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, absmax, scale, offset, _bias, _out_features, block_size = inputs
+    ctx.save_for_backward(packed, absmax, scale, offset)
+    ctx.in_features, ctx.block_size = x.shape[-1], block_size
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.minipeft.nf4_linear_input_gradient(
+            grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size
+        )
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, None, None, grad_bias, None, None
+
+
+def _input_gradient_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, packed, absmax, scale, offset, _in_features, block_size = inputs
+    ctx.save_for_backward(packed, absmax, scale, offset)
+    ctx.out_features, ctx.block_size = grad.shape[-1], block_size
+
+
+def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_grad = torch.ops.minipeft.nf4_linear(
+        grad, *ctx.saved_tensors, None, ctx.out_features, ctx.block_size
+    )
+    return grad_grad, None, None, None, None, None, None
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "quantize_nf4": _fake_quantize_nf4,
+    "dequantize_nf4": _fake_dequantize_nf4,
+    "quantize_absmax": _fake_quantize_absmax,
+    "dequantize_absmax": _fake_dequantize_absmax,
+    "nf4_linear": _fake_nf4_linear,
+    "nf4_linear_input_gradient": _fake_nf4_linear_input_gradient,
+}
+for _name, _schema in SCHEMAS.items():
+    LIBRARY.define(_name + _schema)
+    LIBRARY.impl(_name, _body(_name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"minipeft::{_name}", _FAKES[_name], lib=LIBRARY)
+torch.library.register_autograd(
+    "minipeft::nf4_linear", _linear_backward, setup_context=_linear_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "minipeft::nf4_linear_input_gradient",
+    _input_gradient_backward,
+    setup_context=_input_gradient_context,
+    lib=LIBRARY,
+)

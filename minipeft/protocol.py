@@ -1,0 +1,136 @@
+"""What an adapter layer offers, so that whole-model functions need to know no class.
+
+`adapters.py`, `merge.py`, `memory.py` and `io` use these names and nothing else of a layer: a
+layer of your own that has them joins fully.  An adapter is recognised by its method
+`adapter_parameters`; one that wraps a module has `base`, and can be merged if it has `merge`.
+
+Also here: what counts as a linear layer, and in which layout it keeps its weight.
+"""
+
+from typing import Any, NamedTuple, Protocol, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Adapter(Protocol):
+    """Something trainable added to a model: the parameters it owns, on or off, and how strongly."""
+
+    enabled: bool  # False: the module computes as if the adapter were not there
+    scale: float  # multiplies what the adapter adds; 1.0 is as trained
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that this adapter owns, by their name within the module."""
+        ...
+
+
+class AdapterLayer(Adapter, Protocol):
+    """An adapter that wraps one module, its `base`, and can fold into the base's weight."""
+
+    base: nn.Module
+    merged_weight: Tensor | None  # set while merged: what forward multiplies by
+
+    def effective_weight(self) -> Tensor:
+        """The weight this layer computes with, in the base's layout and dtype, rounded once."""
+        ...
+
+    def merge(self) -> None:
+        """Compute with one precomputed weight, kept beside the untouched base."""
+        ...
+
+    def unmerge(self) -> None:
+        """Drop the precomputed weight."""
+        ...
+
+    def merged(self, *, requantize: bool = False) -> nn.Module:
+        """A plain module that computes what this layer computes."""
+        ...
+
+
+class PackedLayer(Protocol):
+    """A layer whose weights are stored as codes: how many weights the codes stand for."""
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    def logical_parameters(self) -> int:
+        """The number of weights that the packed tensors stand for, without the bias."""
+        ...
+
+    def packed_parameters(self) -> dict[str, nn.Parameter]:
+        """The tensors that hold codes and scales, by their name within the module."""
+        ...
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight (out_features, in_features)."""
+        ...
+
+    def requantized(self, weight: Tensor) -> nn.Module:
+        """A layer of the same kind and settings with the codes of another dense weight."""
+        ...
+
+
+def is_adapter(module: object) -> TypeGuard[Adapter]:
+    """Whether the module's class has `adapter_parameters`.
+
+    Looked up on the class: `isinstance` with a runtime protocol would read every attribute, and
+    reading an adapter's `weight` computes a dense matrix.
+    """
+    return callable(getattr(type(module), "adapter_parameters", None))
+
+
+def is_adapter_layer(module: object) -> TypeGuard[AdapterLayer]:
+    """Whether the module is an adapter that wraps a base and can be merged."""
+    return is_adapter(module) and callable(getattr(type(module), "merge", None))
+
+
+def is_packed(module: object) -> TypeGuard[PackedLayer]:
+    """Whether the module stores its weights as codes."""
+    return callable(getattr(type(module), "logical_parameters", None))
+
+
+class LinearShape(NamedTuple):
+    """Sizes of a linear layer; `transposed` if its weight is (in_features, out_features)."""
+
+    in_features: int
+    out_features: int
+    transposed: bool
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, GPT-2's linear layer with an (in, out) weight."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+        for cls in type(module).__mro__
+    )
+
+
+def linear_shape(module: nn.Module) -> LinearShape | None:
+    """Sizes of a linear-like module, None for anything else.
+
+    Linear-like are nn.Linear and its subclasses, transformers' Conv1D, packed layers, and any
+    module with `in_features`, `out_features` and a weight (out_features, in_features).
+    """
+    if is_conv1d(module):
+        rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+        return LinearShape(int(rows), int(columns), transposed=True)
+    in_features = getattr(module, "in_features", None)
+    out_features = getattr(module, "out_features", None)
+    if not isinstance(in_features, int) or not isinstance(out_features, int):
+        return None
+    if is_packed(module) or is_adapter(module):  # their `weight` is computed on read
+        return LinearShape(in_features, out_features, transposed=False)
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != (out_features, in_features):
+        return None
+    return LinearShape(in_features, out_features, transposed=False)
+
+
+def linear_with_weight(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """What `base` would compute for `x` if its weight were `weight`."""
+    if is_packed(base):
+        return F.linear(x, weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+    out: Any = torch.func.functional_call(base, {"weight": weight}, (x,))
+    return out  # type: ignore[no-any-return]

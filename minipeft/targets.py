@@ -1,0 +1,195 @@
+"""Which modules of a model a `target` names: all of them, or an error that says what is wrong.
+
+    "all-linear"                 every linear layer but the output head
+    r".*\\.(q|v)_proj"            a regular expression that matches the full name
+    ["q_proj", "layers.0.up"]    names, or dotted ends of names
+    lambda name, module: ...     a predicate
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from torch import nn
+
+from minipeft.protocol import is_adapter, linear_shape
+
+Target = str | Iterable[str] | Callable[[str, nn.Module], bool]
+Number = TypeVar("Number", int, float)
+
+# what transformers calls the new, untrained heads of its classes
+NEW_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "lm_head", "cls")
+
+
+class Names(list[str]):
+    """Names of modules that were touched; `left_out` says which others were not, and why."""
+
+    def __init__(self, names: Iterable[str], left_out: Mapping[str, str] | None = None) -> None:
+        super().__init__(names)
+        self.left_out = dict(left_out or {})
+
+
+def visible_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every submodule by each of its names, but nothing inside an adapter layer."""
+    found: dict[str, nn.Module] = {}
+    hidden: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if hidden and name.startswith(hidden):
+            continue
+        if name:
+            found[name] = module
+        if is_adapter(module):
+            hidden = (f"{name}." if name else "",)
+    return found
+
+
+def head_reasons(model: nn.Module) -> dict[str, str]:
+    """The output heads of a model by name, and why each is left as it is.
+
+    The head is what `get_output_embeddings()` returns; in models that have that method, modules
+    with one of transformers' names for new heads count too.
+    """
+    reasons: dict[str, str] = {}
+    getter = getattr(model, "get_output_embeddings", None)
+    if not callable(getter):
+        return reasons
+    head = getter()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if head is not None and module is head:
+            reasons[name] = "the output head (get_output_embeddings)"
+        elif name.split(".")[0] in NEW_HEADS and name:
+            reasons[name] = "a new head, trained or kept dense as a whole"
+    return reasons
+
+
+def in_attention(model: nn.Module) -> dict[str, str]:
+    """Linear layers inside nn.MultiheadAttention: it reads their weight and never calls them."""
+    reasons = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention):
+            path = f"{name}." if name else ""
+            reasons[f"{path}out_proj"] = "inside nn.MultiheadAttention, which never calls it"
+    return reasons
+
+
+def matches(target: Target, name: str, module: nn.Module) -> bool:
+    """Whether one name is meant: full-match expression, name or dotted end, or predicate."""
+    if callable(target):
+        return bool(target(name, module))
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in target)
+
+
+def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[str, nn.Module]:
+    """Every module that `target` names, by name.
+
+    Raises:
+        ValueError: nothing matches, a list entry matches nothing, or the expression is broken.
+        TypeError: target is neither string, list of strings nor callable.
+    """
+    modules = visible_modules(model)
+    if isinstance(target, str):
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise ValueError(
+                f"{caller}: {target!r} is no regular expression ({error}); names go in a list"
+            ) from None
+    elif not callable(target):
+        target = list(target)
+        if not target or not all(isinstance(entry, str) for entry in target):
+            raise TypeError(f"{caller}: expected a non-empty list of names, got {target!r}")
+        unmatched = [e for e in target if not any(matches([e], n, m) for n, m in modules.items())]
+        if unmatched:
+            raise ValueError(f"{caller}: {unmatched} match no module; {_hint(modules)}")
+    found = {name: module for name, module in modules.items() if matches(target, name, module)}
+    if not found:
+        hint = _hint(modules)
+        if isinstance(target, str) and any(matches([target], n, m) for n, m in modules.items()):
+            hint = f"a string must match the whole name: use [{target!r}] or r'.*\\.{target}'"
+        raise ValueError(f"{caller}: {target!r} matches no module of the model; {hint}")
+    return found
+
+
+def _hint(modules: Mapping[str, nn.Module]) -> str:
+    ends = sorted({name.split(".")[-1] for name, module in modules.items() if linear_shape(module)})
+    return f"its linear layers are called {ends}" if ends else "it has no linear layers"
+
+
+def linear_targets(
+    model: nn.Module, target: Target, exclude: Target | None = None
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The linear layers to wrap by name, and for "all-linear" what was left out and why.
+
+    Raises:
+        ValueError: as `find`; a target that is no linear layer, is wrapped already, or belongs to
+            nn.MultiheadAttention; `exclude` leaves nothing.
+    """
+    excluded = set() if exclude is None else set(find(model, exclude, caller="exclude"))
+    left_out: dict[str, str] = {}
+    inside_attention = in_attention(model)
+    if isinstance(target, str) and target.lower() == "all-linear":
+        heads = head_reasons(model)
+        chosen = {}
+        for name, module in visible_modules(model).items():
+            reason = heads.get(name) or inside_attention.get(name) or _other_kind(module)
+            if name in excluded:
+                reason = "excluded"
+            if linear_shape(module) is None and not reason:
+                continue  # a container, a norm: nothing that LoRA could wrap
+            if reason:
+                left_out[name] = reason
+            else:
+                chosen[name] = module
+        if not chosen:
+            raise ValueError(f"target: 'all-linear' finds none; left out: {left_out}")
+    else:
+        chosen = {n: m for n, m in find(model, target).items() if n not in excluded}
+        if not chosen:
+            raise ValueError(f"target: exclude={exclude!r} leaves nothing of {target!r}")
+    for name, module in chosen.items():
+        if is_adapter(module):
+            raise ValueError(
+                f"target: {name!r} already has an adapter ({type(module).__name__}); remove it "
+                "first, or leave it out with exclude="
+            )
+        if name in inside_attention or linear_shape(module) is None:
+            why = inside_attention.get(name) or _other_kind(module) or "no linear layer"
+            raise ValueError(
+                f"target: {name!r} is a {type(module).__name__}: {why}; name linear layers only"
+            )
+    return chosen, left_out
+
+
+def _other_kind(module: nn.Module) -> str:
+    kinds = (nn.MultiheadAttention, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return "no adapter layer for this kind yet" if isinstance(module, kinds) else ""
+
+
+def per_name(
+    what: str, value: Number | Mapping[str, Number] | None, names: Iterable[str]
+) -> dict[str, Number | None]:
+    """One number for each name: the same for all, or by the first pattern that fits a name.
+
+    A pattern is a full-match expression, a name or a dotted end of one.
+
+    Raises:
+        ValueError: a pattern fits no name, or a name no pattern.
+    """
+    names = list(names)
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    chosen: dict[str, Number | None] = {}
+    used: set[str] = set()
+    for name in names:
+        fitting = [p for p in value if re.fullmatch(p, name) or name == p or name.endswith(f".{p}")]
+        if not fitting:
+            raise ValueError(
+                f"{what}: no pattern of {list(value)} fits {name!r}; add '.*' last as the default"
+            )
+        chosen[name] = value[fitting[0]]
+        used.update(fitting)
+    if unused := [pattern for pattern in value if pattern not in used]:
+        raise ValueError(f"{what}: patterns {unused} fit none of the targets {names[:5]}...")
+    return chosen
