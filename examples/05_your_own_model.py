@@ -24,7 +24,9 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=4)
+        q, k, v = rearrange(
+            self.qkv(self.norm1(x)), "b n (three h d) -> three b h n d", three=3, h=4
+        )
         x = x + self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 

@@ -67,7 +67,7 @@ def ordered_mean(x: Float32[Tensor, " n"]) -> Float32[Tensor, " one"]:
     """The mean, summed in float64 in an order that depends on nothing but n, as one float32."""
     if x.numel() == 0:
         return x.new_zeros(1)
-    chunks = [_halving_sum(chunk.double()) for chunk in x.split(_SUM_CHUNK)]
+    chunks = [_halving_sum(chunk.double()) for chunk in torch.split(x, _SUM_CHUNK)]
     return (_halving_sum(torch.stack(chunks)) / x.numel()).float().view(1)
 
 

@@ -188,7 +188,7 @@ def quantizable(
     model: nn.Module, *, skip: Target | tuple[()] = (), also: tuple[type[nn.Module], ...] = ()
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The linear layers that `quantize_model` would quantise, and why it leaves out the others."""
-    skipped = {} if skip == () else find(model, skip, caller="skip")  # type: ignore[arg-type]
+    skipped = {} if skip == () else find(model, skip, caller="skip")
     left_out = {**in_attention(model), **head_reasons(model)}
     float32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     shared = _shared_weights(model)
@@ -212,13 +212,16 @@ def quantizable(
 
 
 def _quantized(
-    model: nn.Module, skip: Target | tuple[()], also: tuple[type[nn.Module], ...], nf4: dict
+    model: nn.Module,
+    skip: Target | tuple[()],
+    also: tuple[type[nn.Module], ...],
+    nf4: Mapping[str, object],
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     _check_model("quantize_model", model)
     chosen, left_out = quantizable(model, skip=skip, also=also)
     if not chosen:
         raise ValueError(f"quantize_model: no layer to quantise; left out: {left_out}")
-    settings = {"block_size": 64, "double_quant": True, "compute_dtype": None} | nf4
+    settings = {"block_size": 64, "double_quant": True, "compute_dtype": None} | dict(nf4)
     if unknown := set(settings) - {"block_size", "double_quant", "compute_dtype"}:
         raise TypeError(f"quantize_model: unknown arguments {sorted(unknown)}")
 

@@ -1,9 +1,9 @@
 """Fold adapters into weights, or take them off: finished for the whole model, or not begun.
 
-    merge(model)                keeps the wrappers; each computes with one dense weight
-    unmerge(model)              drops those weights; the base was never changed
-    remove(model)               takes the wrappers off: the original model, bit for bit
-    remove(model, merge=True)   plain modules with the merged weights, folded layer by layer
+merge(model)                keeps the wrappers; each computes with one dense weight
+unmerge(model)              drops those weights; the base was never changed
+remove(model)               takes the wrappers off: the original model, bit for bit
+remove(model, merge=True)   plain modules with the merged weights, folded layer by layer
 """
 
 import warnings
@@ -133,5 +133,5 @@ def _fold(name: str, layer: AdapterLayer, requantize: bool, errors: dict[str, fl
     if requantize:
         with torch.no_grad():
             exact = layer.effective_weight().float()
-            errors[name] = float((plain.weight.float() - exact).norm() / exact.norm())  # type: ignore[operator, union-attr]
+            errors[name] = float((plain.weight.float() - exact).norm() / exact.norm())  # type: ignore[operator]
     return plain

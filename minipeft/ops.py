@@ -28,7 +28,7 @@ from torch import Tensor
 F = TypeVar("F", bound=Callable[..., Any])
 Predicate = Callable[[torch.device, torch.dtype, tuple[int, ...]], bool]
 
-LIBRARY = torch.library.Library("minipeft", "DEF")
+LIBRARY: Any = torch.library.Library("minipeft", "DEF")  # type: ignore[no-untyped-call]
 
 # torch's registration helper `custom_op` imports dynamo at its first call (about a second);
 # define and impl do not.
@@ -203,9 +203,7 @@ def _fake_quantize_absmax(absmax: Tensor, block_size: int) -> tuple[Tensor, Tens
     return code, absmax.new_empty((groups,)), absmax.new_empty((1,))
 
 
-def _fake_dequantize_absmax(
-    code: Tensor, scale: Tensor, offset: Tensor, block_size: int
-) -> Tensor:
+def _fake_dequantize_absmax(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tensor:
     return torch.empty_like(code, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 

@@ -7,13 +7,14 @@ layer of your own that has them joins fully.  An adapter is recognised by its me
 Also here: what counts as a linear layer, and in which layout it keeps its weight.
 """
 
-from typing import Any, NamedTuple, Protocol, TypeGuard
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """Something trainable added to a model: the parameters it owns, on or off, and how strongly."""
 
@@ -25,6 +26,7 @@ class Adapter(Protocol):
         ...
 
 
+@runtime_checkable
 class AdapterLayer(Adapter, Protocol):
     """An adapter that wraps one module, its `base`, and can fold into the base's weight."""
 
@@ -48,6 +50,7 @@ class AdapterLayer(Adapter, Protocol):
         ...
 
 
+@runtime_checkable
 class PackedLayer(Protocol):
     """A layer whose weights are stored as codes: how many weights the codes stand for."""
 
@@ -114,7 +117,7 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
     module with `in_features`, `out_features` and a weight (out_features, in_features).
     """
     if is_conv1d(module):
-        rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+        rows, columns = module.weight.shape  # type: ignore[misc]
         return LinearShape(int(rows), int(columns), transposed=True)
     in_features = getattr(module, "in_features", None)
     out_features = getattr(module, "out_features", None)

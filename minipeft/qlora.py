@@ -39,7 +39,7 @@ def _as_bytes(scales: Tensor) -> Tensor:
 
 
 def _as_float32(stored: Tensor) -> Tensor:
-    # a slice of somebody's buffer: viewing needs alignment (parameters that are compiled own theirs)
+    # a slice of somebody's buffer: viewing needs alignment (a compiled layer owns its parameters)
     if not torch.compiler.is_compiling() and stored.storage_offset() % 4:
         stored = stored.clone()
     return stored.view(torch.float32)
@@ -98,7 +98,7 @@ def _input_gradient(
         weight = torch.ops.minipeft.dequantize_nf4(
             packed, absmax, scale, offset, shape, block_size, grad.dtype
         )
-        return grad @ weight
+        return torch.matmul(grad, weight)
     # panels of columns, not of rows: each element of the gradient is one sum, rounded once
     scales = decoded_absmax(absmax, scale, offset).view(out_features, -1)
     codes, panels = packed.view(out_features, -1), []
@@ -109,7 +109,7 @@ def _input_gradient(
             scales[:, first // block_size : last // block_size].contiguous(),
             None, None, [out_features, last - first], block_size, grad.dtype,
         )  # fmt: skip
-        panels.append(grad @ weight)
+        panels.append(torch.matmul(grad, weight))
     return torch.cat(panels, dim=-1)
 
 
@@ -182,9 +182,7 @@ class NF4Linear(nn.Module):
                 lost; LoRA can wrap it); weights that cannot be quantised.
         """
         check_quantizable(linear)
-        return cls.from_weight(
-            linear.weight, linear.bias, block_size, double_quant, compute_dtype
-        )
+        return cls.from_weight(linear.weight, linear.bias, block_size, double_quant, compute_dtype)
 
     @classmethod
     def from_weight(
@@ -246,7 +244,7 @@ class NF4Linear(nn.Module):
 
     @property
     def absmax(self) -> Float32[Tensor, "*blocks"]:
-        """The decoded block scales, float32; (out_features, blocks) where rows hold whole blocks."""
+        """The decoded scales, float32; (out_features, blocks) where rows hold whole blocks."""
         _, absmax, scale, offset = self.state()
         return decoded_absmax(absmax, scale, offset)
 

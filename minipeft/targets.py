@@ -1,9 +1,9 @@
 """Which modules of a model a `target` names: all of them, or an error that says what is wrong.
 
-    "all-linear"                 every linear layer but the output head
-    r".*\\.(q|v)_proj"            a regular expression that matches the full name
-    ["q_proj", "layers.0.up"]    names, or dotted ends of names
-    lambda name, module: ...     a predicate
+"all-linear"                 every linear layer but the output head
+r".*\\.(q|v)_proj"            a regular expression that matches the full name
+["q_proj", "layers.0.up"]    names, or dotted ends of names
+lambda name, module: ...     a predicate
 """
 
 import re

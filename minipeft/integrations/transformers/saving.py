@@ -43,7 +43,7 @@ def save_adapters(
             "quantize_model has prepared"
         )
     else:
-        original: Callable[..., None] = type(model).save_pretrained  # type: ignore[assignment]
+        original: Callable[..., None] = type(model).save_pretrained  # type: ignore[attr-defined]
         original(
             model, save_directory, is_main_process=is_main_process, state_dict=state_dict,
             **arguments,

@@ -136,7 +136,9 @@ def read_config(path: Path) -> LoRAConfig:
     known = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
              "use_rslora", "rank_pattern", "alpha_pattern", *_IGNORABLE}  # fmt: skip
     for key, value in config.items():
-        off = value in (None, False, 0) or value in ([], {}, "") or value in _MUST_BE_OFF.get(key, ())
+        off = (
+            value in (None, False, 0) or value in ([], {}, "") or value in _MUST_BE_OFF.get(key, ())
+        )
         if key not in known and not off:
             raise ValueError(f"{where}: {key} = {value!r} is not supported for a plain LoRA")
     init = config.get("init_lora_weights")

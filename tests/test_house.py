@@ -1,0 +1,176 @@
+"""The house rules that a machine can check: import direction, file sizes, names, docstrings."""
+
+import ast
+import io
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import minipeft
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "minipeft").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+
+LEVELS = [
+    {"ops", "protocol"},
+    {"lora", "nf4", "codebooks", "double_quant", "prefix", "prompt"},
+    {"qlora"},
+    {"layers", "variants", "optim"},
+    {"targets", "inject", "adapters", "merge", "bank", "combine", "memory"},
+    {"io", "integrations"},
+]
+THIRD_PARTY = {"torch", "numpy", "einops", "jaxtyping", "tqdm"}
+
+
+def part(path: Path) -> str:
+    """The first name below minipeft/: a file's stem or its top folder."""
+    return path.relative_to(ROOT / "minipeft").parts[0].removesuffix(".py")
+
+
+def level(name: str) -> int:
+    for number, names in enumerate(LEVELS):
+        if name in names:
+            return number
+    raise AssertionError(f"minipeft/{name} has no place in the import order; put it into LEVELS")
+
+
+def imports(tree: ast.AST) -> list[str]:
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            module = node.module or ""
+            found += [f"{module}.{a.name}" if module == "minipeft" else module for a in node.names]
+    return found
+
+
+def code_lines(text: str) -> int:
+    """Lines that hold code: no comment, no blank, no docstring."""
+    documentation: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            statement = node.body[0]
+            documentation.update(range(statement.lineno, (statement.end_lineno or 0) + 1))
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in skipped and token.type != tokenize.ENDMARKER:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines - documentation)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_go_one_way(path):
+    if path.parent == ROOT / "minipeft" and path.name == "__init__.py":
+        return
+    own = part(path)
+    for name in imports(ast.parse(path.read_text())):
+        top, *rest = name.split(".")
+        if top == "minipeft":
+            assert rest, f"{path.name} imports the package as a whole"
+            assert level(rest[0]) <= level(own), f"{own} must not import {name}"
+        elif top not in sys.stdlib_module_names:
+            allowed = THIRD_PARTY | {"io": {"safetensors"}}.get(own, set())
+            assert top in allowed, f"{path.name} imports {name}"
+
+
+def test_files_import_each_other_without_cycles():
+    edges = {}
+    for path in FILES:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        edges[name] = {n for n in imports(ast.parse(path.read_text())) if n.startswith("minipeft.")}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"cycle: {trail}"
+        if name in done or name not in edges:
+            return
+        for target in edges[name] - {name}:
+            visit(target, (*trail, name))
+        done.add(name)
+
+    for name in edges:
+        if not name.endswith("__init__"):
+            visit(name, ())
+
+
+@pytest.mark.parametrize("path", FILES + KERNELS, ids=str)
+def test_a_file_has_at_most_300_lines_of_code(path):
+    assert code_lines(path.read_text()) <= 300
+
+
+def test_code_lines_counts_code_only():
+    assert (
+        code_lines(
+            '"""Doc."""\n\n# note\nx = 1\n\n\ndef f():\n    """Doc\n    more."""\n    return x\n'
+        )
+        == 3
+    )
+
+
+@pytest.mark.parametrize("path", FILES + KERNELS, ids=str)
+def test_public_functions_and_classes_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{path} has no docstring"
+    nodes = list(tree.body)
+    nodes += [
+        n for c in tree.body if isinstance(c, ast.ClassDef) and c.name[0] != "_" for n in c.body
+    ]
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            inherited = node.name in {"forward", "extra_repr"}  # nn.Module's, documented there
+            assert inherited or ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+def test_all_is_sorted_and_holds_every_public_name():
+    names = minipeft.__all__
+    assert names == sorted(
+        names, key=lambda n: (n.isupper() is False, n[0].islower() or n[0] == "_", n)
+    )
+    modules = {part(path) for path in FILES} | {"jaxtyping"}  # put there by the import hook
+    public = {n for n in vars(minipeft) if not n.startswith("_") and n not in modules} | {
+        "__version__"
+    }
+    assert public <= set(names)
+    assert all(hasattr(minipeft, name) for name in names)
+
+
+def test_the_kernel_folder_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # `kernels` is somebody's package
+
+
+def test_no_file_is_called_utils():
+    assert not [path for path in FILES if path.stem in {"utils", "util", "helpers", "common"}]
+
+
+def test_import_brings_in_nothing_optional():
+    script = "import sys, minipeft; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    optional = {
+        "triton",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "safetensors",
+        "matplotlib",
+        "rich",
+    }
+    assert not optional & set(done.stdout.split())
+
+
+def test_lines_of_the_numbered_files(capsys):
+    """About 1,200 lines: one evening."""
+    names = ["lora", "inject", "nf4", "double_quant", "qlora"]
+    texts = {name: (ROOT / "minipeft" / f"{name}.py").read_text() for name in names}
+    counts = {name: (len(text.splitlines()), code_lines(text)) for name, text in texts.items()}
+    with capsys.disabled():
+        print("\nlines (all, code):", counts)
+    assert sum(lines for lines, _ in counts.values()) <= 1400

@@ -1,0 +1,32 @@
+"""Every python block of the README runs, and prints what the text block after it says."""
+
+import io
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+BLOCKS = BLOCK.findall(README.read_text())
+
+
+def test_the_readme_has_blocks():
+    assert len(BLOCKS) >= 3
+
+
+@pytest.mark.parametrize(("code", "expected"), BLOCKS, ids=range(len(BLOCKS)))
+def test_block(code, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        exec(compile(code, str(README), "exec"), {})
+    assert printed.getvalue() == expected
+
+
+def test_every_relative_link_leads_to_a_file():
+    for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md", "benchmarks/README.md"):
+        page = README.parent / name
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{name}: {target}"
