@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     job.add_argument("--batch", type=positive, default=4, help="conversations in a batch")
     job.add_argument("--length", type=positive, default=256, help="tokens in a conversation")
-    job.add_argument("--steps", type=positive, default=12, help="of the first round")
+    job.add_argument("--steps", type=positive, default=10, help="of the first round")
     job.add_argument("--rounds", type=positive, default=2,
                      help=f"the later ones time {TIMED_STEPS} steps")  # fmt: skip
     job.add_argument("--validation-rows", type=positive, default=16)
