@@ -175,7 +175,7 @@ def _body(operator: str) -> Callable[..., Any]:
     return run
 
 
-def _ceil_div(n: int, d: int) -> int:
+def _ceil_div(n: Any, d: int) -> Any:  # n may be a symbolic integer
     return (n + d - 1) // d
 
 

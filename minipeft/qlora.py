@@ -168,7 +168,7 @@ class NF4Linear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         *,
         block_size: int = 64,
         double_quant: bool = True,
@@ -181,8 +181,8 @@ class NF4Linear(nn.Module):
             ValueError: not an nn.Linear, or a subclass with a forward of its own (it would be
                 lost; LoRA can wrap it); weights that cannot be quantised.
         """
-        check_quantizable(linear)
-        return cls.from_weight(linear.weight, linear.bias, block_size, double_quant, compute_dtype)
+        weight, bias = check_quantizable(linear)
+        return cls.from_weight(weight, bias, block_size, double_quant, compute_dtype)
 
     @classmethod
     def from_weight(
@@ -305,8 +305,8 @@ def has_own_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Linear.forward
 
 
-def check_quantizable(linear: nn.Module) -> None:
-    """Raise unless `linear` is an nn.Linear whose forward is nn.Linear's (see from_linear)."""
+def check_quantizable(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of an nn.Linear whose forward is nn.Linear's; raises on others."""
     if not isinstance(linear, nn.Module):
         raise TypeError(f"NF4Linear: expected a module, got {type(linear).__name__}")
     if not isinstance(linear, nn.Linear):
@@ -317,3 +317,4 @@ def check_quantizable(linear: nn.Module) -> None:
             "replace by x W^T + b; leave it dense (LoRA can wrap it), or name the class in "
             "quantize_model(also=...) if its forward is only that"
         )
+    return linear.weight, linear.bias

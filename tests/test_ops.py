@@ -1,0 +1,169 @@
+"""The operators: torch's own checks, compiling, and the table of implementations."""
+
+import shutil
+import sys
+import types
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import minipeft as mp
+from minipeft import ops
+
+CALLS = {
+    "quantize_nf4": lambda s: (torch.randn(5, 64), 64),
+    "dequantize_nf4": lambda s: (*s.state(), [32, 64], 64, torch.bfloat16),
+    "quantize_absmax": lambda s: (torch.rand(300), 256),
+    "dequantize_absmax": lambda s: (*s.state()[1:], 256),
+    "nf4_linear": lambda s: (
+        torch.randn(3, 64, requires_grad=True), *s.state(), torch.randn(32, requires_grad=True),
+        32, 64,
+    ),
+    "nf4_linear_input_gradient": lambda s: (
+        torch.randn(3, 32, requires_grad=True), *s.state(), 64, 64,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # opcheck's own, about .grad of views
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_opcheck(name):
+    layer = mp.NF4Linear.from_linear(torch.nn.Linear(64, 32))
+    opcheck(getattr(torch.ops.minipeft, name).default, CALLS[name](layer))
+
+
+COMPILE = """
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+import minipeft as mp
+
+torch.manual_seed(0)
+layer = mp.LoRALinear(mp.NF4Linear.from_linear(nn.Linear(256, 128)), 8, dropout={dropout})
+nn.init.normal_(layer.lora_b, std=0.02)
+counter = CompileCounterWithBackend("{backend}")
+compiled = torch.compile(layer, backend=counter, fullgraph=True)
+optimizer = torch.optim.SGD(mp.adapter_parameters(layer), lr=1e-3)
+for step in range(10):
+    x = torch.randn(5, 256, requires_grad=True)
+    results = []
+    for model in (compiled, layer):
+        x.grad = None
+        optimizer.zero_grad()
+        y = model(x)
+        y.square().mean().backward()
+        grads = [x.grad, layer.lora_a.grad, layer.lora_b.grad]
+        results.append([y.detach(), *(grad.clone() for grad in grads)])
+    if not layer.dropout:
+        for a, b in zip(*results):  # the same float32 products, fused differently
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    optimizer.step()
+assert counter.frame_count == 1, counter.frame_count
+print("frames:", counter.frame_count)
+"""
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_qlora_layer_compiles_whole_and_once(plain_python, dropout):
+    printed = plain_python(COMPILE.format(backend="aot_eager", dropout=dropout))
+    assert printed.strip() == "frames: 1"
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang", "c++", "g++"))), reason="no C compiler"
+)
+def test_a_qlora_layer_compiles_with_inductor(plain_python):
+    assert plain_python(COMPILE.format(backend="inductor", dropout=0.0)).strip() == "frames: 1"
+
+
+def test_first_calls_import_nothing_heavy(plain_python):
+    """No dynamo (a second) at a first call; the times are printed, and bounded by ten times."""
+    printed = plain_python("""
+import sys, time
+import torch, minipeft as mp
+
+def first(name, call):
+    start = time.perf_counter()
+    result = call()
+    times[name] = 1e3 * (time.perf_counter() - start)
+    return result
+
+times = {}
+w = torch.randn(64, 64)
+linear = torch.nn.Linear(64, 64)
+x = torch.randn(3, 64, requires_grad=True)
+packed, absmax = first("quantize_nf4", lambda: mp.quantize_nf4(w))
+first("dequantize_nf4", lambda: mp.dequantize_nf4(packed, absmax, (64, 64)))
+state = first("quantize_absmax", lambda: mp.quantize_absmax(absmax))
+first("dequantize_absmax", lambda: mp.dequantize_absmax(*state))
+layer = mp.NF4Linear.from_linear(linear)
+y = first("nf4_linear", lambda: layer(x))
+first("nf4_linear_input_gradient", lambda: y.sum().backward())
+assert "torch._dynamo" not in sys.modules
+print({name: round(value, 2) for name, value in times.items()})
+assert max(times.values()) < 500, times
+""")
+    print("first calls, ms:", printed)
+
+
+def row(name, module, when=lambda *_: True):
+    return ops.Implementation("dequantize_nf4", name, when, module, "run")
+
+
+@pytest.fixture
+def added():
+    rows = []
+
+    def add(implementation):
+        ops.add_implementation(implementation)
+        rows.append(implementation)
+
+    yield add
+    for implementation in rows:
+        ops.remove_implementation(implementation)
+
+
+def decode():
+    packed, absmax = mp.quantize_nf4(torch.ones(64))
+    return mp.dequantize_nf4(packed, absmax, (64,), dtype=torch.bfloat16)
+
+
+def test_a_row_is_used_where_its_predicate_holds_and_loaded_at_its_first_use(added, monkeypatch):
+    module = types.ModuleType("a_kernel")
+    module.run = lambda packed, absmax, scale, offset, shape, block_size, dtype: torch.full(
+        shape, 42, dtype=dtype
+    )
+    kernel = row("fast", "a_kernel", lambda device, dtype, shape: dtype is torch.bfloat16)
+    added(kernel)
+    assert kernel not in ops._loaded
+    monkeypatch.setitem(sys.modules, "a_kernel", module)
+    assert (decode() == 42).all()
+    assert mp.backend()["dequantize_nf4"] == "fast"
+    assert mp.backend(dtype=torch.float32)["dequantize_nf4"].startswith("pytorch (not fast: not")
+    with mp.use_kernels(False):
+        assert (decode() == 1).all()
+        assert mp.backend()["dequantize_nf4"] == "pytorch (not fast: kernels are off)"
+    assert (decode() == 42).all()
+
+
+def test_a_row_that_cannot_be_loaded_is_skipped_and_says_why(added):
+    added(row("missing", "no_such_module_anywhere"))
+    assert (decode() == 1).all()
+    assert "no_such_module_anywhere" in mp.backend()["dequantize_nf4"]
+
+
+def test_the_environment_turns_kernels_off(plain_python):
+    script = """
+import minipeft as mp
+from minipeft import ops
+ops.add_implementation(ops.Implementation("nf4_linear", "k", lambda *_: True, "math", "sqrt"))
+print(mp.backend()["nf4_linear"])
+"""
+    assert plain_python(script).strip() == "k"
+    assert "kernels are off" in plain_python(script, MINIPEFT_KERNELS="0")
+
+
+def test_an_unknown_operator_raises():
+    with pytest.raises(ValueError, match="no operator"):
+        ops.add_implementation(ops.Implementation("nothing", "k", lambda *_: True, "m", "f"))
