@@ -163,8 +163,12 @@ def linear_targets(
 
 
 def _other_kind(module: nn.Module) -> str:
-    kinds = (nn.MultiheadAttention, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return "no adapter layer for this kind yet" if isinstance(module, kinds) else ""
+    if isinstance(module, nn.MultiheadAttention):
+        return "nn.MultiheadAttention, for which there is no adapter layer yet"
+    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return (
+        "no linear layer; there is no adapter for its kind yet" if isinstance(module, kinds) else ""
+    )
 
 
 def per_name(

@@ -1,0 +1,169 @@
+"""Merging: exact where it can be, measured where it rounds, finished or not begun."""
+
+import pytest
+import torch
+from torch import nn
+
+import minipeft as mp
+
+
+def make(dtype=torch.float32, quantized=False, std=0.05):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)).to(dtype)
+    (mp.inject_qlora if quantized else mp.inject_lora)(model, ["0", "2"], 4, 8)
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_b, std=std)
+    return model.eval()
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_bits(model, before):
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_hundred_rounds_leave_every_bit():
+    model, x = make(torch.bfloat16), torch.randn(3, 64).bfloat16()
+    before, output = bits(model), model(x)
+    for _ in range(100):
+        assert mp.merge(model) == ["0", "2"]
+        assert_same_bits(model, before)
+        assert mp.unmerge(model) == ["0", "2"]
+    assert_same_bits(model, before)
+    assert torch.equal(model(x), output)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_merged_equals_unmerged_in_float32(quantized, capsys):
+    model, x = make(quantized=quantized), torch.randn(50, 64)
+    expected = model(x)
+    mp.merge(model)
+    difference = ((model(x) - expected).abs().max() / expected.abs().max()).item()
+    with capsys.disabled():
+        print(f"\nmerged against unmerged, float32, NF4={quantized}: {difference:.1e} relative")
+    assert difference <= 1e-5
+
+
+def test_the_bf16_merged_weight_is_the_rounded_float32_sum(capsys):
+    model, x = make(torch.bfloat16), torch.randn(50, 64).bfloat16()
+    expected = model(x)
+    mp.merge(model)
+    differing = 0
+    for layer in (model[0], model[2]):
+        exact = layer.base.weight.float() + layer.scaling * (layer.lora_b @ layer.lora_a)
+        differing += int((layer.merged_weight != exact.bfloat16()).sum())
+    difference = ((model(x) - expected).abs().max() / expected.abs().max()).item()
+    with capsys.disabled():
+        print(f"\nbf16 merge: {differing} weights differ; outputs by {difference:.1e} relative")
+    assert differing == 0
+    assert difference < 0.03  # a few roundings of 2**-9 through two layers
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_state_files_and_disabling_are_the_same_merged_or_not(quantized, tmp_path):
+    model, x = make(quantized=quantized), torch.randn(2, 64)
+    before = bits(model)
+    with mp.disable_adapters(model):
+        base = model(x)
+    mp.save_peft(model, tmp_path / "unmerged")
+    mp.merge(model)
+    assert_same_bits(model, before)
+    with mp.disable_adapters(model):
+        assert torch.equal(model(x), base)
+    mp.save_peft(model, tmp_path / "merged")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "merged" / name).read_bytes() == (
+            tmp_path / "unmerged" / name
+        ).read_bytes()
+
+
+def test_what_a_merged_model_refuses():
+    model, x = make(), torch.randn(2, 64)
+    mp.merge(model)
+    model.train()
+    with pytest.raises(RuntimeError, match="unmerge"):
+        model(x)
+    with torch.no_grad():
+        model(x)
+    for call in (
+        lambda: mp.scale_adapters(model, 0.5),
+        lambda: mp.load_adapter_state_dict(model, mp.adapter_state_dict(model)),
+    ):
+        with pytest.raises(ValueError, match="merged"):
+            call()
+    mp.unmerge(model)
+    model(x).sum().backward()
+    with pytest.raises(ValueError, match="nothing is merged"):
+        mp.unmerge(model)
+
+
+def test_nan_in_one_layer_merges_none():
+    model = make()
+    model[2].lora_b.data[0, 0] = float("nan")
+    before = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r"2: .*NaN"):
+        mp.merge(model)
+    assert model[0].merged_weight is None
+    with pytest.raises(ValueError, match="of 2 holds NaN"):
+        mp.remove(model, merge=True)
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert model[0].base.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_remove_restores_the_very_modules(merged):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    originals = list(model)
+    before = bits(model)
+    mp.inject_lora(model, ["0", "1"], 2, init=lambda layer: nn.init.normal_(layer.lora_b))
+    if merged:
+        mp.merge(model)
+    assert mp.remove(model) == ["0", "1"]
+    assert list(model) == originals
+    assert_same_bits(model, before)
+
+
+def test_remove_with_merge_gives_plain_layers():
+    model, x = make(), torch.randn(5, 64)
+    expected = model(x)
+    mp.remove(model, merge=True)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)  # float32 order of sums
+
+
+def test_nf4_merges_into_dense_layers_by_default():
+    model, x = make(quantized=True), torch.randn(5, 64)
+    expected = model(x)
+    mp.remove(model, merge=True)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_requantising_keeps_nf4_and_reports_its_error():
+    model, x = make(quantized=True), torch.randn(5, 64)
+    expected = model(x)
+    with pytest.warns(UserWarning, match=r"moved them by \d+\.\d+%"):
+        mp.remove(model, merge=True, requantize=True)
+    assert isinstance(model[0], mp.NF4Linear)
+    assert (model(x) - expected).norm() / expected.norm() < 0.25  # two layers of NF4's 9 %
+    with pytest.raises(ValueError, match="dense base"):
+        mp.remove(make(), merge=True, requantize=True)
+
+
+def test_tied_weights_are_not_merged_behind_the_other_ones_back():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = Tied()
+    mp.inject_lora(model, ["head"], 2)
+    with pytest.raises(ValueError, match="tied"):
+        mp.remove(model, merge=True)
+    mp.remove(model)
+    assert model.head.weight is model.embed.weight
