@@ -92,6 +92,13 @@ def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(smollm2_folder())
 
 
+def enable_checkpointing(model: Any, *, reentrant: bool = False) -> None:
+    """Activation checkpointing, under the name that this transformers has for it."""
+    old = "gradient_checkpointing_enable"  # the only name in older versions, deprecated in newer
+    new = "activation_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": reentrant})
+
+
 def load_model(sizes: LlamaSizes | None, dtype: torch.dtype, seed: int) -> Any:
     """SmolLM2-135M (`sizes` None), or a LLaMA with random weights drawn from `seed`."""
     require("transformers", "hf")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.data import IGNORED, Batches
 from benchmarks.methods import METHODS, Prepared, optimizer_for, weight_figures
-from benchmarks.models import LlamaSizes, load_model
+from benchmarks.models import LlamaSizes, enable_checkpointing, load_model
 
 
 class GateError(Exception):
@@ -190,7 +190,7 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
             "total_parameters": sum(p.numel() for p in model.parameters()),
         }
     if config["checkpointing"]:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     torch.manual_seed(config["seed"])
     prepared = method.prepare(model, config)
     prepared.model.train()

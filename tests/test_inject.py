@@ -253,8 +253,14 @@ def test_what_quantize_model_leaves_dense():
     with pytest.warns(UserWarning, match=r"layers\.0\.own.*also="):
         names = mp.quantize_model(model, skip=["nested"])
     assert names == ["layers.0.v_proj", "layers.1.v_proj"]
-    reasons = {"head": "output head", "classifier": "new head", "tied": "tied", "layers.0.q_proj":
-               "float32", "layers.0.own": "forward of its own", "layers.1.nested": "skipped"}  # fmt: skip
+    reasons = {
+        "head": "output head",
+        "classifier": "new head",
+        "tied": "tied",
+        "layers.0.q_proj": "float32",
+        "layers.0.own": "forward of its own",
+        "layers.1.nested": "skipped",
+    }
     for name, reason in reasons.items():
         assert reason in names.left_out[name], name
     mp.quantize_model(model.layers[0], also=(type(own),))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
+from minipeft.io.tensors import read_tensors
 
 
 def make(dtype=torch.float32, quantized=False, std=0.05):
@@ -75,10 +76,12 @@ def test_state_files_and_disabling_are_the_same_merged_or_not(quantized, tmp_pat
     with mp.disable_adapters(model):
         assert torch.equal(model(x), base)
     mp.save_peft(model, tmp_path / "merged")
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "merged" / name).read_bytes() == (
-            tmp_path / "unmerged" / name
-        ).read_bytes()
+    first, second = tmp_path / "merged", tmp_path / "unmerged"
+    config = "adapter_config.json"
+    assert (first / config).read_bytes() == (second / config).read_bytes()
+    tensors = [read_tensors(folder / "adapter_model.safetensors") for folder in (first, second)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
 def test_what_a_merged_model_refuses():

@@ -90,6 +90,13 @@ def _number(config: dict[str, object], key: str, default: float, where: str) -> 
     return value
 
 
+def _rank(config: dict[str, object], key: str, default: int, where: str) -> int:
+    value = _number(config, key, default, where)
+    if value != int(value) or value < 1:
+        raise ValueError(f"{where}: {key} is {value!r}, expected a whole number of at least 1")
+    return int(value)
+
+
 def _patterns(config: dict[str, object], key: str, where: str) -> dict[str, float]:
     value = config.get(key) or {}
     if not isinstance(value, dict):
@@ -150,14 +157,14 @@ def read_config(path: Path) -> LoRAConfig:
     target = _names(config, "target_modules", where)
     if not target:
         raise ValueError(f"{where}: target_modules is {target!r}, expected names")
-    rank = _number(config, "r", 8, where)
+    ranks: dict[str, object] = {**_patterns(config, "rank_pattern", where)}
     return LoRAConfig(
-        rank=int(rank),
+        rank=_rank(config, "r", 8, where),
         alpha=_number(config, "lora_alpha", 8, where),
         target_modules=target,
         exclude_modules=_names(config, "exclude_modules", where),
         dropout=_number(config, "lora_dropout", 0.0, where),
         rank_stabilized=config.get("use_rslora") is True,
-        rank_pattern={k: int(v) for k, v in _patterns(config, "rank_pattern", where).items()},
+        rank_pattern={k: _rank(ranks, k, 8, f"{where}: rank_pattern") for k in ranks},
         alpha_pattern=_patterns(config, "alpha_pattern", where),
     )

