@@ -30,3 +30,12 @@ def test_every_relative_link_leads_to_a_file():
         page = README.parent / name
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{name}: {target}"
+
+
+def test_the_methods_table_is_what_its_result_file_says():
+    pytest.importorskip("rich")
+    from benchmarks import report
+
+    text = README.read_text()
+    (name,) = set(re.findall(r"\((benchmarks/results/methods-[\w-]+\.json)\)", text))
+    assert report.markdown(report.load(README.parent / name)).strip() in text
