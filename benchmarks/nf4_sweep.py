@@ -7,6 +7,7 @@ code) each difference is put down to a cause that can be checked on the case its
     tiny scale        it clamps absmax at 1e-38; here a block below the normal range is zero
     misaligned rows   its AVX-512 decoder takes the scale of the wrong block if rows of a multiple
                       of 16 are no multiple of the block (and blocks are below 2,048)
+    subnormal bf16    its conversion to bfloat16 (VCVTNEPS2BF16) makes values below 2**-126 zero
 """
 
 import argparse
@@ -96,13 +97,16 @@ def against_bitsandbytes(w: Tensor, block_size: int) -> Counter[str]:
     counts["codes: tail division"] = int((codes & tail & ~tiny).sum())
     counts["absmax: tiny scale"] = int((scale & tiny).sum())
     counts["unexplained"] = int((codes & ~tiny & ~tail).sum()) + int((scale & ~tiny).sum())
-    decoded = dequantize_nf4(
-        theirs.flatten(), state.absmax.flatten(), w.shape, block_size=block_size, dtype=w.dtype
-    )
-    wrong = ~same(decoded, peer.dequantize_4bit(theirs, state).flatten())
+    decoded = dequantize_nf4(theirs.flatten(), state.absmax.flatten(), (n,), block_size=block_size)
+    their_values = peer.dequantize_4bit(theirs, state).flatten()
+    wrong = ~same(decoded.to(w.dtype), their_values)
     columns = w.shape[-1]
-    misaligned = columns % 16 == 0 and columns % block_size != 0 and block_size < 2048
-    counts["decoded: misaligned rows" if misaligned else "unexplained"] += int(wrong.sum())
+    if columns % 16 == 0 and columns % block_size != 0 and block_size < 2048:
+        counts["decoded: misaligned rows"] = int(wrong.sum())
+    else:
+        flushed = (decoded.abs() < 2.0**-126) & (their_values == 0) & (w.dtype == torch.bfloat16)
+        counts["decoded: subnormal bf16"] = int((wrong & flushed).sum())
+        counts["unexplained"] += int((wrong & ~flushed).sum())
     return counts
 
 

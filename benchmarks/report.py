@@ -55,7 +55,7 @@ def rows(data: Result) -> list[tuple[str, ...]]:
         first = runs[0]
         times = [t for run in runs for t in step_times(run)]
         bits = first["bits_per_quantized_weight"]
-        peak = median(run["peak_bytes"] for run in runs)
+        peak = max(run["peak_bytes"] for run in runs)
         table.append((
             method.title,
             f"{first['trainable_parameters']:,}",
@@ -121,12 +121,12 @@ def plot(data: Result, path: Path) -> None:
     ):
         for y, name in enumerate(done):
             runs = [r for r in data["runs"] if r["method"] == name and "step_seconds" in r]
-            values = (
-                [r["peak_bytes"] for r in runs] if axis is left
-                else [t for r in runs for t in step_times(r)]
-            )  # fmt: skip
-            middle = median(values) / scale
-            bounds = [[middle - min(values) / scale], [max(values) / scale - middle]]
+            times = [t for r in runs for t in step_times(r)]
+            if axis is left:
+                middle, bounds = max(r["peak_bytes"] for r in runs) / scale, None
+            else:
+                middle = median(times)
+                bounds = [[middle - min(times)], [max(times) - middle]]
             axis.barh(y, middle, color=colours[y], xerr=bounds, ecolor="#444444", capsize=3)
             axis.annotate(f" {middle:.3g}" if scale == 1 else f" {middle:.0f}", (0, y),
                           va="center", color="white", fontweight="bold")  # fmt: skip

