@@ -34,12 +34,13 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     job.add_argument("--batch", type=positive, default=4, help="conversations in a batch")
     job.add_argument("--length", type=positive, default=256, help="tokens in a conversation")
-    job.add_argument("--steps", type=positive, default=10, help="of the first round")
+    job.add_argument("--steps", type=positive, default=8, help="of the first round")
     job.add_argument("--rounds", type=positive, default=2,
                      help=f"the later ones time {TIMED_STEPS} steps")  # fmt: skip
-    job.add_argument("--validation-rows", type=positive, default=16)
+    job.add_argument("--validation-rows", type=positive, default=8)
     job.add_argument("--rank", type=positive, default=16)
     job.add_argument("--alpha", type=float, default=None, help="default: twice the rank")
+    job.add_argument("--prefix-length", type=positive, default=16, help="of P-tuning v2")
     job.add_argument("--learning-rate", type=float, default=None, help="default: each method's own")
     job.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
     job.add_argument("--threads", type=positive, default=None)

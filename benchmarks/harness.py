@@ -24,7 +24,7 @@ from benchmarks.methods import METHODS
 from benchmarks.models import LlamaSizes, load_tokenizer, require
 
 Result = dict[str, Any]
-TIMED_STEPS = 4  # of the later rounds; the first is not counted
+TIMED_STEPS = 3  # of the later rounds; the first is not counted
 PARAMETERS = 134.5e6  # of SmolLM2-135M, for the estimate
 
 
@@ -221,6 +221,7 @@ def options_from(arguments: Any) -> Result:
         "validation_rows": arguments.validation_rows,
         "rank": arguments.rank,
         "alpha": arguments.alpha if arguments.alpha is not None else 2 * arguments.rank,
+        "prefix_length": arguments.prefix_length,
         "learning_rate": arguments.learning_rate,
         "checkpointing": arguments.checkpointing,
         "threads": arguments.threads,

@@ -3,8 +3,8 @@
 To add one, add a function and a row of METHODS.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Method:
-    """`peer` is the method of another library that does the same work."""
+    """`peer` is the method of another library that does the same work.
+
+    `starts_at_base`: untrained, it computes what the base does (a prefix does not).
+    """
 
     title: str
     prepare: Callable[[Any, dict[str, Any]], Prepared]
     learning_rate: float
-    adapter: bool = True
+    starts_at_base: bool = True
     peer: str | None = None
     is_peer: bool = False
 
@@ -84,13 +87,57 @@ def _peft_bitsandbytes(model: Any, config: dict[str, Any]) -> Prepared:
     return _peft(model, config)
 
 
+def _ptuning(model: Any, config: dict[str, Any]) -> Prepared:
+    mp.attach_prefix(model, config["prefix_length"])
+    return Prepared(model, lambda: mp.disable_adapters(model))
+
+
+def _peft_prefix(model: Any, config: dict[str, Any]) -> Prepared:
+    require("peft", "peers")
+    from peft import PrefixTuningConfig, get_peft_model
+
+    if config["checkpointing"]:
+        raise NotImplementedError("PEFT's prefix tuning refuses activation checkpointing")
+    length = config["prefix_length"]
+    settings = PrefixTuningConfig(num_virtual_tokens=length, task_type="CAUSAL_LM")
+    decoder = model.model
+    wrapped = get_peft_model(model, settings)
+    with torch.no_grad():  # from N(0, 1), with which it learns nothing in so few steps, to ours
+        wrapped.prompt_encoder["default"].embedding.weight.mul_(0.02)
+    switched_on = [True]
+
+    def add_prompt(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What PEFT's forward does before it calls the whole model; here for the decoder."""
+        if not switched_on[0]:
+            return None
+        mask = kwargs["attention_mask"]
+        mask = torch.cat([mask.new_ones(len(mask), length), mask], dim=1)
+        prompt = wrapped.get_prompt(len(mask))
+        return args, {**kwargs, "attention_mask": mask, "past_key_values": prompt}
+
+    @contextmanager
+    def off() -> Iterator[None]:
+        switched_on[0] = False
+        yield
+        switched_on[0] = True
+
+    decoder.register_forward_pre_hook(add_prompt, with_kwargs=True)
+    return Prepared(wrapped, off)
+
+
 METHODS = {
-    "full": Method("full fine-tuning", _full, 5e-5, adapter=False),
+    "full": Method("full fine-tuning", _full, 5e-5),
     "lora": Method("LoRA", _lora, 5e-4, peer="peft-lora"),
     "peft-lora": Method("PEFT LoRA", _peft, 5e-4, is_peer=True),
     "qlora": Method("QLoRA", _qlora, 5e-4, peer="peft-qlora"),
     "peft-qlora": Method(
         "PEFT + bitsandbytes QLoRA", _peft_bitsandbytes, 5e-4, is_peer=True
+    ),
+    "ptuning": Method(
+        "P-tuning v2", _ptuning, 1e-2, starts_at_base=False, peer="peft-prefix"
+    ),
+    "peft-prefix": Method(
+        "PEFT prefix tuning", _peft_prefix, 1e-2, starts_at_base=False, is_peer=True
     ),
 }  # fmt: skip
 

@@ -74,10 +74,14 @@ def caption(data: Result) -> str:
     """Machine, model and settings in one line."""
     options, machine = data["options"], data["hardware"]
     model = "SmolLM2-135M" if options["sizes"] is None else f"LLaMA {options['sizes']}"
+    rank = f"rank {options['rank']}"
+    if {"ptuning", "peft-prefix"} & set(options["methods"]):
+        rank += f", prefix {options['prefix_length']}"
     where = machine.get("gpu") if options["device"] == "cuda" else machine["processor"]
     return (
         f"{model}, {options['dtype']}, {options['steps']} steps of {options['batch']} x "
-        f"{options['length']} tokens, rank {options['rank']}, {options['rounds']} rounds; "
+        f"{options['length']} tokens, {rank}, "
+        f"{options['rounds']} rounds; "
         f"{where}, {options['threads'] or machine['cores']} threads; peak: above the process "
         "after its imports"
     )

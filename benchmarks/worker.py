@@ -11,7 +11,6 @@ import sys
 import time
 import traceback
 import zlib
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,13 +109,19 @@ def checksum(model: Any) -> int:
     return value
 
 
-def gate_before(prepared: Prepared, batch: Batches, adapter: bool) -> None:
-    """B = 0: an adapter that was not trained changes nothing, in no bit of the loss."""
+def gate_before(prepared: Prepared, batch: Batches, untouched: float | None) -> None:
+    """Off, an adapter changes no bit of the loss; nor does it untrained, with B = 0.
+
+    `untouched` is the loss of the model before a prefix was attached, which does change it.
+    """
     with torch.no_grad():
         loss = float(loss_of(prepared.model, batch))
-        with prepared.adapters_off() if adapter else nullcontext():
+        with prepared.adapters_off():
             without = float(loss_of(prepared.model, batch))
-    if not math.isfinite(loss) or loss != without:
+    if untouched is not None:
+        if without != untouched or loss == untouched:
+            raise GateError(f"loss {untouched}, with a prefix {loss}, switched off {without}")
+    elif not math.isfinite(loss) or loss != without:
         raise GateError(f"loss {loss} with an untrained adapter, {without} without")
 
 
@@ -191,13 +196,17 @@ def run(config: dict[str, Any]) -> dict[str, Any]:
         }
     if config["checkpointing"]:
         enable_checkpointing(model)
+    first = batches.rows(0, config["batch"])
+    untouched = None
+    if not method.starts_at_base:
+        with torch.no_grad():
+            untouched = float(loss_of(model.train(), first))
     torch.manual_seed(config["seed"])
     prepared = method.prepare(model, config)
     prepared.model.train()
     del model
     gc.collect()
-    first = batches.rows(0, config["batch"])
-    gate_before(prepared, first, method.adapter)
+    gate_before(prepared, first, untouched)
     figures = weight_figures(prepared.model)
     frozen = checksum(prepared.model)
     times, losses = train(prepared.model, batches, config)
@@ -217,7 +226,7 @@ def main() -> None:
         say("result", **run(config))
     except GateError as error:
         say("result", failed=f"gate: {error}")
-    except ImportError as error:
+    except (ImportError, NotImplementedError) as error:
         say("result", unsupported=str(error))
     except (MemoryError, torch.OutOfMemoryError):
         say("result", failed="out of memory")

@@ -14,12 +14,14 @@ from minipeft.adapters import (
 )
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
 from minipeft.inject import inject, inject_lora, inject_qlora, quantize_model
+from minipeft.integrations.transformers import attach_prefix
 from minipeft.io.peft import load_peft, save_peft
 from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
 from minipeft.memory import count_parameters, packed_bits
 from minipeft.merge import merge, remove, unmerge
 from minipeft.nf4 import NF4_CODEBOOK, dequantize_nf4, normal_float_codebook, quantize_nf4
 from minipeft.ops import backend, use_kernels
+from minipeft.prefix import PrefixEncoder, prefix_attention
 from minipeft.qlora import NF4Linear
 
 __version__ = "0.1.0"
@@ -28,9 +30,11 @@ __all__ = [
     "NF4_CODEBOOK",
     "LoRALinear",
     "NF4Linear",
+    "PrefixEncoder",
     "__version__",
     "adapter_parameters",
     "adapter_state_dict",
+    "attach_prefix",
     "backend",
     "base_state_dict",
     "count_parameters",
@@ -51,6 +55,7 @@ __all__ = [
     "merge",
     "normal_float_codebook",
     "packed_bits",
+    "prefix_attention",
     "quantize_absmax",
     "quantize_model",
     "quantize_nf4",

@@ -140,12 +140,19 @@ def scale_adapters(model: nn.Module, factor: float) -> list[str]:
     """Multiply what every adapter adds by `factor`; absolute: 1.0 is as trained.  Returns names.
 
     Raises:
-        ValueError: no adapter, a merged one, or a factor that is not finite.
+        ValueError: no adapter, a merged one, one that cannot be scaled (a prefix), or a factor
+            that is not finite; every adapter keeps its strength then.
     """
     adapters = require_adapters("scale_adapters", model)
     refuse_merged("scale_adapters", adapters)
     if not isinstance(factor, int | float) or not -float("inf") < factor < float("inf"):
         raise ValueError(f"scale_adapters: factor={factor!r}; expected a finite number")
-    for adapter in adapters.values():
-        adapter.scale = float(factor)
+    before = [(adapter, adapter.scale) for adapter in adapters.values()]
+    try:
+        for adapter in adapters.values():
+            adapter.scale = float(factor)
+    except ValueError:
+        for adapter, scale in before:
+            adapter.scale = scale
+        raise
     return list(adapters)

@@ -78,7 +78,9 @@ def test_imports_go_one_way(path):
             assert rest, f"{path.name} imports the package as a whole"
             assert level(rest[0]) <= level(own), f"{own} must not import {name}"
         elif top not in sys.stdlib_module_names:
-            allowed = THIRD_PARTY | {"io": {"safetensors"}}.get(own, set())
+            allowed = THIRD_PARTY | {"io": {"safetensors"}, "integrations": {"transformers"}}.get(
+                own, set()
+            )
             assert top in allowed, f"{path.name} imports {name}"
 
 
@@ -127,7 +129,10 @@ def test_public_functions_and_classes_have_docstrings(path):
     for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             inherited = node.name in {"forward", "extra_repr"}  # nn.Module's, documented there
-            assert inherited or ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+            setter = any(isinstance(d, ast.Attribute) for d in node.decorator_list)
+            assert inherited or setter or ast.get_docstring(node), (
+                f"{path}: {node.name} has no docstring"
+            )
 
 
 def test_all_is_sorted_and_holds_every_public_name():
@@ -179,8 +184,8 @@ def lines_of(path: str, *names: str) -> int:
 
 
 def test_lines_of_the_numbered_files(capsys):
-    """About 1,200 lines: one evening."""
-    names = ["lora", "inject", "nf4", "double_quant", "qlora"]
+    """About 1,000 lines of code: one evening."""
+    names = ["lora", "inject", "nf4", "double_quant", "qlora", "prefix"]
     texts = {name: (ROOT / "minipeft" / f"{name}.py").read_text() for name in names}
     counts = {name: (len(text.splitlines()), code_lines(text)) for name, text in texts.items()}
     nf4 = ["encode_blocks", "_quantize", "decode_into", "decode", "quantize_nf4", "dequantize_nf4"]
@@ -188,4 +193,4 @@ def test_lines_of_the_numbered_files(capsys):
         print("\nlines (all, code):", counts, *(sum(c) for c in zip(*counts.values(), strict=True)))
         print("code lines of LoRALinear:", lines_of("minipeft/lora.py", "LoRALinear"))
         print("code lines of NF4 both ways:", lines_of("minipeft/nf4.py", *nf4))
-    assert sum(lines for lines, _ in counts.values()) <= 1400
+    assert sum(code for _, code in counts.values()) <= 1200

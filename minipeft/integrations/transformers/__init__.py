@@ -1,5 +1,6 @@
-"""Hugging Face models: saving."""
+"""Hugging Face models: deep prefixes, and saving."""
 
 from minipeft.integrations.transformers import saving
+from minipeft.integrations.transformers.deep_prefix import Prefix, attach_prefix
 
-__all__ = ["saving"]
+__all__ = ["Prefix", "attach_prefix", "saving"]

@@ -1,0 +1,306 @@
+"""P-tuning v2: trainable keys and values in front of every attention layer.
+
+Prefix tuning (Li & Liang 2021) and P-tuning v2 (Liu et al. 2022) leave all weights alone.  Each
+attention layer gets P more keys and values, which belong to no token and which every token sees:
+
+        keys    | prefix k_1 .. k_P | tokens k_1 .. k_S |
+        values  | prefix v_1 .. v_P | tokens v_1 .. v_S |
+                      trained             computed
+
+    y = softmax(scale * q [prefix_k, k]^T) [prefix_v, v]
+
+What is trained is a table with a row per prefix position; or, re-parametrised, a small MLP that
+produces it (Linear, tanh, Linear on an embedding), which is dropped after training by `bake`.
+
+As a flat table, the form other programs read, column ((layer, key or value), head, dim) of row p
+is one number of the prefix: (prefix_length, sum of kv_heads * (key_dim + value_dim)).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class KVShape(NamedTuple):
+    """What one layer's attention takes: its key/value heads and their sizes."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def width(self) -> int:
+        """Numbers per prefix position."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+def split_kv(rows: Float[Tensor, "prefix width"], shape: KVShape) -> tuple[Tensor, Tensor]:
+    """One layer's columns as k (kv_heads, prefix, key_dim) and v (kv_heads, prefix, value_dim)."""
+    keys = shape.kv_heads * shape.key_dim
+    k = rearrange(rows[:, :keys], "p (h d) -> h p d", h=shape.kv_heads)
+    v = rearrange(rows[:, keys:], "p (h d) -> h p d", h=shape.kv_heads)
+    return k, v
+
+
+def join_kv(k: Float[Tensor, "h p dk"], v: Float[Tensor, "h p dv"]) -> Float[Tensor, "p width"]:
+    """The inverse of `split_kv`: keys of all heads, then values of all heads."""
+    return torch.cat([rearrange(t, "h p d -> p (h d)") for t in (k, v)], dim=1)
+
+
+def _check_size(name: str, size: object) -> None:
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"PrefixEncoder: {name}={size!r}; expected a whole number of at least 1")
+
+
+class PrefixEncoder(nn.Module):
+    """The trainable prefix of every layer: a table, or an MLP that produces it.
+
+    `kv_shapes` has (kv_heads, key_dim, value_dim) per layer, as attention gets them (grouped
+    heads once, not repeated).  Everything is float32.  Without `hidden` each layer has a table
+    (prefix_length, width), drawn from N(0, init_std).  With it, an embedding (prefix_length,
+    embedding_dim) goes through Linear(embedding_dim, hidden), tanh, and one Linear(hidden, width)
+    per layer, scaled so that the prefix starts near N(0, init_std) too; `embedding_dim` is
+    `hidden` unless given.  `dropout` acts on the prefix while training.
+
+    `forward()` returns (k, v) per layer, each (kv_heads, prefix_length, dim).  Set `enabled` to
+    False, or use minipeft.disable_adapters, and they have length 0: attention as without prefix.
+
+    Raises:
+        ValueError: no layers, sizes or prefix_length below 1, dropout outside [0, 1), init_std
+            not above 0.
+
+    >>> encoder = PrefixEncoder([(2, 8, 8)] * 3, prefix_length=5)
+    >>> k, v = encoder()[0]
+    >>> k.shape, encoder.flat().shape
+    (torch.Size([2, 5, 8]), torch.Size([5, 96]))
+    """
+
+    def __init__(
+        self,
+        kv_shapes: Sequence[tuple[int, int, int]],
+        prefix_length: int,
+        *,
+        hidden: int | None = None,
+        embedding_dim: int | None = None,
+        dropout: float = 0.0,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.kv_shapes = [KVShape(*shape) for shape in kv_shapes]
+        if not self.kv_shapes:
+            raise ValueError("PrefixEncoder: kv_shapes is empty; expected one shape per layer")
+        if embedding_dim is not None and hidden is None:
+            raise ValueError("PrefixEncoder: embedding_dim needs hidden, the size of the MLP")
+        _check_size("prefix_length", prefix_length)
+        for name, size in (("hidden", hidden), ("embedding_dim", embedding_dim)):
+            if size is not None:
+                _check_size(name, size)
+        for index, shape in enumerate(self.kv_shapes):
+            for size in shape:
+                _check_size(f"kv_shapes[{index}]", size)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"PrefixEncoder: dropout={dropout!r}; expected 0 <= dropout < 1")
+        if not 0 < init_std < math.inf:
+            raise ValueError(f"PrefixEncoder: init_std={init_std!r}; expected a number above 0")
+        self.prefix_length, self.hidden, self.dropout = prefix_length, hidden, dropout
+        self.enabled = True
+        widths = [shape.width for shape in self.kv_shapes]
+        if hidden is None:
+            self.tables = nn.ParameterList(
+                torch.randn(prefix_length, width, dtype=torch.float32) * init_std
+                for width in widths
+            )
+        else:
+            rows = torch.randn(prefix_length, embedding_dim or hidden, dtype=torch.float32)
+            self.embedding = nn.Parameter(rows)
+            self.inner = nn.Linear(embedding_dim or hidden, hidden, dtype=torch.float32)
+            outer = [nn.Linear(hidden, width, dtype=torch.float32) for width in widths]
+            for linear in outer:  # tanh's outputs have a mean square of about a third
+                nn.init.normal_(linear.weight, std=init_std * math.sqrt(3 / hidden))
+                nn.init.zeros_(linear.bias)
+            self.outer = nn.ModuleList(outer)
+
+    @property
+    def scale(self) -> float:
+        """1.0: a prefix is on or off, there is no product to scale."""
+        return 1.0
+
+    @scale.setter
+    def scale(self, factor: float) -> None:
+        if factor != 1.0:
+            raise ValueError(
+                f"PrefixEncoder: cannot be scaled by {factor}; a prefix is on or off (see "
+                "disable_adapters)"
+            )
+
+    def _rows(self, layer: int) -> Float[Tensor, "prefix width"]:
+        if self.hidden is None:
+            table: Tensor = self.tables[layer]
+            return table
+        # recomputed for each layer: graphs of layers share nothing, as re-entrant checkpointing
+        # needs, and the inner product is small
+        out: Tensor = self.outer[layer](torch.tanh(self.inner(self.embedding)))
+        return out
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """k and v of one layer, (kv_heads, prefix_length, dim); of length 0 while not enabled."""
+        rows = self._rows(layer)
+        if not self.enabled:
+            rows = rows[:0]
+        if self.dropout and self.training:
+            rows = F.dropout(rows, self.dropout)
+        return split_kv(rows, self.kv_shapes[layer])
+
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        return [self.layer(index) for index in range(len(self.kv_shapes))]
+
+    def flat(self) -> Float[Tensor, "prefix total"]:
+        """The whole prefix as one table, layer by layer, without dropout."""
+        return torch.cat([self._rows(index) for index in range(len(self.kv_shapes))], dim=1)
+
+    def bake(self) -> "PrefixEncoder":
+        """A new encoder with the same prefix as plain tables: what to keep after training."""
+        baked = PrefixEncoder(self.kv_shapes, self.prefix_length, dropout=self.dropout)
+        baked.to(self.flat().device).train(self.training)
+        baked.enabled = self.enabled
+        baked.load_flat(self.flat().detach())
+        return baked
+
+    def load_flat(self, flat: Float[Tensor, "prefix total"]) -> None:
+        """Copy a flat table into a prefix without an MLP; checked before anything is copied.
+
+        Raises:
+            ValueError: another shape, a value that is not finite, or an encoder with an MLP.
+        """
+        widths = [shape.width for shape in self.kv_shapes]
+        if self.hidden is not None:
+            raise ValueError("PrefixEncoder: its MLP cannot take a table; load into .bake()")
+        if tuple(flat.shape) != (self.prefix_length, sum(widths)):
+            raise ValueError(
+                f"PrefixEncoder: a table of shape {tuple(flat.shape)}; expected "
+                f"{(self.prefix_length, sum(widths))}"
+            )
+        if not bool(flat.isfinite().all()):
+            raise ValueError("PrefixEncoder: the table holds NaN or Inf")
+        with torch.no_grad():
+            for table, columns in zip(self.tables, torch.split(flat, widths, dim=1), strict=True):
+                table.copy_(columns)
+
+    def load_kv(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Copy keys and values per layer, each (kv_heads, prefix_length, dim): a cache's content.
+
+        Keys are taken as attention multiplies by them (after rotary embedding, in most models).
+        A leading dimension of 1 is dropped.
+
+        Raises:
+            ValueError: another number of layers or other shapes, values that are not finite, or
+                an encoder with an MLP; nothing has changed then.
+        """
+        given = [tuple(t[0] if t.dim() == 4 and len(t) == 1 else t for t in pair) for pair in pairs]
+        expected = [
+            tuple((s.kv_heads, self.prefix_length, dim) for dim in (s.key_dim, s.value_dim))
+            for s in self.kv_shapes
+        ]
+        if len(given) != len(expected):
+            raise ValueError(f"load_kv: {len(given)} layers; the prefix has {len(expected)}")
+        for layer, (pair, shapes) in enumerate(zip(given, expected, strict=True)):
+            found = tuple(tuple(t.shape) for t in pair)
+            if found != shapes:
+                raise ValueError(f"load_kv: layer {layer} has shapes {found}; expected {shapes}")
+        device = next(self.parameters()).device
+        self.load_flat(torch.cat([join_kv(k, v).to(device, torch.float32) for k, v in given], 1))
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """All its parameters."""
+        return dict(self.named_parameters())
+
+    def extra_repr(self) -> str:
+        how = "table" if self.hidden is None else f"hidden={self.hidden}"
+        off = "" if self.enabled else ", disabled"
+        return f"prefix_length={self.prefix_length}, layers={len(self.kv_shapes)}, {how}{off}"
+
+
+def prefix_attention(
+    q: Float[Tensor, "b h t dk"],
+    k: Float[Tensor, "b g s dk"],
+    v: Float[Tensor, "b g s dv"],
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+) -> Float[Tensor, "b h t dv"]:
+    """Attention with a prefix that every query sees, for attention of your own.
+
+    The t queries are the last of the s tokens (t < s when keys come from a cache): with
+    `is_causal`, query i sees tokens up to s - t + i.  h is a multiple of g (grouped heads).
+    `mask` is over the tokens, broadcastable to (b, h, t, s): bool (True attends) or added to the
+    scores, and combined with `is_causal`.  `prefix_k` (g, p, dk) and
+    `prefix_v` (g, p, dv) are for all rows, (b, g, p, ...) for each its own; p = 0 is attention
+    without prefix.  Both are cast to k's dtype.  `scale`
+    None: 1 / sqrt(dk).
+
+    Raises:
+        ValueError: shapes that do not belong together, a mask whose last size is not s.
+    """
+    (batch, heads, t, _), (_, groups, s, _) = q.shape, k.shape
+    if heads % groups or (k.shape[:3] != v.shape[:3]) or k.shape[0] != batch:
+        raise ValueError(
+            f"prefix_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
+            "expected (b, h, t, d), (b, g, s, d), (b, g, s, d) with h a multiple of g"
+        )
+    if is_causal and t > s:
+        raise ValueError(f"prefix_attention: {t} queries over {s} keys cannot be causal")
+    k, v, p = with_prefix(k, v, prefix_k, prefix_v)
+    if mask is not None and mask.shape[-1] != s:
+        raise ValueError(
+            f"prefix_attention: the mask covers {mask.shape[-1]} keys, there are {s} (leave the "
+            "prefix out: it is always visible)"
+        )
+    if is_causal and t > 1:
+        lower_right = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+        if mask is None:
+            mask = lower_right
+        elif mask.dtype == torch.bool:
+            mask = mask & lower_right
+        else:
+            mask = mask.masked_fill(~lower_right, -math.inf)
+    if mask is not None:
+        mask = pad_mask(mask, p)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != groups
+    )
+
+
+def with_prefix(
+    k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Keys and values (b, g, p + s, dim) with the prefix in front, and p.
+
+    Raises:
+        ValueError: the prefix has other heads or sizes.
+    """
+    batch = k.shape[0]
+    joined = []
+    for name, tokens, prefix in (("keys", k, prefix_k), ("values", v, prefix_v)):
+        wanted = (tokens.shape[1], prefix_k.shape[-2], tokens.shape[3])
+        if tuple(prefix.shape[-3:]) != wanted or prefix.shape[:-3] not in ((), (1,), (batch,)):
+            raise ValueError(
+                f"prefix of other shapes: {name} are {tuple(prefix.shape)}; expected {wanted} "
+                f"(heads, prefix, dim) for tokens of shape {tuple(tokens.shape)}"
+            )
+        prefix = prefix.to(tokens.device, tokens.dtype).expand(batch, *wanted)
+        joined.append(torch.cat([prefix, tokens], dim=2))
+    return joined[0], joined[1], prefix_k.shape[-2]
+
+
+def pad_mask(mask: Tensor, prefix_length: int) -> Tensor:
+    """The mask with columns in front that let every query see the prefix."""
+    return F.pad(mask, (prefix_length, 0), value=True if mask.dtype == torch.bool else 0.0)

@@ -1,0 +1,248 @@
+"""PrefixEncoder and prefix_attention: against loops in float64, and the flat layout."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import minipeft as mp
+from minipeft import PrefixEncoder, prefix_attention
+
+UNEQUAL = [(2, 8, 4), (1, 16, 16), (3, 4, 8)]  # heads and sizes differ from layer to layer
+
+
+def slow_attention(q, k, v, pk, pv, *, mask, is_causal, scale):
+    """One query, one head, one key at a time, in float64."""
+    batch, heads, t = q.shape[:3]
+    groups, s = k.shape[1:3]
+    out = torch.zeros(batch, heads, t, v.shape[3], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            g = h // (heads // groups)
+            own_k, own_v = (x[b] if x.dim() == 4 else x for x in (pk, pv))
+            for i in range(t):
+                scores, values = [], []
+                for j in range(own_k.shape[1]):
+                    scores.append(scale * float(q[b, h, i].double() @ own_k[g, j].double()))
+                    values.append(own_v[g, j].double())
+                for j in range(s):
+                    if is_causal and j > s - t + i:
+                        continue
+                    bias = 0.0
+                    if mask is not None:
+                        entry = mask.expand(batch, heads, t, s)[b, h, i, j]
+                        if mask.dtype != torch.bool:
+                            bias = float(entry)
+                        elif not entry:
+                            continue
+                    scores.append(scale * float(q[b, h, i].double() @ k[b, g, j].double()) + bias)
+                    values.append(v[b, g, j].double())
+                weights = torch.softmax(torch.tensor(scores, dtype=torch.float64), 0)
+                out[b, h, i] = sum(w * x for w, x in zip(weights, values, strict=True))
+    return out
+
+
+@given(
+    t=st.integers(1, 5), cached=st.integers(0, 3), p=st.integers(0, 4),
+    groups=st.sampled_from([1, 2]), repeats=st.sampled_from([1, 3]), is_causal=st.booleans(),
+    mask=st.sampled_from(["none", "padding", "additive"]), per_row=st.booleans(),
+    scale=st.sampled_from([None, 0.7]),
+)  # fmt: skip
+def test_prefix_attention_equals_a_float64_loop(
+    t, cached, p, groups, repeats, is_causal, mask, per_row, scale
+):
+    b, s, dk, dv = 2, t + cached, 6, 5
+    q = torch.randn(b, groups * repeats, t, dk)
+    k, v = torch.randn(b, groups, s, dk), torch.randn(b, groups, s, dv)
+    lead = (b,) if per_row else ()
+    pk, pv = torch.randn(*lead, groups, p, dk), torch.randn(*lead, groups, p, dv)
+    if mask == "padding":  # the second row begins with one padding token, unless it is all it has
+        given_mask = torch.ones(b, 1, 1, s, dtype=torch.bool)
+        given_mask[1, ..., 0] = p == 0 and is_causal
+    else:
+        given_mask = torch.randn(b, 1, t, s) if mask == "additive" else None
+    if p == 0 and mask == "padding" and s == 1:
+        given_mask = None  # nothing to attend to
+    y = prefix_attention(q, k, v, pk, pv, mask=given_mask, is_causal=is_causal, scale=scale)
+    expected = slow_attention(
+        q, k, v, pk, pv, mask=given_mask, is_causal=is_causal, scale=scale or 1 / math.sqrt(dk)
+    )
+    # float32 scores of sums of 6 products of numbers up to 5
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_the_prefix_through_every_argument():
+    shapes = [(1, 4, 3, 6), (1, 2, 5, 6), (1, 2, 5, 4), (2, 3, 6), (2, 3, 4)]
+    tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(lambda *a: prefix_attention(*a), tensors)
+
+
+def test_a_prefix_of_length_0_is_plain_causal_attention():
+    q, k, v = (torch.randn(2, 4, 7, 8) for _ in range(3))
+    none = torch.zeros(4, 0, 8)
+    plain = nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=torch.ones(7, 7, dtype=torch.bool).tril()
+    )
+    assert torch.equal(prefix_attention(q, k, v, none, none), plain)
+
+
+def test_the_prefix_is_cast_to_the_dtype_of_the_keys():
+    q, k, v = (torch.randn(1, 2, 3, 4).bfloat16() for _ in range(3))
+    prefix = torch.randn(2, 5, 4)
+    assert prefix_attention(q, k, v, prefix, prefix).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": torch.ones(1, 1, 3, 4, dtype=torch.bool)}, "mask covers 4 keys, there are 5"),
+        ({"prefix_k": torch.randn(3, 6, 8)}, "prefix of other shapes"),
+        ({"prefix_v": torch.randn(2, 7, 8)}, "prefix of other shapes"),
+        ({"prefix_k": torch.randn(3, 2, 6, 8)}, "prefix of other shapes"),
+        ({"q": torch.randn(1, 3, 3, 8)}, "multiple"),
+        ({"q": torch.randn(1, 4, 6, 8)}, "cannot be causal"),
+    ],
+)
+def test_shapes_that_do_not_belong_together(change, message):
+    arguments = {
+        "q": torch.randn(1, 4, 3, 8), "k": torch.randn(1, 2, 5, 8), "v": torch.randn(1, 2, 5, 8),
+        "prefix_k": torch.randn(2, 6, 8), "prefix_v": torch.randn(2, 6, 8), **change,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        prefix_attention(**arguments)
+
+
+@pytest.mark.parametrize("hidden", [None, 12])
+def test_shapes_per_layer_and_the_flat_layout(hidden):
+    encoder = PrefixEncoder(UNEQUAL, 5, hidden=hidden)
+    flat = encoder.flat()
+    assert flat.shape == (5, sum(h * (dk + dv) for h, dk, dv in UNEQUAL))
+    column = 0
+    for (heads, *sizes), pair in zip(UNEQUAL, encoder(), strict=True):
+        for size, tensor in zip(sizes, pair, strict=True):  # keys of all heads, then values
+            assert tensor.shape == (heads, 5, size)
+            for head in range(heads):
+                for d in range(size):
+                    assert torch.equal(tensor[head, :, d], flat[:, column])
+                    column += 1
+    assert column == flat.shape[1]
+
+
+def test_table_starts_as_normal_numbers_in_float32():
+    encoder = PrefixEncoder([(4, 64, 64)] * 4, 128)
+    flat = encoder.flat().detach()
+    assert flat.dtype == torch.float32
+    assert sum(p.numel() for p in encoder.parameters()) == flat.numel()
+    # 262,144 draws: the standard error of the mean is 4e-5, of the deviation 3e-5
+    assert abs(float(flat.mean())) < 2e-4 and abs(float(flat.std()) - 0.02) < 2e-4
+    mlp = PrefixEncoder([(4, 64, 64)] * 4, 128, hidden=256).flat().detach()
+    assert 0.01 < float(mlp.std()) < 0.04
+
+
+def test_bake_keeps_the_prefix_and_drops_the_mlp():
+    encoder = PrefixEncoder(UNEQUAL, 5, hidden=12, embedding_dim=7)
+    baked = encoder.bake()
+    assert torch.equal(baked.flat(), encoder.flat())
+    assert baked.hidden is None and {n.split(".")[0] for n in baked.state_dict()} == {"tables"}
+
+
+def test_dropout_acts_while_training_only():
+    encoder = PrefixEncoder([(2, 8, 8)], 64, dropout=0.5)
+    dropped = float((encoder()[0][0] == 0).float().mean())
+    assert 0.35 < dropped < 0.65  # 1,024 draws: a standard error of 0.016
+    assert not (encoder.eval()()[0][0] == 0).any()
+
+
+def test_load_kv_and_load_flat_are_inverses_of_reading():
+    source, copy_ = PrefixEncoder(UNEQUAL, 5), PrefixEncoder(UNEQUAL, 5)
+    copy_.load_kv([(k[None], v[None]) for k, v in source()])
+    assert torch.equal(copy_.flat(), source.flat())
+    other = PrefixEncoder(UNEQUAL, 5)
+    other.load_flat(source.flat())
+    assert torch.equal(other.flat(), source.flat())
+
+
+def test_bad_loads_change_nothing():
+    encoder = PrefixEncoder(UNEQUAL, 5)
+    before = encoder.flat().clone()
+    pairs = [(k.detach().clone(), v.detach().clone()) for k, v in PrefixEncoder(UNEQUAL, 5)()]
+    with pytest.raises(ValueError, match="2 layers; the prefix has 3"):
+        encoder.load_kv(pairs[:2])
+    with pytest.raises(ValueError, match="layer 1 has shapes"):
+        encoder.load_kv([pairs[0], pairs[2], pairs[1]])
+    with pytest.raises(ValueError, match="expected \\(5, 92\\)"):
+        encoder.load_flat(torch.zeros(4, 92))
+    pairs[2][1][0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        encoder.load_kv(pairs)
+    assert torch.equal(encoder.flat(), before)
+    with pytest.raises(ValueError, match="MLP"):
+        PrefixEncoder(UNEQUAL, 5, hidden=4).load_flat(before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([], 4), "kv_shapes is empty"), (([(1, 2, 3)], 0), "prefix_length=0"),
+        (([(1, 2, 3)], True), "prefix_length=True"),
+        (([(0, 2, 3)], 4), r"kv_shapes\[0\]=0"),
+    ],
+)  # fmt: skip
+def test_impossible_sizes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PrefixEncoder(*arguments)
+
+
+@pytest.mark.parametrize(
+    "keywords", [{"dropout": 1.0}, {"init_std": 0}, {"hidden": 0}, {"embedding_dim": 4}]
+)
+def test_impossible_settings(keywords):
+    with pytest.raises(ValueError, match=next(iter(keywords))):
+        PrefixEncoder([(1, 2, 3)], 4, **keywords)
+
+
+class Attention(nn.Module):
+    """An attention of the test's own with a prefix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.prefix = PrefixEncoder([(2, 8, 8)], 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        return prefix_attention(q, k, v, *self.prefix.layer(0))
+
+
+def test_whole_model_functions_see_the_encoder():
+    model, x = Attention(), torch.randn(2, 5, 16)
+    mp.freeze(model)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["prefix.tables.0"]
+    assert list(mp.adapter_state_dict(model)) == ["prefix.tables.0"]
+    with_prefix = model(x)
+    with mp.disable_adapters(model):
+        off = model(x)
+    assert not torch.allclose(off, with_prefix)
+    q, k, v = model.qkv(x).view(2, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    none = torch.zeros(2, 0, 8)
+    assert torch.equal(off, prefix_attention(q, k, v, none, none))
+    assert torch.equal(copy.deepcopy(model)(x), with_prefix)
+
+
+def test_a_prefix_cannot_be_scaled_and_nothing_else_is_then():
+    model = nn.Sequential(nn.Linear(16, 16), Attention())
+    mp.inject_lora(model, ["0"], rank=2)
+    with pytest.raises(ValueError, match=r"cannot be scaled by 0\.5"):
+        mp.scale_adapters(model, 0.5)
+    assert model[0].scale == 1.0
+
+
+def test_two_encoders_with_one_seed_are_equal():
+    torch.manual_seed(3)
+    first = PrefixEncoder(UNEQUAL, 4).flat()
+    torch.manual_seed(3)
+    assert torch.equal(PrefixEncoder(UNEQUAL, 4).flat(), first)
