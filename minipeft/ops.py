@@ -4,7 +4,8 @@ An operator is a name with a schema, registered with torch so that autograd, tor
 torch.export know its shapes and treat it as one node.  What it computes is chosen from a table:
 
     operator          name      when (device, dtype, shape)   where
-    dequantize_nf4    pytorch   always                        minipeft.nf4: the chunked version
+    dequantize_nf4    triton    a CUDA or ROCm device         minipeft_kernels.triton.nf4
+    dequantize_nf4    pytorch   always                        minipeft.double_quant, minipeft.nf4
 
 Rows are tried from the top; the PyTorch one is the last of each operator and takes everything.
 A row names a module and a function; the module is imported when the row is first needed, inside
@@ -60,7 +61,19 @@ class Implementation:
     function: str
 
 
-_table: dict[str, list[Implementation]] = {name: [] for name in SCHEMAS}
+def _on_gpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+KERNELS = (
+    Implementation(
+        "dequantize_nf4", "triton", _on_gpu, "minipeft_kernels.triton.nf4", "dequantize"
+    ),
+)  # fmt: skip
+
+_table: dict[str, list[Implementation]] = {
+    name: [row for row in KERNELS if row.operator == name] for name in SCHEMAS
+}
 _loaded: dict[Implementation, Callable[..., Any] | str] = {}  # the function, or why there is none
 _kernels_enabled: ContextVar[bool] = ContextVar(
     "minipeft_kernels_enabled", default=os.environ.get("MINIPEFT_KERNELS", "1") != "0"

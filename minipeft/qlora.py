@@ -29,9 +29,17 @@ from torch import Tensor, nn
 from minipeft import nf4, ops
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE, decoded_absmax, quantize_absmax
 
-# Decoded at a time by a product: larger panels leave the cache before they are multiplied, smaller
-# ones make thin products.
 PANEL_BYTES = 16 * 2**20
+GPU_PANEL_BYTES = 256 * 2**20
+
+
+def _panel_bytes(device: torch.device) -> int:
+    """How much of the weight to decode at a time for a product.
+
+    On a CPU larger panels leave the cache before they are multiplied, and smaller ones make thin
+    products; elsewhere it is a bound on memory, seldom reached.
+    """
+    return PANEL_BYTES if device.type == "cpu" else GPU_PANEL_BYTES
 
 
 def _as_bytes(scales: Tensor) -> Tensor:
@@ -61,7 +69,7 @@ def _linear(
     block_size: int,
 ) -> Tensor:
     in_features = x.shape[-1]
-    rows = max(1, PANEL_BYTES // max(1, in_features * x.element_size()))
+    rows = max(1, _panel_bytes(x.device) // max(1, in_features * x.element_size()))
     if rows >= out_features or in_features % block_size:
         shape = [out_features, in_features]
         weight = torch.ops.minipeft.dequantize_nf4(
@@ -91,7 +99,7 @@ def _input_gradient(
     block_size: int,
 ) -> Tensor:
     out_features = grad.shape[-1]
-    blocks = PANEL_BYTES // max(1, out_features * grad.element_size() * block_size)
+    blocks = _panel_bytes(grad.device) // max(1, out_features * grad.element_size() * block_size)
     columns = max(1, blocks) * block_size
     if columns >= in_features or in_features % block_size:
         shape = [out_features, in_features]

@@ -143,7 +143,7 @@ def test_a_row_is_used_where_its_predicate_holds_and_loaded_at_its_first_use(add
     assert mp.backend(dtype=torch.float32)["dequantize_nf4"].startswith("pytorch (not fast: not")
     with mp.use_kernels(False):
         assert (decode() == 1).all()
-        assert mp.backend()["dequantize_nf4"] == "pytorch (not fast: kernels are off)"
+        assert mp.backend()["dequantize_nf4"].startswith("pytorch (not fast: kernels are off")
     assert (decode() == 42).all()
 
 

@@ -1,0 +1,32 @@
+"""Makes Triton's interpreter round to bfloat16; loaded where TRITON_INTERPRET=1 is set.
+
+Up to 3.8 it cuts float32 off instead of rounding to nearest even (triton-lang/triton#11584), so a
+kernel that is right on a GPU would look wrong.  `interpreted.py` has a test that fails when this
+is no longer needed.
+"""
+
+import os
+
+import numpy as np
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Bits of the bfloat16 nearest to float32 values, ties to even; NaN stays NaN."""
+    bits = np.asarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert_float(data, source, target, rounding):
+        if source.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            return round_to_bfloat16(np.asarray(data).view(np.float32))
+        return original(data, source, target, rounding)
+
+    if os.environ.get("MINIPEFT_NO_REPAIR") != "1":
+        interpreter._convert_float = convert_float

@@ -1,0 +1,113 @@
+"""The Triton kernels under the interpreter, on the CPU: run by tests/test_kernels.py.
+
+Every bit must be what the PyTorch implementation computes; nothing beyond the result may be
+written.  Programs run one after another here: races are not seen.
+"""
+
+import random
+
+import pytest
+import torch
+from conftest import round_to_bfloat16
+from triton.runtime import interpreter
+
+import minipeft as mp
+from minipeft import ops
+from minipeft_kernels.triton import nf4
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CASES = 400
+GUARD = 4096
+
+
+def case(seed: int):
+    """Packed state, shape, block size and dtype: tails of every kind, zero and tiny blocks."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    shape = rng.choice([
+        (rng.randint(1, 40),), (rng.randint(1, 5000),), (rng.randint(1, 40), rng.randint(1, 130)),
+        (rng.randint(1, 16), rng.choice([32, 64, 192, 256, 320])),
+    ])  # fmt: skip
+    block_size = rng.choice([32, 64, 64, 128, 256, 1024, 4096])
+    w = torch.randn(shape) * 2.0 ** rng.choice([0, -8, -60, -120])
+    if rng.random() < 0.3:
+        w = w * (torch.rand(shape) < 0.05)
+    packed, absmax = mp.quantize_nf4(w, block_size=block_size)
+    state = (packed, absmax, None, None)
+    if rng.random() < 0.7:
+        state = (packed, *mp.quantize_absmax(absmax))
+    return state, list(shape), block_size, rng.choice(DTYPES)
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.contiguous().view({4: torch.int32, 2: torch.int16}[t.element_size()])
+
+
+def test_the_sweep(capsys):
+    weights = differing = 0
+    for seed in range(CASES):
+        state, shape, block_size, dtype = case(seed)
+        expected = torch.ops.minipeft.dequantize_nf4(*state, shape, block_size, dtype)
+        got = nf4.dequantize(*state, shape, block_size, dtype)
+        assert got.dtype == dtype and got.shape == expected.shape
+        weights += got.numel()
+        differing += int((bits(got) != bits(expected)).sum())
+    with capsys.disabled():
+        print(f"\n{CASES} cases, {weights:,} weights: {differing} differ in any bit")
+    assert differing == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 1023, 1024, 1025, 2047, 3000])
+def test_nothing_is_written_beyond_the_result(n, dtype):
+    packed, absmax = mp.quantize_nf4(torch.randn(n))
+    code, scale, offset = mp.quantize_absmax(absmax)
+    around = torch.full((GUARD + n + GUARD,), 7.0, dtype=dtype)
+    rows, width = nf4.tile_of(64)
+    nf4.dequantize_kernel[(-(-n // (2 * nf4.TILE)),)](
+        packed, code, scale, offset, *nf4._tables(packed.device), around[GUARD:], n,
+        NESTED=True, BLOCK=64, GROUP=256, ROWS=rows, WIDTH=width,
+    )  # fmt: skip
+    expected = torch.ops.minipeft.dequantize_nf4(packed, code, scale, offset, [n], 64, dtype)
+    assert torch.equal(around[GUARD : GUARD + n], expected)
+    assert (around[:GUARD] == 7).all() and (around[GUARD + n :] == 7).all()
+
+
+def test_no_weights():
+    empty = torch.empty(0, dtype=torch.uint8), torch.empty(0), None, None
+    assert nf4.dequantize(*empty, [0, 8], 64, torch.float32).shape == (0, 8)
+
+
+def test_chosen_through_the_table_for_a_layer_and_its_backward():
+    row = ops.Implementation(
+        "dequantize_nf4", "triton", lambda *_: True, "minipeft_kernels.triton.nf4", "dequantize"
+    )
+    layer = mp.NF4Linear.from_linear(torch.nn.Linear(192, 65).bfloat16())
+    x = torch.randn(3, 192, dtype=torch.bfloat16, requires_grad=True)
+
+    def run():
+        y = layer(x)
+        (grad,) = torch.autograd.grad(y.float().square().sum(), x)
+        return y, grad
+
+    expected = run()
+    ops.add_implementation(row)
+    try:
+        assert mp.backend()["dequantize_nf4"] == "triton"
+        for got, wanted in zip(run(), expected, strict=True):
+            assert torch.equal(got, wanted)
+        with mp.use_kernels(False):
+            assert mp.backend()["dequantize_nf4"].startswith("pytorch (not triton: kernels are off")
+    finally:
+        ops.remove_implementation(row)
+
+
+def test_the_interpreter_still_needs_its_repair():
+    import triton.language as tl
+    from conftest import original
+
+    values = torch.randn(1000).numpy()
+    names = [f"arg{i}" for i in range(2)]
+    assert names and interpreter._convert_float is not original
+    cut = original(values, tl.float32, tl.bfloat16, None)
+    assert (cut.view("uint16") != round_to_bfloat16(values)).any(), "remove the repair"

@@ -1,0 +1,79 @@
+"""The Triton kernels, each mode of Triton in a process of its own, and what happens without it."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "kernels"
+ROOT = FOLDER.parent.parent
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def run(name: str, **environment: str) -> str:
+    """One file of tests/kernels as a pytest session of its own; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{name}.py"],
+        capture_output=True,
+        text=True,
+        cwd=FOLDER,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+            **environment,
+        },
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_triton
+def test_interpreted(capsys):
+    printed = run("interpreted", TRITON_INTERPRET="1")
+    with capsys.disabled():
+        print("\n" + "\n".join(line for line in printed.splitlines() if "differ" in line))
+    assert "0 differ" in printed
+
+
+@needs_triton
+def test_compiled_without_a_gpu(capsys, tmp_path):
+    printed = run("compiled", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    table = [line for line in printed.splitlines() if line.startswith(("sm_", "gfx"))]
+    with capsys.disabled():
+        print("\n" + "\n".join(table))
+    assert len(table) == 5 * 3 + 3
+
+
+@needs_triton
+def test_on_a_cpu_without_the_interpreter_it_says_why_not(plain_python):
+    script = """
+import torch
+import minipeft
+from minipeft_kernels.triton import nf4
+packed, absmax = minipeft.quantize_nf4(torch.randn(64))
+try:
+    nf4.dequantize(packed, absmax, None, None, [64], 64, torch.float32)
+except RuntimeError as error:
+    print(error)
+print(minipeft.backend("cuda")["dequantize_nf4"])
+print(minipeft.backend("cpu")["dequantize_nf4"])
+"""
+    error, cuda, cpu = plain_python(script, TRITON_INTERPRET="0").strip().splitlines()
+    assert "the weight is on cpu" in error and "TRITON_INTERPRET=1" in error
+    assert cuda == "triton"
+    assert cpu == "pytorch (not triton: not for torch.bfloat16 (4096, 4096) on cpu)"
+
+
+def test_without_triton_the_table_says_so(plain_python):
+    script = """
+import sys
+sys.modules["triton"] = None
+import minipeft
+print(minipeft.backend("cuda")["dequantize_nf4"])
+"""
+    printed = plain_python(script)
+    assert printed.startswith("pytorch (not triton: ") and "triton" in printed.split("Error: ")[1]
