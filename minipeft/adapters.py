@@ -59,8 +59,13 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without the adapters, under the names that the plain model had."""
-    adapters = named_adapters(model)
-    owned = set(_named_adapter_parameters(model))
+    modules = model.named_modules(remove_duplicate=False)  # a shared one under each of its names
+    adapters = {name: module for name, module in modules if is_adapter(module)}
+    owned = {
+        f"{name}.{own}" if name else own
+        for name, adapter in adapters.items()
+        for own in adapter.adapter_parameters()
+    }
     wrappers = sorted((name for name in adapters if hasattr(adapters[name], "base")), key=len)
     state = {}
     for key, value in model.state_dict().items():
@@ -106,6 +111,11 @@ def load_adapter_state_dict(
     for name in own.keys() & state.keys():
         if not isinstance(state[name], Tensor) or not state[name].is_floating_point():
             raise ValueError(f"load_adapter_state_dict: {name} is no floating-point tensor")
+        if own[name].is_meta:
+            raise ValueError(
+                f"load_adapter_state_dict: {name} is on the meta device and cannot hold values; "
+                "load the base model first"
+            )
         if state[name].shape != own[name].shape:
             raise ValueError(
                 f"load_adapter_state_dict: {name} has shape {tuple(state[name].shape)}, the model "

@@ -5,7 +5,7 @@ before the first is put in, so an error changes nothing; a module that the model
 several names is wrapped once and put back under each.
 
     names = inject_lora(model, ["q_proj", "v_proj"], rank=8)       LoRA over dense layers
-    names = quantize_model(model)                                  NF4, nothing trainable
+    names = quantize_model(model)                                  NF4, frozen
     names = inject_qlora(model, "all-linear", rank=8)              both: QLoRA
 
 Read next: nf4.py.
@@ -19,7 +19,7 @@ from torch import nn
 
 from minipeft.adapters import freeze
 from minipeft.lora import LoRALinear
-from minipeft.protocol import is_packed, linear_shape
+from minipeft.protocol import has_stored_weight, is_packed, linear_shape
 from minipeft.qlora import NF4Linear, has_own_forward
 from minipeft.targets import (
     Names,
@@ -34,15 +34,33 @@ from minipeft.targets import (
 
 # called with the model after modules were swapped (io makes `save_pretrained` write adapters)
 after_swap: list[Callable[[nn.Module], None]] = []
+Modules = dict[str, nn.Module]
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-    """Put each module in the place of its name."""
-    for name, module in replacements.items():
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, module)
+    """Put each module in the place of its name; if one cannot be, put all back."""
+    places = {name: model.get_submodule(name.rpartition(".")[0]) for name in replacements}
+    before = {name: model.get_submodule(name) for name in replacements}
+    try:
+        for name, module in replacements.items():
+            setattr(places[name], name.rpartition(".")[2], module)
+    except BaseException:
+        for name, module in before.items():
+            setattr(places[name], name.rpartition(".")[2], module)
+        raise
     for listener in after_swap:
         listener(model)
+
+
+def _settled(caller: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> Modules:
+    """The modules under every name that the model has for them; none lies inside another."""
+    nested = [n for n in modules for outer in modules if n.startswith(f"{outer}.")]
+    if nested:
+        raise ValueError(
+            f"{caller}: {nested} lie inside other targets; name one or the other (exclude=, skip=)"
+        )
+    chosen = {id(module) for module in modules.values()}
+    return {n: m for n, m in visible_modules(model).items() if id(m) in chosen}
 
 
 @contextmanager
@@ -98,10 +116,7 @@ def inject(model: nn.Module, target: Target, wrap: Callable[[nn.Module], nn.Modu
         modules, left_out = linear_targets(model, target)
     else:
         modules = find(model, target)
-    names = list(modules)
-    nested = [n for n in names for outer in names if n.startswith(f"{outer}.")]
-    if nested:
-        raise ValueError(f"inject: {nested} lie inside other targets; name one or the other")
+    modules = _settled("inject", model, modules)
 
     def make(name: str, module: nn.Module) -> nn.Module:
         made = wrap(module)
@@ -153,6 +168,7 @@ def _inject(
 ) -> Names:
     _check_model("inject_lora", model)
     modules, left_out = linear_targets(model, target, exclude)
+    modules = _settled("inject_lora", model, modules)
     ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
 
     def make(name: str, module: nn.Module) -> nn.Module:
@@ -169,6 +185,15 @@ def _inject(
             stacklevel=3,
         )
     return Names(wrapped, left_out)
+
+
+def _take_hooks(layer: nn.Module, module: nn.Module) -> None:
+    """Let the layer run the module's hooks; their handles still remove them."""
+    for name, hooks in vars(module).items():
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and (
+            "state_dict" not in name
+        ):
+            vars(layer)[name] = hooks
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -188,7 +213,11 @@ def quantizable(
     """The linear layers that `quantize_model` would quantise, and why it leaves out the others."""
     skipped = {} if skip == () else find(model, skip, caller="skip")
     left_out = {**in_attention(model), **head_reasons(model)}
-    float32 = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    float32 = {
+        part
+        for module in model.modules()
+        for part in getattr(module, "_keep_in_fp32_modules", None) or ()
+    }
     shared = _shared_weights(model)
     chosen: dict[str, nn.Module] = {}
     for name, module in visible_modules(model).items():
@@ -200,6 +229,10 @@ def quantizable(
             left_out[name] = "kept in float32 (_keep_in_fp32_modules)"
         elif not isinstance(module, nn.Linear):
             left_out[name] = f"{type(module).__name__} is no nn.Linear"
+        elif not has_stored_weight(module):
+            left_out[name] = "its weight is computed (weight norm, a parametrisation)"
+        elif "forward" in vars(module):
+            left_out[name] = "its forward was replaced on the instance (offloading?)"
         elif id(module.weight) in shared:
             left_out[name] = "its weight is tied to another module's"
         elif has_own_forward(module) and type(module) not in also:
@@ -219,13 +252,16 @@ def _quantized(
     chosen, left_out = quantizable(model, skip=skip, also=also)
     if not chosen:
         raise ValueError(f"quantize_model: no layer to quantise; left out: {left_out}")
+    chosen = _settled("quantize_model", model, chosen)
     settings = {"block_size": 64, "double_quant": True, "compute_dtype": None} | dict(nf4)
     if unknown := set(settings) - {"block_size", "double_quant", "compute_dtype"}:
         raise TypeError(f"quantize_model: unknown arguments {sorted(unknown)}")
 
     def make(name: str, module: nn.Module) -> nn.Module:
         bias = module.bias
-        return NF4Linear.from_weight(module.weight, bias, **settings)  # type: ignore[arg-type]
+        layer = NF4Linear.from_weight(module.weight, bias, **settings)  # type: ignore[arg-type]
+        _take_hooks(layer, module)
+        return layer.train(module.training)
 
     layers = build(chosen, make)
     for name, why in left_out.items():
@@ -281,6 +317,7 @@ def inject_qlora(
     nf4 = {
         "block_size": block_size, "double_quant": double_quant, "compute_dtype": compute_dtype
     }  # fmt: skip
+    target = target if isinstance(target, str) or callable(target) else list(target)
     linear_targets(model, target, exclude)  # a wrong target should not cost the quantisation
     layers, left_out = _quantized(model, skip, also, nf4)
     names = _inject(model, target, rank, alpha, exclude, lora, layers)

@@ -27,7 +27,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minipeft.protocol import is_adapter, is_packed, linear_shape, linear_with_weight
+from minipeft.ops import without_autocast
+from minipeft.protocol import (
+    has_stored_weight,
+    is_adapter,
+    is_packed,
+    linear_shape,
+    linear_with_weight,
+)
 
 
 def lora_scaling(alpha: float, rank: int, *, rank_stabilized: bool = False) -> float:
@@ -83,12 +90,13 @@ def add_lora(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
     Backward keeps x and x A^T, and the casts of the factors; nothing of base_out's size.
     """
     dtype, columns = base_out.dtype, base_out.shape[-1]
-    hidden = F.linear(x.to(dtype), a.to(dtype))  # x A^T, (*batch, rank)
-    if base_out.dim() == 2:
-        return torch.addmm(base_out, hidden, b.to(dtype).T, alpha=scaling)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    out = torch.addmm(base_out.reshape(-1, columns), rows, b.to(dtype).T, alpha=scaling)
-    return out.view(base_out.shape)
+    with without_autocast(x.device):  # every dtype is settled here
+        hidden = F.linear(x.to(dtype), a.to(dtype))  # x A^T, (*batch, rank)
+        if base_out.dim() == 2:
+            return torch.addmm(base_out, hidden, b.to(dtype).T, alpha=scaling)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        out = torch.addmm(base_out.reshape(-1, columns), rows, b.to(dtype).T, alpha=scaling)
+        return out.view(base_out.shape)
 
 
 def init_default(layer: "LoRALinear") -> None:
@@ -156,12 +164,14 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
         self.rank_stabilized, self.dropout = rank_stabilized, dropout
         self.enabled, self.scale = True, 1.0
-        self.base = base.requires_grad_(False)
+        self.base = base
         device = next(base.parameters()).device
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device=device))
         self.register_buffer("merged_weight", None, persistent=False)
         (init or init_default)(self)
+        base.requires_grad_(False)
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_weight is not None and self.enabled:
@@ -208,6 +218,13 @@ class LoRALinear(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        # torch's part of load_state_dict for one module; the last argument collects errors
+        if self.merged_weight is not None and f"{prefix}lora_a" in state:
+            rest[-1].append(f"{prefix[:-1]} is merged; call minipeft.unmerge(model) first")
+            return
+        super()._load_from_state_dict(state, prefix, *rest)
+
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """lora_a and lora_b."""
         return {"lora_a": self.lora_a, "lora_b": self.lora_b}
@@ -216,9 +233,11 @@ class LoRALinear(nn.Module):
         """Compute with one dense weight, kept beside the untouched base and in no state dict.
 
         Raises:
-            ValueError: the merged weight is not finite; nothing has changed then.
+            ValueError: the merged weight is not finite, or the base computes its weight (weight
+                norm, a parametrisation); nothing has changed then.
         """
-        with torch.no_grad():
+        _require_stored_weight("merge", self.base)
+        with torch.inference_mode(False), torch.no_grad():
             weight = self.effective_weight()
         if not bool(weight.isfinite().all()):
             raise ValueError(
@@ -237,12 +256,15 @@ class LoRALinear(nn.Module):
         `requantize` keeps a packed base packed, at the price of rounding to 4 bits again.
 
         Raises:
-            ValueError: requantize on a base that is not packed.
+            ValueError: requantize on a base that is not packed, or a base that computes its
+                weight.
         """
-        with torch.no_grad():
+        _require_stored_weight("merged", self.base)
+        with torch.inference_mode(False), torch.no_grad():
             weight = self.effective_weight()
         if is_packed(self.base):
-            return self.base.requantized(weight) if requantize else _linear(weight, self.base.bias)
+            dense = None if requantize else _linear(weight, self.base.bias)
+            return (dense or self.base.requantized(weight)).train(self.training)
         if requantize:
             raise ValueError(f"LoRALinear.merged: {type(self.base).__name__} has no codes to renew")
         # deepcopy finds the weight in its memo, so the old one is never copied
@@ -260,6 +282,15 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return linear
+
+
+def _require_stored_weight(caller: str, base: nn.Module) -> None:
+    if not has_stored_weight(base):
+        raise ValueError(
+            f"LoRALinear.{caller}: {type(base).__name__} computes its weight (weight norm, a "
+            "parametrisation); take that off first, with torch.nn.utils.parametrize."
+            "remove_parametrizations or torch.nn.utils.remove_weight_norm"
+        )
 
 
 def _checked_shape(base: nn.Module) -> tuple[int, int, bool]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters import require_adapters
 from minipeft.inject import swap
-from minipeft.protocol import AdapterLayer, is_adapter_layer, is_packed
+from minipeft.protocol import AdapterLayer, has_stored_weight, is_adapter_layer, is_packed
 
 
 def _layers(caller: str, model: nn.Module) -> dict[str, AdapterLayer]:
@@ -112,6 +112,11 @@ def _check_foldable(model: nn.Module, layers: dict[str, AdapterLayer], requantiz
         if not is_packed(layer.base):
             if requantize:
                 raise ValueError(f"remove: {name} has a dense base; requantize is for NF4 bases")
+            if not has_stored_weight(layer.base):
+                raise ValueError(
+                    f"remove: {name} has a base that computes its weight (weight norm, a "
+                    "parametrisation); take that off first"
+                )
             if holders[id(layer.base.weight)] > 1:
                 raise ValueError(
                     f"remove: the weight of {name} belongs to another module too (tied weights); "

@@ -50,7 +50,8 @@ def normal_float_codebook(bits: int = 4) -> tuple[float, ...]:
     offset = round(1 - (1 / (2 * half - 1) + 1 / (2 * half)) / 4, 7)
     values = [0.0]
     for count, sign in ((half, 1.0), (half - 1, -1.0)):
-        probabilities = torch.linspace(offset, 0.5, count + 1)[:-1].tolist()
+        ends = torch.linspace(offset, 0.5, count + 1, dtype=torch.float32)
+        probabilities = ends[:-1].tolist()
         values += [sign * NormalDist().inv_cdf(p) for p in probabilities]
     rounded = torch.tensor(sorted(values), dtype=torch.float32)
     return tuple((rounded / rounded.max()).tolist())
@@ -73,11 +74,11 @@ def _encoding_table(device: torch.device) -> tuple[Tensor, Tensor]:
     the code.  The edge is taken 1e-6 lower, since computing a bin's number in float32 is off by
     up to 2e-7 of [-1, 1]: a value is never in a bin whose lower code is already too high.
     """
-    values = torch.tensor(NF4_CODEBOOK)
+    values = torch.tensor(NF4_CODEBOOK, dtype=torch.float32)
     midpoints = (values[1:] + values[:-1]) / 2  # float32, as every reader of NF4 rounds them
     edges = torch.arange(_BINS, dtype=torch.float64) * (2 / _BINS) - 1 - 1e-6
     lower = torch.bucketize(edges, midpoints.double())
-    above = torch.cat([midpoints, torch.tensor([math.inf])])[lower]
+    above = torch.cat([midpoints, midpoints.new_tensor([math.inf])])[lower]
     return lower.to(torch.uint8).to(device), above.to(device)
 
 

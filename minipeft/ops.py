@@ -18,7 +18,7 @@ Read next: kernels/README.md, how to add a row.
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -175,15 +175,27 @@ def backend(
     return report
 
 
+@contextmanager
+def _autocast_off(device_type: str) -> Iterator[None]:
+    with torch.autocast(device_type, enabled=False):
+        yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which autocast casts nothing; it costs nothing where autocast is off."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return _autocast_off(kind)
+    return nullcontext()
+
+
 def _body(operator: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         first = args[0]
         dtype = args[-1] if isinstance(args[-1], torch.dtype) else first.dtype
         function, _ = choose(operator, first.device, dtype, tuple(first.shape))
-        if torch.is_autocast_enabled(first.device.type):  # the caller has settled every dtype
-            with torch.autocast(first.device.type, enabled=False):
-                return function(*args)
-        return function(*args)
+        with without_autocast(first.device):  # the caller has settled every dtype
+            return function(*args)
 
     return run
 

@@ -7,6 +7,7 @@ layer of your own that has them joins fully.  An adapter is recognised by its me
 Also here: what counts as a linear layer, and in which layout it keeps its weight.
 """
 
+import threading
 from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -131,9 +132,28 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
     return LinearShape(in_features, out_features, transposed=False)
 
 
+def has_stored_weight(module: nn.Module) -> bool:
+    """Whether the weight is a parameter or packed, and not computed (weight norm, ...)."""
+    return is_packed(module) or module._parameters.get("weight") is not None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return "forward" in vars(module) or any(
+        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+         module._backward_pre_hooks)
+    )  # fmt: skip
+
+
+_swapping = threading.Lock()
+
+
 def linear_with_weight(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     """What `base` would compute for `x` if its weight were `weight`."""
     if is_packed(base):
         return F.linear(x, weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
-    out: Any = torch.func.functional_call(base, {"weight": weight}, (x,))
+    if type(base).forward is nn.Linear.forward and not is_hooked(base):
+        return F.linear(x, weight, base.bias)  # type: ignore[arg-type]
+    with _swapping:  # the base holds the weight for as long as the call takes
+        out: Any = torch.func.functional_call(base, {"weight": weight}, (x,))
     return out  # type: ignore[no-any-return]

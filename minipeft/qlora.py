@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minipeft import nf4, ops
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE, decoded_absmax, quantize_absmax
+from minipeft.protocol import has_stored_weight
 
 PANEL_BYTES = 16 * 2**20
 GPU_PANEL_BYTES = 256 * 2**20
@@ -55,6 +56,17 @@ def _as_float32(stored: Tensor) -> Tensor:
 
 def _frozen(data: Tensor) -> nn.Parameter:
     return nn.Parameter(data, requires_grad=False)
+
+
+def _encoded(weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Tensor]:
+    """Codes and scales by the names that NF4Linear keeps them under."""
+    packed, absmax = nf4.quantize_nf4(weight.detach(), block_size=block_size)
+    if not double_quant:
+        return {"packed": packed, "absmax": absmax}
+    code, scale, offset = quantize_absmax(absmax)
+    return {
+        "packed": packed, "absmax_code": code, "absmax_scale": scale, "absmax_offset": offset
+    }  # fmt: skip
 
 
 @ops.implements("nf4_linear")
@@ -190,9 +202,11 @@ class NF4Linear(nn.Module):
                 lost; LoRA can wrap it); weights that cannot be quantised.
         """
         weight, bias = check_quantizable(linear)
-        return cls.from_weight(weight, bias, block_size, double_quant, compute_dtype)
+        layer = cls.from_weight(weight, bias, block_size, double_quant, compute_dtype)
+        return layer.train(linear.training)
 
     @classmethod
+    @torch.inference_mode(False)  # its tensors could never be saved for a backward
     def from_weight(
         cls,
         weight: Tensor,
@@ -202,19 +216,15 @@ class NF4Linear(nn.Module):
         compute_dtype: torch.dtype | None,
     ) -> "NF4Linear":
         """A layer that computes x W^T + bias with `weight`, (out_features, in_features), in NF4."""
-        codes, absmax = nf4.quantize_nf4(weight.detach(), block_size=block_size)
+        if weight.is_meta:
+            raise ValueError("NF4Linear: the weight is on the meta device and has no values yet")
+        state = _encoded(weight, block_size, double_quant)
         out_features, in_features = weight.shape
         layer = cls(
             in_features, out_features, bias=False, block_size=block_size,
             double_quant=double_quant, compute_dtype=compute_dtype, dtype=weight.dtype,
             device="meta",
         )  # fmt: skip
-        state = {"packed": codes}
-        if double_quant:
-            code, scale, offset = quantize_absmax(absmax)
-            state |= {"absmax_code": code, "absmax_scale": scale, "absmax_offset": offset}
-        else:
-            state["absmax"] = absmax
         for name, value in state.items():
             shape = layer._parameters[name].shape  # type: ignore[union-attr]
             layer._parameters[name] = _frozen(_as_bytes(value).view(shape))
@@ -241,8 +251,8 @@ class NF4Linear(nn.Module):
                 f"NF4Linear: input of shape {tuple(x.shape)}; expected (*, {self.in_features})"
             )
         dtype, device = x.dtype, x.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)
         compute_dtype = self.compute_dtype or dtype
         bias = None if self.bias is None else self.bias.to(compute_dtype)
         out: Tensor = torch.ops.minipeft.nf4_linear(
@@ -272,6 +282,10 @@ class NF4Linear(nn.Module):
         return self.dequantize()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        stored = self.__dict__.get("_parameters", {})
+        if name == "absmax" and name in stored and isinstance(value, nn.Parameter):
+            stored[name] = value  # load_state_dict(assign=True)
+            return
         if name in ("weight", "absmax"):
             raise AttributeError(
                 f"NF4Linear.{name} is computed from codes; make a new layer with "
@@ -281,7 +295,12 @@ class NF4Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NF4Linear":
         # .half(), .to(bfloat16): codes are bytes and stay; `weight` follows as a dense one would
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+        def keeping_bytes(t: Tensor) -> Tensor:  # .type(float16) would cast codes too
+            out = fn(t)
+            return t.to(out.device) if t.dtype == torch.uint8 != out.dtype else out
+
+        super()._apply(keeping_bytes, recurse)  # type: ignore[no-untyped-call]
         device = cast(Tensor, self._parameters["packed"]).device
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=device)).dtype
         return self
@@ -297,9 +316,11 @@ class NF4Linear(nn.Module):
 
     def requantized(self, weight: Tensor) -> "NF4Linear":
         """A layer with this one's settings and bias and the codes of `weight`."""
-        return self.from_weight(
-            weight, self.bias, self.block_size, self.double_quant, self.compute_dtype
+        layer = self.from_weight(
+            weight.float(), self.bias, self.block_size, self.double_quant, self.compute_dtype
         )
+        layer.weight_dtype = self.weight_dtype
+        return layer.train(self.training)
 
     def extra_repr(self) -> str:
         return (
@@ -324,5 +345,10 @@ def check_quantizable(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"NF4Linear: {type(linear).__name__} has a forward of its own, which NF4Linear would "
             "replace by x W^T + b; leave it dense (LoRA can wrap it), or name the class in "
             "quantize_model(also=...) if its forward is only that"
+        )
+    if not has_stored_weight(linear):
+        raise ValueError(
+            f"NF4Linear: {type(linear).__name__} computes its weight (weight norm, a "
+            "parametrisation); take that off first"
         )
     return linear.weight, linear.bias

@@ -50,15 +50,17 @@ def head_reasons(model: nn.Module) -> dict[str, str]:
     with one of transformers' names for new heads count too.
     """
     reasons: dict[str, str] = {}
-    getter = getattr(model, "get_output_embeddings", None)
-    if not callable(getter):
-        return reasons
-    head = getter()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if head is not None and module is head:
-            reasons[name] = "the output head (get_output_embeddings)"
-        elif name.split(".")[0] in NEW_HEADS and name:
-            reasons[name] = "a new head, trained or kept dense as a whole"
+    for path, part in model.named_modules(remove_duplicate=False):
+        getter = getattr(part, "get_output_embeddings", None)
+        if not callable(getter):
+            continue
+        head = getter()
+        for name, module in part.named_modules(prefix=path, remove_duplicate=False):
+            inside = name.removeprefix(path).lstrip(".")
+            if head is not None and module is head:
+                reasons[name] = "the output head (get_output_embeddings)"
+            elif inside and inside.split(".")[0] in NEW_HEADS:
+                reasons.setdefault(name, "a new head, trained or kept dense as a whole")
     return reasons
 
 
@@ -81,6 +83,16 @@ def matches(target: Target, name: str, module: nn.Module) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in target)
 
 
+def check_expression(caller: str, expression: str) -> None:
+    """Raise ValueError unless this is a regular expression."""
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{caller}: {expression!r} is no regular expression ({error}); names go in a list"
+        ) from None
+
+
 def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[str, nn.Module]:
     """Every module that `target` names, by name.
 
@@ -90,12 +102,7 @@ def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[st
     """
     modules = visible_modules(model)
     if isinstance(target, str):
-        try:
-            re.compile(target)
-        except re.error as error:
-            raise ValueError(
-                f"{caller}: {target!r} is no regular expression ({error}); names go in a list"
-            ) from None
+        check_expression(caller, target)
     elif not callable(target):
         target = list(target)
         if not target or not all(isinstance(entry, str) for entry in target):
@@ -186,6 +193,8 @@ def per_name(
         return dict.fromkeys(names, value)
     chosen: dict[str, Number | None] = {}
     used: set[str] = set()
+    for pattern in value:
+        check_expression(what, pattern)
     for name in names:
         fitting = [p for p in value if re.fullmatch(p, name) or name == p or name.endswith(f".{p}")]
         if not fitting:

@@ -72,9 +72,8 @@ def dequantize_kernel(
 
 @functools.cache
 def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.tensor(NF4_CODEBOOK, device=device), torch.tensor(
-        dynamic_codebook(), device=device
-    )
+    codebook = torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device)
+    return codebook, torch.tensor(dynamic_codebook(), dtype=torch.float32, device=device)
 
 
 def tile_of(block_size: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters import freeze
-from minipeft.integrations.transformers import attention, positions
+from minipeft.integrations.transformers import attention, positions, saving
 from minipeft.integrations.transformers.arguments import Arguments, names_of
 from minipeft.prefix import PrefixEncoder
 
@@ -85,6 +85,7 @@ class Prefix(nn.Module):
             name = attention.own_implementation(config._attn_implementation)
             config._attn_implementation_internal = name
         delattr(self._model, NAME)
+        saving.adopt(self._model)
 
     def extra_repr(self) -> str:
         return f"position={self.position!r}"
@@ -185,6 +186,7 @@ def attach_prefix(
     encoder.to(calls[0].device).train(model.training)
     prefix = Prefix(encoder, position, model, base, [call.module for call in calls])
     model.add_module(NAME, prefix)
+    saving.adopt(model)
     freeze(model)
     return prefix
 

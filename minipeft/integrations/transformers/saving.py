@@ -6,14 +6,14 @@ The method as it was would write base weights under names such as `q_proj.base.w
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from minipeft import inject
 from minipeft.adapters import named_adapters
 from minipeft.io.peft import save_peft
-from minipeft.protocol import is_packed
+from minipeft.protocol import is_adapter, is_packed
 
 
 def save_adapters(
@@ -25,37 +25,36 @@ def save_adapters(
 ) -> None:
     """In the place of `model.save_pretrained`: save the adapter files, never base weights.
 
-    Without adapters and packed layers it is the class's own method again.  Sharding, variants and
-    serialisation options have no meaning for an adapter and are accepted.
+    Sharding, variants and serialisation options have no meaning for an adapter and are accepted.
 
     Raises:
         ValueError: packed layers and no adapter, which this format cannot hold; push_to_hub.
     """
     if arguments.get("push_to_hub"):
         raise ValueError("save_pretrained: save the adapter first, then upload the directory")
-    if named_adapters(model):
-        if is_main_process:
-            save_peft(model, save_directory, state_dict=state_dict)
-    elif any(is_packed(module) for module in model.modules()):
+    if not named_adapters(model):
         raise ValueError(
             "save_pretrained: the model has NF4 layers, whose codes from_pretrained would not "
             "load; save model.state_dict() with safetensors, and load it into a model that "
             "quantize_model has prepared"
         )
-    else:
-        original: Callable[..., None] = type(model).save_pretrained  # type: ignore[attr-defined]
-        original(
-            model, save_directory, is_main_process=is_main_process, state_dict=state_dict,
-            **arguments,
-        )  # fmt: skip
+    if is_main_process:
+        save_peft(model, save_directory, state_dict=state_dict)
 
 
 def adopt(model: nn.Module) -> None:
-    """Give every Hugging Face model in `model` this `save_pretrained`."""
+    """Give every Hugging Face model in `model` this `save_pretrained`, or its own back.
+
+    Its own where neither adapters nor packed layers are left.
+    """
     for module in model.modules():
-        if callable(getattr(type(module), "save_pretrained", None)):
+        if not callable(getattr(type(module), "save_pretrained", None)):
+            continue
+        if any(is_adapter(part) or is_packed(part) for part in module.modules()):
             # a partial, not a bound method: pickle would look a bound method up by its name
             module.save_pretrained = functools.partial(save_adapters, module)  # type: ignore[assignment]
+        else:
+            vars(module).pop("save_pretrained", None)
 
 
 inject.after_swap.append(adopt)

@@ -3,14 +3,14 @@
 Source: PEFT 0.21, `LoraConfig` as its `save_pretrained` writes it.
 """
 
-import math
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
+from minipeft.io.peft.patterns import fitting
 from minipeft.io.tensors import parse_object
 from minipeft.protocol import is_conv1d
 
@@ -20,6 +20,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _LARGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
+_LARGEST_NUMBER = 2**31
 
 # Fields that change what is computed or saved in ways that a plain LoRA does not have.  They may
 # be absent or hold a value that means "off" (None, False, empty, or the one named here).
@@ -53,39 +54,69 @@ class LoRAConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def all_linear(self) -> bool:
+        """Whether target_modules is "all-linear"."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    def of_model(self, names: Iterable[str], where: str) -> "MatchedConfig":
+        """The same with its expressions matched against a model's module names.
+
+        Raises:
+            ValueError: an expression that is none, or takes too long.
+        """
+        expressions = [_of_pattern(p) for p in (*self.rank_pattern, *self.alpha_pattern)]
+        for target in (self.target_modules, self.exclude_modules):
+            if isinstance(target, str) and target.lower() != "all-linear":
+                expressions.append(target)
+        return MatchedConfig(self, fitting(expressions, names, where))
+
+
+@dataclass(frozen=True)
+class MatchedConfig:
+    """What a configuration says for each module of one model."""
+
+    config: LoRAConfig
+    fitting: dict[str, set[str]]  # expression: the names it matches
+
     def rank_of(self, name: str) -> int:
         """The rank for a module: the first pattern that fits, in PEFT's way, or the default."""
-        return _by_pattern(self.rank_pattern, name, self.rank)
+        return self._by_pattern(self.config.rank_pattern, name, self.config.rank)
 
     def alpha_of(self, name: str) -> float:
         """The alpha for a module, in the same way."""
-        return _by_pattern(self.alpha_pattern, name, self.alpha)
+        return self._by_pattern(self.config.alpha_pattern, name, self.config.alpha)
 
     def targets(self, name: str, module: nn.Module) -> bool:
         """Whether PEFT would wrap this module: target_modules less exclude_modules."""
-        if self.exclude_modules and _fits(self.exclude_modules, name):
+        if self.config.exclude_modules and self._fits(self.config.exclude_modules, name):
             return False
-        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+        if self.config.all_linear:
             return isinstance(module, nn.Linear) or is_conv1d(module)
-        return _fits(self.target_modules, name)
+        return self._fits(self.config.target_modules, name)
+
+    def _by_pattern(self, patterns: dict[str, Number], name: str, default: Number) -> Number:
+        fits = (v for p, v in patterns.items() if name in self.fitting[_of_pattern(p)])
+        return next(fits, default)
+
+    def _fits(self, target: list[str] | str, name: str) -> bool:
+        if isinstance(target, str):
+            return name in self.fitting[target]
+        return any(name == entry or name.endswith(f".{entry}") for entry in target)
 
 
-def _by_pattern(patterns: dict[str, Number], name: str, default: Number) -> Number:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def _fits(target: list[str] | str, name: str) -> bool:
-    if isinstance(target, str):
-        return re.fullmatch(target, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in target)
+def _of_pattern(pattern: str) -> str:
+    """The expression that PEFT makes of a key of rank_pattern or alpha_pattern."""
+    return rf"(.*\.)?({pattern})"
 
 
 def _number(config: dict[str, object], key: str, default: float, where: str) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or (not -_LARGEST_NUMBER < value < _LARGEST_NUMBER)
+    ):
         raise ValueError(f"{where}: {key} is {value!r}, expected a number")
     return value
 
@@ -103,15 +134,7 @@ def _patterns(config: dict[str, object], key: str, where: str) -> dict[str, floa
         raise ValueError(f"{where}: {key} is {value!r}, expected an object")
     for pattern in value:
         _number(value, pattern, 0, f"{where}: {key}")
-        _compile(pattern, f"{where}: {key}")
     return value
-
-
-def _compile(pattern: str, where: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{where}: {pattern!r} is no regular expression ({error})") from None
 
 
 def _names(config: dict[str, object], key: str, where: str) -> list[str] | str | None:
@@ -119,7 +142,6 @@ def _names(config: dict[str, object], key: str, where: str) -> list[str] | str |
     if value is None:
         return None
     if isinstance(value, str):
-        _compile(value, f"{where}: {key}")
         return value
     if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
         return value
@@ -143,9 +165,7 @@ def read_config(path: Path) -> LoRAConfig:
     known = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
              "use_rslora", "rank_pattern", "alpha_pattern", *_IGNORABLE}  # fmt: skip
     for key, value in config.items():
-        off = (
-            value in (None, False, 0) or value in ([], {}, "") or value in _MUST_BE_OFF.get(key, ())
-        )
+        off = value is None or value is False or value in ([], {}, "", *_MUST_BE_OFF.get(key, ()))
         if key not in known and not off:
             raise ValueError(f"{where}: {key} = {value!r} is not supported for a plain LoRA")
     init = config.get("init_lora_weights")
@@ -154,6 +174,8 @@ def read_config(path: Path) -> LoRAConfig:
             f"{where}: init_lora_weights = {init!r} changed the base weights; convert the adapter "
             "to a plain LoRA where it was made (PEFT: path_initial_model_for_weight_conversion)"
         )
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise ValueError(f"{where}: use_rslora is {config['use_rslora']!r}, expected true or false")
     target = _names(config, "target_modules", where)
     if not target:
         raise ValueError(f"{where}: target_modules is {target!r}, expected names")

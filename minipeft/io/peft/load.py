@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.inject import inject
-from minipeft.io.peft.config import CONFIG_NAME, PREFIX, WEIGHTS_NAME, LoRAConfig, read_config
+from minipeft.io.peft.config import CONFIG_NAME, PREFIX, WEIGHTS_NAME, MatchedConfig, read_config
 from minipeft.io.tensors import read_tensors
 from minipeft.lora import LoRALinear
 from minipeft.protocol import LinearShape, is_adapter, linear_shape
 from minipeft.targets import Names, head_reasons, visible_modules
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _KEY = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
@@ -27,7 +28,7 @@ def _by_module(tensors: dict[str, Tensor], where: Path) -> dict[str, dict[str, T
                 f"{where}: unexpected key {key!r}; a plain LoRA has '<module>.lora_A.weight' and "
                 "'<module>.lora_B.weight' only"
             )
-        if not tensor.is_floating_point() or tensor.ndim != 2:
+        if tensor.dtype not in _DTYPES or tensor.ndim != 2:
             raise ValueError(f"{where}: {key} is {tensor.dtype} {tuple(tensor.shape)}")
         modules.setdefault(found["name"], {})[found["factor"]] = tensor
     for name, factors in modules.items():
@@ -56,7 +57,7 @@ def _without_prefix(
 
 
 def _check_layer(
-    name: str, module: nn.Module, factors: dict[str, Tensor], config: LoRAConfig, where: Path
+    name: str, module: nn.Module, factors: dict[str, Tensor], config: MatchedConfig, where: Path
 ) -> None:
     shape: LinearShape | None = linear_shape(module)
     if is_adapter(module):
@@ -87,18 +88,19 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str]) -> Names:
             another shape, an adapter of another model.  The model is then as it was.
     """
     directory = Path(path)
-    config = read_config(directory / CONFIG_NAME)
+    names = visible_modules(model)
+    plain = read_config(directory / CONFIG_NAME)
+    config = plain.of_model(names, CONFIG_NAME)
     where = directory / WEIGHTS_NAME
     if not where.is_file() and (directory / "adapter_model.bin").is_file():
         raise ValueError(
             f"{directory}: adapter_model.bin is a pickle and can run code, so it is not read; "
             "load it with PEFT where you trust it and save it with safe_serialization=True"
         )
-    names = visible_modules(model)
     modules = _without_prefix(_by_module(read_tensors(where), where), names, where)
     for name, factors in modules.items():
         _check_layer(name, names[name], factors, config, where)
-    heads = head_reasons(model) if config.target_modules == "all-linear" else {}
+    heads = head_reasons(model) if plain.all_linear else {}
     covered = {id(names[name]) for name in modules}
     missing = [
         name
@@ -116,6 +118,8 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str]) -> Names:
         name = of_module[id(module)]
 
         def fill(layer: LoRALinear) -> None:
+            if layer.lora_a.is_meta:
+                raise ValueError("is on the meta device; load the base model's weights first")
             with torch.no_grad():
                 layer.lora_a.copy_(modules[name]["A"])
                 layer.lora_b.copy_(modules[name]["B"])
@@ -124,8 +128,8 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str]) -> Names:
             module,
             config.rank_of(name),
             config.alpha_of(name),
-            dropout=config.dropout,
-            rank_stabilized=config.rank_stabilized,
+            dropout=plain.dropout,
+            rank_stabilized=plain.rank_stabilized,
             init=fill,
         )
 

@@ -93,6 +93,11 @@ def save_peft(
                 f"save_peft: {name} is a {type(adapter).__name__}, which PEFT's LoRA format cannot "
                 "express; use adapter_state_dict with safetensors"
             )
+        if not name:
+            raise ValueError(
+                "save_peft: the model is the adapter layer itself, which has no name in PEFT's "
+                "format; save the module that holds it"
+            )
         layers[name] = adapter
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
