@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     job.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     job.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    job.add_argument("--batch", type=positive, default=4, help="conversations in a batch")
+    job.add_argument("--batch", type=positive, default=3, help="conversations in a batch")
     job.add_argument("--length", type=positive, default=256, help="tokens in a conversation")
     job.add_argument("--steps", type=positive, default=8, help="of the first round")
     job.add_argument("--rounds", type=positive, default=2,
