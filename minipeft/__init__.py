@@ -12,6 +12,13 @@ from minipeft.adapters import (
     load_adapter_state_dict,
     scale_adapters,
 )
+from minipeft.codebooks import (
+    FP4_CODEBOOK,
+    FP4_E3M0_CODEBOOK,
+    dequantize_blockwise,
+    int_codebook,
+    quantize_blockwise,
+)
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
 from minipeft.inject import inject, inject_lora, inject_qlora, quantize_model
 from minipeft.integrations.transformers import attach_prefix
@@ -27,6 +34,8 @@ from minipeft.qlora import NF4Linear
 __version__ = "0.1.0"
 
 __all__ = [
+    "FP4_CODEBOOK",
+    "FP4_E3M0_CODEBOOK",
     "NF4_CODEBOOK",
     "LoRALinear",
     "NF4Linear",
@@ -39,12 +48,14 @@ __all__ = [
     "base_state_dict",
     "count_parameters",
     "dequantize_absmax",
+    "dequantize_blockwise",
     "dequantize_nf4",
     "disable_adapters",
     "freeze",
     "inject",
     "inject_lora",
     "inject_qlora",
+    "int_codebook",
     "integrations",
     "io",
     "load_adapter_state_dict",
@@ -57,6 +68,7 @@ __all__ = [
     "packed_bits",
     "prefix_attention",
     "quantize_absmax",
+    "quantize_blockwise",
     "quantize_model",
     "quantize_nf4",
     "remove",

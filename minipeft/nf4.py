@@ -16,6 +16,7 @@ Read next: double_quant.py.
 
 import functools
 import math
+from collections.abc import Callable
 from statistics import NormalDist
 
 import torch
@@ -99,57 +100,94 @@ def chunk_elements(device: torch.device) -> int:
     return 2**17 if device.type == "cpu" else 2**21
 
 
-def encode_blocks(
+def scaled_blocks(
     blocks: Float[Tensor, "n_blocks block_size"],
-) -> tuple[UInt8[Tensor, "n_blocks bytes"], Float32[Tensor, " n_blocks"]]:
-    """NF4 of whole blocks: the rule, without chunks.  What is not finite stays so in absmax.
+) -> tuple[Float32[Tensor, "n_blocks block_size"], Float32[Tensor, " n_blocks"]]:
+    """Blocks times the float32 reciprocal of their absmax, and absmax.
 
-    The weight is multiplied by the float32 reciprocal of absmax; the higher of two codes is taken
-    only strictly above their float32 midpoint.  A block whose absmax is no normal number is zero.
+    A block whose absmax is no normal number is zero.  What is not finite stays so in absmax.
     """
-    lower, above = _encoding_table(blocks.device)
     x = blocks.float()
     absmax = x.abs().amax(dim=1)
     absmax = torch.where(absmax < _SMALLEST_NORMAL, 0.0, absmax)
-    x = x * torch.where(absmax == 0, 0.0, absmax.reciprocal())[:, None]
+    return x * torch.where(absmax == 0, 0.0, absmax.reciprocal())[:, None], absmax
+
+
+def encode_blocks(
+    blocks: Float[Tensor, "n_blocks block_size"],
+) -> tuple[UInt8[Tensor, "n_blocks bytes"], Float32[Tensor, " n_blocks"]]:
+    """NF4 of whole blocks: the rule, without chunks.
+
+    The higher of two codes is taken only strictly above their float32 midpoint.
+    """
+    lower, above = _encoding_table(blocks.device)
+    x, absmax = scaled_blocks(blocks)
     bins = ((x + 1) * (_BINS / 2)).int().clamp_(0, _BINS - 1).flatten()
     step_up = x.flatten() > above.index_select(0, bins)
     code = lower.index_select(0, bins) + step_up.view(torch.uint8)
-    pairs = rearrange(code, "(block byte two) -> two block byte", block=len(blocks), two=2)
-    return (pairs[0] << 4) | pairs[1], absmax
+    return pack_pairs(code.view(blocks.shape)), absmax
+
+
+def pack_pairs(codes: UInt8[Tensor, "rows two_n"]) -> UInt8[Tensor, "rows n"]:
+    """Two 4-bit codes in a byte, the first in the high nibble."""
+    high, low = rearrange(codes, "rows (n two) -> two rows n", two=2)
+    packed: Tensor = (high << 4) | low
+    return packed
+
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def quantize_blocks(
+    caller: str, w: Tensor, block_size: int, encode: Encode
+) -> tuple[Tensor, Tensor]:
+    """Codes as bytes and absmax of `w` over its flattened blocks, a chunk of them at a time.
+
+    `encode` turns (n_blocks, block_size) into (n_blocks, bytes) and absmax; how many weights
+    share a byte is seen from it.  Zeros fill the last block: they change no absmax.
+    """
+    n, n_blocks = w.numel(), math.ceil(w.numel() / block_size)
+    in_byte = block_size // encode(w.new_zeros(1, block_size))[0].shape[1]
+    codes = torch.empty(math.ceil(n / in_byte), dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(n_blocks, dtype=torch.float32, device=w.device)
+    step = max(1, chunk_elements(w.device) // block_size)
+    for first in range(0, n_blocks, step):
+        last = min(first + step, n_blocks)
+        chunk = flat_range(w, first * block_size, min(last * block_size, n))
+        missing = -chunk.numel() % block_size
+        if missing:
+            chunk = torch.cat([chunk, chunk.new_zeros(missing)])
+        block_codes, absmax[first:last] = encode(chunk.view(-1, block_size))
+        start = first * block_size // in_byte
+        part = codes[start : start + block_codes.numel()]
+        part.copy_(block_codes.flatten()[: part.numel()])
+    finite = absmax.isfinite()
+    if not bool(finite.all()):
+        start = int((~finite).int().argmax()) * block_size
+        block = flat_range(w, start, min(start + block_size, n))
+        inside = int((~block.isfinite()).int().argmax())
+        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(start + inside), w.shape))
+        raise ValueError(
+            f"{caller}: {block[inside].item()} at index {index} of a tensor of shape "
+            f"{tuple(w.shape)}; weights must be finite"
+        )
+    return codes, absmax
+
+
+def flat_range(w: Tensor, first: int, last: int) -> Tensor:
+    """w.flatten()[first:last]; of a tensor that is not contiguous only the rows it takes."""
+    while w.dim() > 1 and not w.is_contiguous():
+        row = w[0].numel()
+        top, bottom = first // row, max(first // row + 1, math.ceil(last / row))
+        if bottom - top > 1:
+            return w[top:bottom].reshape(-1)[first - top * row : last - top * row]
+        w, first, last = w[top], first - top * row, last - top * row
+    return w.reshape(-1)[first:last]
 
 
 @ops.implements("quantize_nf4")
 def _quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    flat = w.detach().reshape(-1)
-    n, n_blocks = flat.numel(), math.ceil(flat.numel() / block_size)
-    packed = torch.empty(math.ceil(n / 2), dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(n_blocks, dtype=torch.float32, device=w.device)
-    step = max(1, chunk_elements(w.device) // block_size)
-    whole = n // block_size
-    for first in range(0, whole, step):
-        last = min(first + step, whole)
-        blocks = flat[first * block_size : last * block_size].view(-1, block_size)
-        codes, absmax[first:last] = encode_blocks(blocks)
-        packed[first * block_size // 2 : last * block_size // 2] = codes.flatten()
-    if whole < n_blocks:  # zeros fill the last block: they change no absmax and encode to 7
-        tail = flat.new_zeros(1, block_size)
-        tail[0, : n - whole * block_size] = flat[whole * block_size :]
-        codes, absmax[whole:] = encode_blocks(tail)
-        packed[whole * block_size // 2 :] = codes[0, : math.ceil(n / 2) - whole * block_size // 2]
-    finite = absmax.isfinite()
-    if not bool(finite.all()):
-        start = int((~finite).int().argmax()) * block_size
-        inside = int((~flat[start : start + block_size].isfinite()).int().argmax())
-        index = [0] * w.ndim
-        rest = start + inside
-        for axis in reversed(range(w.ndim)):
-            rest, index[axis] = divmod(rest, w.shape[axis])
-        raise ValueError(
-            f"quantize_nf4: {flat[start + inside].item()} at index {tuple(index)} of a tensor of "
-            f"shape {tuple(w.shape)}; weights must be finite"
-        )
-    return packed, absmax
+    return quantize_blocks("quantize_nf4", w.detach(), block_size, encode_blocks)
 
 
 def decode_into(out: Tensor, packed: Tensor, absmax: Tensor, block_size: int) -> None:
@@ -190,6 +228,17 @@ def check_block_size(caller: str, block_size: int) -> None:
         )
 
 
+def check_weights(caller: str, w: object) -> None:
+    """Raise unless `w` is a tensor in float32, float16 or bfloat16."""
+    if not isinstance(w, Tensor):
+        raise TypeError(f"{caller}: expected a tensor, got {type(w).__name__}")
+    if w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"{caller}: dtype {w.dtype}; expected float32, float16 or bfloat16 "
+            "(convert the weights first; packed 4-bit weights cannot be quantised again)"
+        )
+
+
 def quantize_nf4(
     w: Float[Tensor, "*shape"], *, block_size: int = 64
 ) -> tuple[UInt8[Tensor, " bytes"], Float32[Tensor, " n_blocks"]]:
@@ -197,7 +246,7 @@ def quantize_nf4(
 
     Returns `packed`, (ceil(n/2),) bytes, and `absmax`, (ceil(n/block_size),) float32.  An odd
     count is padded with code 7, which is zero.  Computed in float32 in chunks: needs less than
-    64 MiB beside the result for a contiguous `w`.  The default 64 is QLoRA's block size.
+    64 MiB beside the result, also for a `w` that is not contiguous.  The default 64 is QLoRA's.
 
     Raises:
         TypeError: `w` is no tensor.
@@ -208,13 +257,7 @@ def quantize_nf4(
     >>> [hex(byte) for byte in packed], absmax
     (['0xf0', '0xd7'], tensor([1.]))
     """
-    if not isinstance(w, Tensor):
-        raise TypeError(f"quantize_nf4: expected a tensor, got {type(w).__name__}")
-    if w.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"quantize_nf4: dtype {w.dtype}; expected float32, float16 or bfloat16 "
-            "(convert the weights first; packed 4-bit weights cannot be quantised again)"
-        )
+    check_weights("quantize_nf4", w)
     check_block_size("quantize_nf4", block_size)
     packed, absmax = torch.ops.minipeft.quantize_nf4(w.detach(), block_size)
     return packed, absmax
