@@ -111,8 +111,10 @@ def _dequantize_nf4(
     shape: list[int],
     block_size: int,
     dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> Tensor:
-    return nf4.decode(packed, decoded_absmax(absmax, scale, offset), shape, block_size, dtype)
+    scales = decoded_absmax(absmax, scale, offset)
+    return nf4.decode(packed, scales, shape, block_size, dtype, codebook)
 
 
 def decoded_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:

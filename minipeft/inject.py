@@ -258,8 +258,7 @@ def _quantized(
         raise TypeError(f"quantize_model: unknown arguments {sorted(unknown)}")
 
     def make(name: str, module: nn.Module) -> nn.Module:
-        bias = module.bias
-        layer = NF4Linear.from_weight(module.weight, bias, **settings)  # type: ignore[arg-type]
+        layer = NF4Linear.from_weight(module.weight, module.bias, **settings)  # type: ignore[arg-type]
         _take_hooks(layer, module)
         return layer.train(module.training)
 

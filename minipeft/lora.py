@@ -115,7 +115,7 @@ class LoRALinear(nn.Module):
     `lora_b` (out_features, rank) are float32 unless `dtype` says otherwise, and cast to the
     input's dtype (autocast's, under autocast) at use.  `alpha` None means alpha = rank, an
     unscaled product.  `dropout` acts on the branch's input while training.  `init` is called
-    with the layer and fills lora_a and lora_b in place.
+    with the layer after the default initialisation and changes lora_a and lora_b in place.
 
     `weight` is the effective weight, base and product, in the base's layout and dtype, computed
     on read; the gradient flows through it.  Backward keeps x and x A^T.
@@ -169,7 +169,9 @@ class LoRALinear(nn.Module):
         self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device=device))
         self.register_buffer("merged_weight", None, persistent=False)
-        (init or init_default)(self)
+        init_default(self)  # also under a custom one, which may fill only what it changes
+        if init is not None:
+            init(self)
         base.requires_grad_(False)
         self.train(base.training)
 
@@ -263,8 +265,9 @@ class LoRALinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             weight = self.effective_weight()
         if is_packed(self.base):
-            dense = None if requantize else _linear(weight, self.base.bias)
-            return (dense or self.base.requantized(weight)).train(self.training)
+            base = self.base
+            plain = base.requantized(weight) if requantize else base.dense(weight)
+            return plain.train(self.training)
         if requantize:
             raise ValueError(f"LoRALinear.merged: {type(self.base).__name__} has no codes to renew")
         # deepcopy finds the weight in its memo, so the old one is never copied
@@ -274,14 +277,6 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         off = "" if self.enabled else ", disabled"
         return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}{off}"
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return linear
 
 
 def _require_stored_weight(caller: str, base: nn.Module) -> None:

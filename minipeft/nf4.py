@@ -63,11 +63,6 @@ _ZERO_CODE = NF4_CODEBOOK.index(0.0)  # 7
 
 
 @functools.cache
-def _codebook(device: torch.device) -> Tensor:
-    return torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device)
-
-
-@functools.cache
 def _encoding_table(device: torch.device) -> tuple[Tensor, Tensor]:
     """Per bin of [-1, 1]: the code at its lower edge, and the midpoint above that code.
 
@@ -83,12 +78,15 @@ def _encoding_table(device: torch.device) -> tuple[Tensor, Tensor]:
     return lower.to(torch.uint8).to(device), above.to(device)
 
 
-@functools.cache
-def _pair_table(device: torch.device) -> Tensor:
+def _pair_table(values: Tensor) -> Tensor:
     """For each byte the two float32 values it stands for, as one int64 each: 256 entries."""
-    values = _codebook(device)
     high, low = values.repeat_interleave(16), values.repeat(16)
     return torch.stack([high, low], dim=1).view(torch.int64).flatten()
+
+
+@functools.cache
+def _nf4_pairs(device: torch.device) -> Tensor:
+    return _pair_table(torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device))
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -190,13 +188,16 @@ def _quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return quantize_blocks("quantize_nf4", w.detach(), block_size, encode_blocks)
 
 
-def decode_into(out: Tensor, packed: Tensor, absmax: Tensor, block_size: int) -> None:
+def decode_into(
+    out: Tensor, packed: Tensor, absmax: Tensor, block_size: int, codebook: Tensor | None = None
+) -> None:
     """Write code * absmax into `out` (contiguous, any float dtype), rounding each product once.
 
-    `packed` and `absmax` hold the blocks of `out` from its first element on.
+    `packed` and `absmax` hold the blocks of `out` from its first element on; `codebook` is sixteen
+    float32 values, NF4's if None.
     """
     flat, packed, absmax = out.view(-1), packed.reshape(-1), absmax.reshape(-1)
-    table = _pair_table(out.device)
+    table = _nf4_pairs(out.device) if codebook is None else _pair_table(codebook)
     n, step = flat.numel(), max(1, chunk_elements(out.device) // block_size) * block_size
     whole = n - n % block_size
     for first in range(0, whole, step):
@@ -211,11 +212,16 @@ def decode_into(out: Tensor, packed: Tensor, absmax: Tensor, block_size: int) ->
 
 
 def decode(
-    packed: Tensor, absmax: Tensor, shape: list[int], block_size: int, dtype: torch.dtype
+    packed: Tensor,
+    absmax: Tensor,
+    shape: list[int],
+    block_size: int,
+    dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """A new tensor of `shape` with what `packed` and float32 `absmax` stand for."""
     out = torch.empty(shape, dtype=dtype, device=packed.device)
-    decode_into(out, packed, absmax, block_size)
+    decode_into(out, packed, absmax, block_size, codebook)
     return out
 
 

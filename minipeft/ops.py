@@ -36,13 +36,13 @@ LIBRARY: Any = torch.library.Library("minipeft", "DEF")  # type: ignore[no-untyp
 SCHEMAS = {
     "quantize_nf4": "(Tensor w, int block_size) -> (Tensor, Tensor)",
     "dequantize_nf4": "(Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
-    "SymInt[] shape, int block_size, ScalarType dtype) -> Tensor",
+    "SymInt[] shape, int block_size, ScalarType dtype, Tensor? codebook=None) -> Tensor",
     "quantize_absmax": "(Tensor absmax, int block_size) -> (Tensor, Tensor, Tensor)",
     "dequantize_absmax": "(Tensor code, Tensor scale, Tensor offset, int block_size) -> Tensor",
     "nf4_linear": "(Tensor x, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
-    "Tensor? bias, SymInt out_features, int block_size) -> Tensor",
+    "Tensor? bias, SymInt out_features, int block_size, Tensor? codebook=None) -> Tensor",
     "nf4_linear_input_gradient": "(Tensor grad, Tensor packed, Tensor absmax, Tensor? scale, "
-    "Tensor? offset, SymInt in_features, int block_size) -> Tensor",
+    "Tensor? offset, SymInt in_features, int block_size, Tensor? codebook=None) -> Tensor",
 }
 
 
@@ -192,7 +192,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
 def _body(operator: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         first = args[0]
-        dtype = args[-1] if isinstance(args[-1], torch.dtype) else first.dtype
+        dtype = next((a for a in args if isinstance(a, torch.dtype)), first.dtype)
         function, _ = choose(operator, first.device, dtype, tuple(first.shape))
         with without_autocast(first.device):  # the caller has settled every dtype
             return function(*args)
@@ -218,6 +218,7 @@ def _fake_dequantize_nf4(
     shape: list[int],
     block_size: int,
     dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 
@@ -243,33 +244,35 @@ def _fake_nf4_linear_input_gradient(grad: Tensor, *args: Any) -> Tensor:
 # y = x W^T + b.  W is frozen, so backward needs only W, decoded again: the packed state is what
 # is saved, and the input is not.
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, absmax, scale, offset, _bias, _out_features, block_size = inputs
-    ctx.save_for_backward(packed, absmax, scale, offset)
+    x, packed, absmax, scale, offset, _bias, _out_features, block_size, codebook = inputs
+    ctx.save_for_backward(packed, absmax, scale, offset, codebook)
     ctx.in_features, ctx.block_size = x.shape[-1], block_size
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_bias = None
+    *state, codebook = ctx.saved_tensors
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.minipeft.nf4_linear_input_gradient(
-            grad, *ctx.saved_tensors, ctx.in_features, ctx.block_size
+            grad, *state, ctx.in_features, ctx.block_size, codebook
         )
     if ctx.needs_input_grad[5]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, None, None, grad_bias, None, None
+    return grad_x, None, None, None, None, grad_bias, None, None, None
 
 
 def _input_gradient_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, packed, absmax, scale, offset, _in_features, block_size = inputs
-    ctx.save_for_backward(packed, absmax, scale, offset)
+    grad, packed, absmax, scale, offset, _in_features, block_size, codebook = inputs
+    ctx.save_for_backward(packed, absmax, scale, offset, codebook)
     ctx.out_features, ctx.block_size = grad.shape[-1], block_size
 
 
 def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *state, codebook = ctx.saved_tensors
     grad_grad = torch.ops.minipeft.nf4_linear(
-        grad, *ctx.saved_tensors, None, ctx.out_features, ctx.block_size
+        grad, *state, None, ctx.out_features, ctx.block_size, codebook
     )
-    return grad_grad, None, None, None, None, None, None
+    return grad_grad, None, None, None, None, None, None, None
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

@@ -55,10 +55,6 @@ class AdapterLayer(Adapter, Protocol):
 class PackedLayer(Protocol):
     """A layer whose weights are stored as codes: how many weights the codes stand for."""
 
-    in_features: int
-    out_features: int
-    bias: nn.Parameter | None
-
     def logical_parameters(self) -> int:
         """The number of weights that the packed tensors stand for, without the bias."""
         ...
@@ -68,7 +64,11 @@ class PackedLayer(Protocol):
         ...
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight (out_features, in_features)."""
+        """The weight that the codes stand for; (out_features, in_features) of a linear layer."""
+        ...
+
+    def dense(self, weight: Tensor | None = None) -> nn.Module:
+        """The plain module that this layer stands for, with its weight or with another one."""
         ...
 
     def requantized(self, weight: Tensor) -> nn.Module:
@@ -151,7 +151,8 @@ _swapping = threading.Lock()
 def linear_with_weight(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     """What `base` would compute for `x` if its weight were `weight`."""
     if is_packed(base):
-        return F.linear(x, weight.to(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+        bias: Tensor | None = getattr(base, "bias", None)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if type(base).forward is nn.Linear.forward and not is_hooked(base):
         return F.linear(x, weight, base.bias)  # type: ignore[arg-type]
     with _swapping:  # the base holds the weight for as long as the call takes

@@ -18,7 +18,7 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 LEVELS = [
     {"ops", "protocol"},
     {"lora", "nf4", "codebooks", "double_quant", "prefix", "prompt"},
-    {"qlora"},
+    {"packed", "qlora"},
     {"layers", "variants", "optim"},
     {"targets", "inject", "adapters", "merge", "bank", "combine", "memory"},
     {"io", "integrations"},

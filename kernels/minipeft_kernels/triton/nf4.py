@@ -90,6 +90,7 @@ def dequantize(
     shape: list[int],
     block_size: int,
     dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> Tensor:
     """The operator `dequantize_nf4`, on CUDA and ROCm devices (or with TRITON_INTERPRET=1).
 
@@ -106,13 +107,14 @@ def dequantize(
     if n == 0:
         return out
     rows, width = tile_of(block_size)
-    codebook, dynamic = _tables(packed.device)
+    values, dynamic = _tables(packed.device)
+    values = values if codebook is None else codebook.contiguous()
     nested = scale is not None
     on_device = torch.cuda.device(packed.device) if packed.is_cuda else nullcontext()
     with on_device:
         dequantize_kernel[(triton.cdiv(n, 2 * TILE),)](
             packed.contiguous(), absmax.contiguous(), scale if nested else absmax,
-            offset if nested else absmax, codebook, dynamic, out, n,
+            offset if nested else absmax, values, dynamic, out, n,
             NESTED=nested, BLOCK=block_size, GROUP=ABSMAX_BLOCK_SIZE, ROWS=rows, WIDTH=width,
             num_warps=THREADS // (64 if torch.version.hip else 32), enable_fp_fusion=False,
         )  # fmt: skip
