@@ -20,16 +20,20 @@ from minipeft.codebooks import (
     quantize_blockwise,
 )
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
-from minipeft.inject import inject, inject_lora, inject_qlora, quantize_model
+from minipeft.inject import inject, inject_lora
 from minipeft.integrations.transformers import attach_prefix
 from minipeft.io.peft import load_peft, save_peft
+from minipeft.layers.conv1d import NF4Conv1D
+from minipeft.layers.embedding import NF4Embedding
+from minipeft.layers.experts import NF4Experts
 from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
-from minipeft.memory import count_parameters, packed_bits
+from minipeft.memory import count_parameters, packed_bits, quantization_report
 from minipeft.merge import merge, remove, unmerge
 from minipeft.nf4 import NF4_CODEBOOK, dequantize_nf4, normal_float_codebook, quantize_nf4
 from minipeft.ops import backend, use_kernels
 from minipeft.prefix import PrefixEncoder, prefix_attention
 from minipeft.qlora import NF4Linear
+from minipeft.quantize import dequantize_model, inject_qlora, quantize_model
 
 __version__ = "0.1.0"
 
@@ -38,6 +42,9 @@ __all__ = [
     "FP4_E3M0_CODEBOOK",
     "NF4_CODEBOOK",
     "LoRALinear",
+    "NF4Conv1D",
+    "NF4Embedding",
+    "NF4Experts",
     "NF4Linear",
     "PrefixEncoder",
     "__version__",
@@ -49,6 +56,7 @@ __all__ = [
     "count_parameters",
     "dequantize_absmax",
     "dequantize_blockwise",
+    "dequantize_model",
     "dequantize_nf4",
     "disable_adapters",
     "freeze",
@@ -67,6 +75,7 @@ __all__ = [
     "normal_float_codebook",
     "packed_bits",
     "prefix_attention",
+    "quantization_report",
     "quantize_absmax",
     "quantize_blockwise",
     "quantize_model",

@@ -125,6 +125,19 @@ def decoded_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) 
     return out
 
 
+def absmax_of_blocks(
+    absmax: Tensor, scale: Tensor | None, offset: Tensor | None, blocks: Tensor
+) -> Tensor:
+    """float32 scales of the blocks with these numbers, in their shape; the others stay codes."""
+    wanted = blocks.reshape(-1)
+    chosen = absmax.reshape(-1).index_select(0, wanted)
+    if scale is not None and offset is not None:
+        values, _ = _codebook(absmax.device)
+        chosen = values.index_select(0, chosen.int())
+        chosen.mul_(scale.index_select(0, wanted // ABSMAX_BLOCK_SIZE)).add_(offset)
+    return chosen.view(blocks.shape)
+
+
 def quantize_absmax(
     absmax: Float32[Tensor, "*shape"], *, block_size: int = ABSMAX_BLOCK_SIZE
 ) -> tuple[UInt8[Tensor, "*shape"], Float32[Tensor, " n_groups"], Float32[Tensor, " one"]]:

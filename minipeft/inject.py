@@ -4,11 +4,10 @@ The part that matters is `swap`: find the parent, set the attribute.  All new mo
 before the first is put in, so an error changes nothing; a module that the model holds under
 several names is wrapped once and put back under each.
 
-    names = inject_lora(model, ["q_proj", "v_proj"], rank=8)       LoRA over dense layers
-    names = quantize_model(model)                                  NF4, frozen
-    names = inject_qlora(model, "all-linear", rank=8)              both: QLoRA
+    names = inject_lora(model, ["q_proj", "v_proj"], rank=8)       LoRA over the layers' own weights
+    names = inject(model, target, wrap)                            any module of your own
 
-Read next: nf4.py.
+quantize.py does the same with 4-bit layers.  Read next: nf4.py.
 """
 
 import warnings
@@ -19,14 +18,10 @@ from torch import nn
 
 from minipeft.adapters import freeze
 from minipeft.lora import LoRALinear
-from minipeft.protocol import has_stored_weight, is_packed, linear_shape
-from minipeft.qlora import NF4Linear, has_own_forward
 from minipeft.targets import (
     Names,
     Target,
     find,
-    head_reasons,
-    in_attention,
     linear_targets,
     per_name,
     visible_modules,
@@ -37,22 +32,28 @@ after_swap: list[Callable[[nn.Module], None]] = []
 Modules = dict[str, nn.Module]
 
 
-def swap(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
-    """Put each module in the place of its name; if one cannot be, put all back."""
+def swap(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter]) -> None:
+    """Put each module (or parameter) in the place of its name; if one cannot be, put all back."""
     places = {name: model.get_submodule(name.rpartition(".")[0]) for name in replacements}
-    before = {name: model.get_submodule(name) for name in replacements}
+    before = {name: getattr(places[name], name.rpartition(".")[2]) for name in replacements}
+
+    def put(name: str, value: nn.Module | nn.Parameter) -> None:
+        own = name.rpartition(".")[2]
+        places[name]._parameters.pop(own, None)  # torch puts no module where a parameter is
+        setattr(places[name], own, value)
+
     try:
-        for name, module in replacements.items():
-            setattr(places[name], name.rpartition(".")[2], module)
+        for name, value in replacements.items():
+            put(name, value)
     except BaseException:
-        for name, module in before.items():
-            setattr(places[name], name.rpartition(".")[2], module)
+        for name, value in before.items():
+            put(name, value)
         raise
     for listener in after_swap:
         listener(model)
 
 
-def _settled(caller: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> Modules:
+def settled(caller: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> Modules:
     """The modules under every name that the model has for them; none lies inside another."""
     nested = [n for n in modules for outer in modules if n.startswith(f"{outer}.")]
     if nested:
@@ -64,7 +65,7 @@ def _settled(caller: str, model: nn.Module, modules: Mapping[str, nn.Module]) ->
 
 
 @contextmanager
-def _restoring(model: nn.Module) -> Iterator[None]:
+def restoring(model: nn.Module) -> Iterator[None]:
     """On an error, give every parameter its `requires_grad` back: wrapping freezes bases."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -91,7 +92,8 @@ def build(
     return result
 
 
-def _check_model(caller: str, model: object) -> None:
+def check_model(caller: str, model: object) -> None:
+    """Raise unless this is a module with submodules to replace."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: expected a module, got {type(model).__name__}")
     if not any(True for _ in model.children()):
@@ -110,13 +112,13 @@ def inject(model: nn.Module, target: Target, wrap: Callable[[nn.Module], nn.Modu
         ValueError: nothing matches; `wrap` refused.  The model is then as it was.
         TypeError: `wrap` returned no module.
     """
-    _check_model("inject", model)
+    check_model("inject", model)
     left_out: dict[str, str] = {}
     if isinstance(target, str) and target.lower() == "all-linear":
         modules, left_out = linear_targets(model, target)
     else:
         modules = find(model, target)
-    modules = _settled("inject", model, modules)
+    modules = settled("inject", model, modules)
 
     def make(name: str, module: nn.Module) -> nn.Module:
         made = wrap(module)
@@ -124,7 +126,7 @@ def inject(model: nn.Module, target: Target, wrap: Callable[[nn.Module], nn.Modu
             raise TypeError(f"wrap returned {type(made).__name__}, expected a module")
         return made
 
-    with _restoring(model):
+    with restoring(model):
         swap(model, build(modules, make))
     freeze(model)
     return Names(modules, left_out)
@@ -154,10 +156,10 @@ def inject_lora(
     >>> inject_lora(model, ["0"], rank=2)
     ['0']
     """
-    return _inject(model, target, rank, alpha, exclude, lora, {})
+    return inject_over(model, target, rank, alpha, exclude, lora, {})
 
 
-def _inject(
+def inject_over(
     model: nn.Module,
     target: Target,
     rank: int | Mapping[str, int],
@@ -166,16 +168,17 @@ def _inject(
     lora: Mapping[str, object],
     quantized: Mapping[str, nn.Module],
 ) -> Names:
-    _check_model("inject_lora", model)
+    """`inject_lora` on a model whose modules `quantized` take the places of their names too."""
+    check_model("inject_lora", model)
     modules, left_out = linear_targets(model, target, exclude)
-    modules = _settled("inject_lora", model, modules)
+    modules = settled("inject_lora", model, modules)
     ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
 
     def make(name: str, module: nn.Module) -> nn.Module:
         base = quantized.get(name, module)
         return LoRALinear(base, ranks[name], alphas[name], **lora)  # type: ignore[arg-type]
 
-    with _restoring(model):
+    with restoring(model):
         wrapped = build(modules, make)
         swap(model, {**quantized, **wrapped})
     freeze(model)
@@ -185,140 +188,3 @@ def _inject(
             stacklevel=3,
         )
     return Names(wrapped, left_out)
-
-
-def _take_hooks(layer: nn.Module, module: nn.Module) -> None:
-    """Let the layer run the module's hooks; their handles still remove them."""
-    for name, hooks in vars(module).items():
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and (
-            "state_dict" not in name
-        ):
-            vars(layer)[name] = hooks
-
-
-def _shared_weights(model: nn.Module) -> set[int]:
-    """ids of parameters that two different modules hold (tied embeddings)."""
-    owner: dict[int, int] = {}
-    shared = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if owner.setdefault(id(parameter), id(module)) != id(module):
-                shared.add(id(parameter))
-    return shared
-
-
-def quantizable(
-    model: nn.Module, *, skip: Target | tuple[()] = (), also: tuple[type[nn.Module], ...] = ()
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The linear layers that `quantize_model` would quantise, and why it leaves out the others."""
-    skipped = {} if skip == () else find(model, skip, caller="skip")
-    left_out = {**in_attention(model), **head_reasons(model)}
-    float32 = {
-        part
-        for module in model.modules()
-        for part in getattr(module, "_keep_in_fp32_modules", None) or ()
-    }
-    shared = _shared_weights(model)
-    chosen: dict[str, nn.Module] = {}
-    for name, module in visible_modules(model).items():
-        if linear_shape(module) is None or is_packed(module):
-            continue
-        if name in skipped or any(name.startswith(f"{outer}.") for outer in skipped):
-            left_out[name] = "skipped"
-        elif any(part in float32 for part in name.split(".")):
-            left_out[name] = "kept in float32 (_keep_in_fp32_modules)"
-        elif not isinstance(module, nn.Linear):
-            left_out[name] = f"{type(module).__name__} is no nn.Linear"
-        elif not has_stored_weight(module):
-            left_out[name] = "its weight is computed (weight norm, a parametrisation)"
-        elif "forward" in vars(module):
-            left_out[name] = "its forward was replaced on the instance (offloading?)"
-        elif id(module.weight) in shared:
-            left_out[name] = "its weight is tied to another module's"
-        elif has_own_forward(module) and type(module) not in also:
-            left_out[name] = f"{type(module).__name__} has a forward of its own"
-        elif name not in left_out:
-            chosen[name] = module
-    return chosen, {name: why for name, why in left_out.items() if name not in chosen}
-
-
-def _quantized(
-    model: nn.Module,
-    skip: Target | tuple[()],
-    also: tuple[type[nn.Module], ...],
-    nf4: Mapping[str, object],
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    _check_model("quantize_model", model)
-    chosen, left_out = quantizable(model, skip=skip, also=also)
-    if not chosen:
-        raise ValueError(f"quantize_model: no layer to quantise; left out: {left_out}")
-    chosen = _settled("quantize_model", model, chosen)
-    settings = {"block_size": 64, "double_quant": True, "compute_dtype": None} | dict(nf4)
-    if unknown := set(settings) - {"block_size", "double_quant", "compute_dtype"}:
-        raise TypeError(f"quantize_model: unknown arguments {sorted(unknown)}")
-
-    def make(name: str, module: nn.Module) -> nn.Module:
-        layer = NF4Linear.from_weight(module.weight, module.bias, **settings)  # type: ignore[arg-type]
-        _take_hooks(layer, module)
-        return layer.train(module.training)
-
-    layers = build(chosen, make)
-    for name, why in left_out.items():
-        if "forward of its own" in why:
-            warnings.warn(f"quantize_model left {name} dense: {why}; see also=", stacklevel=3)
-    return layers, left_out
-
-
-def quantize_model(
-    model: nn.Module,
-    *,
-    skip: Target | tuple[()] = (),
-    also: tuple[type[nn.Module], ...] = (),
-    **nf4: object,
-) -> Names:
-    """Replace every nn.Linear it may by NF4Linear, in place; all codes first, then the swap.
-
-    Left dense: the output head, tied weights, `_keep_in_fp32_modules`, new heads, what `skip`
-    names, and, with a warning, subclasses of nn.Linear with a forward of their own; `also` admits
-    such classes if you know that they compute x W^T + b.  Keywords: block_size, double_quant,
-    compute_dtype.  Returns the names; `.left_out` says what stayed dense and why.
-
-    Raises:
-        ValueError: nothing to quantise, or weights that are not finite; the model is as it was.
-    """
-    layers, left_out = _quantized(model, skip, also, nf4)
-    swap(model, layers)
-    return Names(layers, left_out)
-
-
-def inject_qlora(
-    model: nn.Module,
-    target: Target,
-    rank: int | Mapping[str, int],
-    alpha: float | Mapping[str, float] | None = None,
-    *,
-    exclude: Target | None = None,
-    skip: Target | tuple[()] = (),
-    also: tuple[type[nn.Module], ...] = (),
-    block_size: int = 64,
-    double_quant: bool = True,
-    compute_dtype: object = None,
-    **lora: object,
-) -> Names:
-    """QLoRA in place: quantise every layer that `quantize_model` would, wrap the targets in LoRA.
-
-    Arguments as of `quantize_model` and `inject_lora`.  A target that stays dense is wrapped all
-    the same.  Returns the wrapped names; `.left_out` says what stayed dense, and why.
-
-    Raises:
-        ValueError: as either; the model is then as it was.
-    """
-    nf4 = {
-        "block_size": block_size, "double_quant": double_quant, "compute_dtype": compute_dtype
-    }  # fmt: skip
-    target = target if isinstance(target, str) or callable(target) else list(target)
-    linear_targets(model, target, exclude)  # a wrong target should not cost the quantisation
-    layers, left_out = _quantized(model, skip, also, nf4)
-    names = _inject(model, target, rank, alpha, exclude, lora, layers)
-    names.left_out = left_out | names.left_out
-    return names

@@ -20,7 +20,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -267,7 +267,7 @@ class LoRALinear(nn.Module):
         if is_packed(self.base):
             base = self.base
             plain = base.requantized(weight) if requantize else base.dense(weight)
-            return plain.train(self.training)
+            return cast(nn.Module, plain).train(self.training)
         if requantize:
             raise ValueError(f"LoRALinear.merged: {type(self.base).__name__} has no codes to renew")
         # deepcopy finds the weight in its memo, so the old one is never copied

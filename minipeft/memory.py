@@ -1,5 +1,6 @@
 """What a model holds: parameters that train, parameters in all, bytes of its tensors."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -52,3 +53,47 @@ def packed_bits(model: nn.Module) -> float:
         raise ValueError("packed_bits: the model has no packed layer")
     size = sum(p.numel() * p.element_size() for m in layers for p in m.packed_parameters().values())
     return 8 * size / weights
+
+
+def quantization_report(model: nn.Module, left_out: Mapping[str, str] | None = None) -> str:
+    """What is stored in 4 bits, what is dense, and the bits per parameter, counted from tensors.
+
+    `left_out` is what `quantize_model(...).left_out` says; with it the report gives the reasons.
+
+    >>> from minipeft import quantize_model
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)).bfloat16()
+    >>> print(quantization_report(model, quantize_model(model, skip=["1"]).left_out))
+    4-bit: 1 layer, 4,096 weights in 2,120 bytes, 4.141 bits each
+    dense: 194 parameters in 388 bytes, 16.000 bits each
+    together: 4,290 parameters, 4.677 bits each
+    left dense: 1 (skipped)
+    """
+    layers = [module for module in model.modules() if is_packed(module)]
+    stored = {id(p): p for layer in layers for p in layer.packed_parameters().values()}
+    weights = {
+        id(layer.packed_parameters()["packed"]): layer.logical_parameters() for layer in layers
+    }
+    others = [p for p in model.parameters() if id(p) not in stored]
+
+    def line(what: str, count: int, noun: str, size: int) -> str:
+        bits = f", {8 * size / count:.3f} bits each" if count else ""
+        return f"{what} {count:,} {noun} in {size:,} bytes{bits}"
+
+    packed_size = sum(p.numel() * p.element_size() for p in stored.values())
+    dense_size = sum(p.numel() * p.element_size() for p in others)
+    n_packed, n_dense = sum(weights.values()), sum(p.numel() for p in others)
+    total = n_packed + n_dense
+    lines = [
+        line(f"4-bit: {len(layers)} layer{'s' * (len(layers) != 1)},", n_packed, "weights",
+             packed_size),
+        line("dense:", n_dense, "parameters", dense_size),
+        f"together: {total:,} parameters, {8 * (packed_size + dense_size) / max(1, total):.3f} "
+        "bits each",
+    ]  # fmt: skip
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in (left_out or {}).items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"left dense: {shown} ({reason})")
+    return "\n".join(lines)

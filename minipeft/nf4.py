@@ -211,6 +211,14 @@ def decode_into(
         flat[whole:] = pairs[: n - whole] * absmax[-1]
 
 
+def decode_at(packed: Tensor, index: Tensor, codebook: Tensor | None = None) -> Tensor:
+    """The float32 codebook values, before scaling, of the weights with these flat numbers."""
+    table = _nf4_pairs(packed.device) if codebook is None else _pair_table(codebook)
+    byte = packed.reshape(-1).index_select(0, (index // 2).reshape(-1)).int()
+    pairs = table.index_select(0, byte).view(torch.float32).view(-1, 2)
+    return pairs.gather(1, (index % 2).view(-1, 1)).view(index.shape)
+
+
 def decode(
     packed: Tensor,
     absmax: Tensor,

@@ -43,6 +43,12 @@ SCHEMAS = {
     "Tensor? bias, SymInt out_features, int block_size, Tensor? codebook=None) -> Tensor",
     "nf4_linear_input_gradient": "(Tensor grad, Tensor packed, Tensor absmax, Tensor? scale, "
     "Tensor? offset, SymInt in_features, int block_size, Tensor? codebook=None) -> Tensor",
+    "nf4_embedding": "(Tensor rows, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
+    "SymInt table_rows, SymInt dim, int block_size, ScalarType dtype, Tensor? codebook=None) "
+    "-> Tensor",
+    "nf4_experts": "(Tensor x, Tensor expert, Tensor packed, Tensor absmax, Tensor? scale, "
+    "Tensor? offset, SymInt[] shape, bool transposed, int block_size, Tensor? codebook=None) "
+    "-> Tensor",
 }
 
 
@@ -241,6 +247,15 @@ def _fake_nf4_linear_input_gradient(grad: Tensor, *args: Any) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], args[4]))
 
 
+def _fake_nf4_embedding(rows: Tensor, packed: Tensor, *args: Any) -> Tensor:
+    return packed.new_empty((*rows.shape, args[4]), dtype=args[6])
+
+
+def _fake_nf4_experts(x: Tensor, *args: Any) -> Tensor:
+    shape, transposed = args[5], args[6]
+    return x.new_empty((x.shape[0], shape[2] if transposed else shape[1]))
+
+
 # y = x W^T + b.  W is frozen, so backward needs only W, decoded again: the packed state is what
 # is saved, and the input is not.
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -275,6 +290,21 @@ def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
     return grad_grad, None, None, None, None, None, None, None
 
 
+# y[t] = W[expert[t]] x[t]; its gradient is the same operator with the transposed weights.
+def _experts_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _x, expert, packed, absmax, scale, offset, shape, transposed, block_size, codebook = inputs
+    ctx.save_for_backward(expert, packed, absmax, scale, offset, codebook)
+    ctx.shape, ctx.transposed, ctx.block_size = shape, transposed, block_size
+
+
+def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    expert, *state, codebook = ctx.saved_tensors
+    grad_x = torch.ops.minipeft.nf4_experts(
+        grad, expert, *state, ctx.shape, not ctx.transposed, ctx.block_size, codebook
+    )
+    return grad_x, *[None] * 9
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_nf4": _fake_quantize_nf4,
     "dequantize_nf4": _fake_dequantize_nf4,
@@ -282,17 +312,19 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "dequantize_absmax": _fake_dequantize_absmax,
     "nf4_linear": _fake_nf4_linear,
     "nf4_linear_input_gradient": _fake_nf4_linear_input_gradient,
+    "nf4_embedding": _fake_nf4_embedding,
+    "nf4_experts": _fake_nf4_experts,
 }
 for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
     LIBRARY.impl(_name, _body(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"minipeft::{_name}", _FAKES[_name], lib=LIBRARY)
-torch.library.register_autograd(
-    "minipeft::nf4_linear", _linear_backward, setup_context=_linear_context, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "minipeft::nf4_linear_input_gradient",
-    _input_gradient_backward,
-    setup_context=_input_gradient_context,
-    lib=LIBRARY,
-)
+_BACKWARD: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
+    "nf4_linear": (_linear_backward, _linear_context),
+    "nf4_linear_input_gradient": (_input_gradient_backward, _input_gradient_context),
+    "nf4_experts": (_experts_backward, _experts_context),
+}
+for _name, (_backward, _context) in _BACKWARD.items():
+    torch.library.register_autograd(
+        f"minipeft::{_name}", _backward, setup_context=_context, lib=LIBRARY
+    )

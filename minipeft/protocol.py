@@ -67,8 +67,8 @@ class PackedLayer(Protocol):
         """The weight that the codes stand for; (out_features, in_features) of a linear layer."""
         ...
 
-    def dense(self, weight: Tensor | None = None) -> nn.Module:
-        """The plain module that this layer stands for, with its weight or with another one."""
+    def dense(self, weight: Tensor | None = None) -> nn.Module | nn.Parameter:
+        """The plain module (or parameter) that this stands for, with its weight or another one."""
         ...
 
     def requantized(self, weight: Tensor) -> nn.Module:
@@ -125,7 +125,8 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
     if not isinstance(in_features, int) or not isinstance(out_features, int):
         return None
     if is_packed(module) or is_adapter(module):  # their `weight` is computed on read
-        return LinearShape(in_features, out_features, transposed=False)
+        transposed = bool(getattr(module, "transposed", False))
+        return LinearShape(in_features, out_features, transposed)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or tuple(weight.shape) != (out_features, in_features):
         return None
@@ -152,6 +153,7 @@ def linear_with_weight(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     """What `base` would compute for `x` if its weight were `weight`."""
     if is_packed(base):
         bias: Tensor | None = getattr(base, "bias", None)
+        weight = weight.T if getattr(base, "transposed", False) else weight
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if type(base).forward is nn.Linear.forward and not is_hooked(base):
         return F.linear(x, weight, base.bias)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ LEVELS = [
     {"lora", "nf4", "codebooks", "double_quant", "prefix", "prompt"},
     {"packed", "qlora"},
     {"layers", "variants", "optim"},
-    {"targets", "inject", "adapters", "merge", "bank", "combine", "memory"},
+    {"targets", "inject", "quantize", "adapters", "merge", "bank", "combine", "memory"},
     {"io", "integrations"},
 ]
 THIRD_PARTY = {"torch", "numpy", "einops", "jaxtyping", "tqdm"}

@@ -23,6 +23,13 @@ CALLS = {
     "nf4_linear_input_gradient": lambda s: (
         torch.randn(3, 32, requires_grad=True), *s.state(), 64, 64,
     ),
+    "nf4_embedding": lambda s: (
+        torch.tensor([[3, 0], [31, 3]]), *s.state(), 32, 64, 64, torch.bfloat16,
+    ),
+    "nf4_experts": lambda s: (
+        torch.randn(5, 64, requires_grad=True), torch.tensor([3, 0, 3, 1, 1]), *s.state(),
+        [4, 8, 64], False, 64,
+    ),
 }  # fmt: skip
 
 
@@ -30,7 +37,11 @@ CALLS = {
 @pytest.mark.parametrize("name", ops.SCHEMAS)
 def test_opcheck(name):
     layer = mp.NF4Linear.from_linear(torch.nn.Linear(64, 32))
-    opcheck(getattr(torch.ops.minipeft, name).default, CALLS[name](layer))
+    arguments = CALLS[name](layer)
+    opcheck(getattr(torch.ops.minipeft, name).default, arguments)
+    if "codebook" in ops.SCHEMAS[name]:
+        codebook = torch.tensor(mp.FP4_CODEBOOK)
+        opcheck(getattr(torch.ops.minipeft, name).default, (*arguments, codebook))
 
 
 COMPILE = """
