@@ -26,6 +26,7 @@ _SUM_CHUNK = 2**16
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
+@functools.cache
 def dynamic_codebook() -> tuple[float, ...]:
     """The 256 values of the signed 8-bit dynamic map, ascending, from -0.99297 to 1.
 

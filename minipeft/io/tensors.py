@@ -1,7 +1,8 @@
 """safetensors files: written whole or not at all, with a checksum for each tensor.
 
 Format: https://github.com/huggingface/safetensors.  The checksums are sha256 of each tensor's
-bytes, as JSON under `minipeft_sha256` in the file's metadata, where other readers ignore them.
+dtype, shape and bytes, as JSON under `minipeft_sha256` in the file's metadata, where other readers
+ignore them.
 """
 
 import hashlib
@@ -13,12 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_CHECKSUMS = "minipeft_sha256"
+CHECKSUMS = "minipeft_sha256"
 
 
-def _sha256(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(data.numpy().data).hexdigest()
+def digest(tensor: Tensor) -> str:
+    """sha256 of a tensor: its dtype and shape, as in "float32 [2, 3]", then its bytes."""
+    described = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    total = hashlib.sha256(described.encode())
+    if tensor.numel():
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        total.update(data.numpy().data)
+    return total.hexdigest()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -50,8 +56,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"{tensor.device}); gather sharded or offloaded parameters before saving"
             )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    sums = json.dumps({name: _sha256(tensor) for name, tensor in plain.items()})
-    write_atomically(path, save(plain, metadata={"format": "pt", _CHECKSUMS: sums}))
+    sums = json.dumps({name: digest(tensor) for name, tensor in plain.items()})
+    write_atomically(path, save(plain, metadata={"format": "pt", CHECKSUMS: sums}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -70,10 +76,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from error
-    if _CHECKSUMS in metadata:
-        sums = parse_object(metadata[_CHECKSUMS].encode(), f"{path}: checksums")
+    if CHECKSUMS in metadata:
+        sums = parse_object(metadata[CHECKSUMS].encode(), f"{path}: checksums")
         for name, tensor in tensors.items():
-            if sums.get(name) != _sha256(tensor):
+            if sums.get(name) != digest(tensor):
                 raise ValueError(f"{path}: {name} differs from its checksum; the file is damaged")
     return tensors
 

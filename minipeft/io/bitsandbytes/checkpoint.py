@@ -1,0 +1,140 @@
+"""A Hugging Face checkpoint: config.json, and safetensors files with an index if there are several.
+
+config.json                         "quantization_config": what is in 4 bits
+model.safetensors                   or
+model.safetensors.index.json        {"weight_map": {tensor: file}}, model-00001-of-00003...
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from minipeft.io.shards import Reader
+from minipeft.io.tensors import parse_object, write_atomically
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_MAX_JSON = 2**28  # an index has about 100 bytes a tensor
+_FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
+
+
+def _json(path: Path) -> dict[str, object]:
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes of JSON")
+        return parse_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        ValueError: there is none (pickled weights are not read), an index that is damaged or
+            names a file elsewhere.
+    """
+    index = directory / INDEX
+    if not index.is_file():
+        if (directory / SINGLE).is_file():
+            return [directory / SINGLE]
+        pickled = sorted(p.name for p in directory.glob("*.bin"))
+        why = f"; {pickled[:3]} are pickled files: convert them to safetensors" if pickled else ""
+        raise ValueError(f"{directory}: no {SINGLE} and no {INDEX}{why}")
+    weight_map = _json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map")
+    names = list(dict.fromkeys(weight_map.values()))
+    for name in names:
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise ValueError(f"{index}: {str(name)[:80]!r} is no name of a safetensors file here")
+    return [directory / str(name) for name in names]
+
+
+def open_weights(path: Path) -> Reader:
+    """All tensors of a checkpoint directory, or of one safetensors file.
+
+    Raises:
+        ValueError: a file that is missing or damaged; the index and the files disagree.
+    """
+    if path.is_file():
+        return Reader([path])
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such directory")
+    reader = Reader(weight_files(path))
+    if (path / INDEX).is_file():
+        weight_map = _json(path / INDEX)["weight_map"]
+        found = {name: file.name for name, file in reader.file_of.items()}
+        if weight_map != found:
+            assert isinstance(weight_map, dict)
+            wrong = [n for n in weight_map.keys() | found.keys()
+                     if weight_map.get(n) != found.get(n)]  # fmt: skip
+            reader.close()
+            raise ValueError(
+                f"{path / INDEX}: disagrees with the files about {sorted(wrong)[:3]} "
+                f"({len(wrong)} in all)"
+            )
+    return reader
+
+
+def config_of(path: Path) -> dict[str, object]:
+    """config.json of a checkpoint directory; empty for a single file.
+
+    Raises:
+        ValueError: missing or damaged: a directory without it is not complete.
+    """
+    if path.is_file():
+        return {}
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"{path}: no {CONFIG}; the checkpoint is not complete")
+    return _json(path / CONFIG)
+
+
+def check_four_bits(path: Path, config: Mapping[str, object]) -> None:
+    """Raise ValueError if the config says that the weights are quantised in some other way."""
+    said = config.get("quantization_config")
+    if said is None:
+        return
+    method = said.get("quant_method") if isinstance(said, dict) else said
+    if not isinstance(said, dict) or method != "bitsandbytes" or said.get("load_in_8bit"):
+        what = "8-bit integers" if method == "bitsandbytes" else repr(str(method)[:40])
+        raise ValueError(f"{path / CONFIG}: quantised by {what}; expected bitsandbytes in 4 bits")
+
+
+def quantization_config(
+    *,
+    quant_type: str,
+    double_quant: bool,
+    dense: Iterable[str],
+    compute_dtype: torch.dtype,
+    quant_storage: torch.dtype = torch.uint8,
+) -> dict[str, object]:
+    """What transformers wants to know of a bitsandbytes checkpoint; `dense`: layers in 16 bits."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": str(quant_storage).removeprefix("torch."),
+        "llm_int8_skip_modules": sorted(dense) or None,
+    }
+
+
+def write_index(directory: Path, files: Sequence[tuple[str, Mapping[str, int]]]) -> None:
+    """The index of several files: their names, and the bytes of each tensor in them."""
+    weight_map = {name: file for file, sizes in files for name in sizes}
+    total = sum(size for _, sizes in files for size in sizes.values())
+    text = json.dumps(
+        {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True
+    )
+    write_atomically(directory / INDEX, text.encode())
+
+
+def write_config(directory: Path, config: Mapping[str, object]) -> None:
+    """config.json: what makes a directory a checkpoint, and is written last."""
+    text = json.dumps(config, indent=2, sort_keys=True)
+    write_atomically(directory / CONFIG, text.encode())

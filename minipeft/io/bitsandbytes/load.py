@@ -1,0 +1,199 @@
+"""Fill a model on the meta device from a 4-bit checkpoint; nothing is ever dense but what is dense.
+
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+load_quantized(model, path)
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minipeft.io.bitsandbytes import checkpoint
+from minipeft.io.bitsandbytes.weight import is_state_key, state_of, weight_of
+from minipeft.io.buffers import restore_buffers
+from minipeft.io.shards import Reader
+from minipeft.layers.conv1d import NF4Conv1D
+from minipeft.protocol import is_conv1d
+from minipeft.qlora import NF4Linear, has_own_forward
+from minipeft.targets import Names
+
+
+def _groups(reader: Reader) -> dict[str, list[str]]:
+    """The keys that belong to each 4-bit weight, by the weight's own key."""
+    groups = {weight_of(key): [key] for key in reader.specs if is_state_key(key)}
+    for key in reader.specs:
+        name = key if key in groups else key.rpartition(".")[0]
+        if name in groups and key not in groups[name]:
+            groups[name].append(key)
+    return groups
+
+
+def _holder(model: nn.Module, key: str) -> nn.Module:
+    """The linear layer whose weight has this key; raises ValueError if there is none."""
+    name, _, own = key.rpartition(".")
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"{key}: the model has no module {name!r}; is it another model's?"
+        ) from None
+    plain = isinstance(module, nn.Linear) and not has_own_forward(module)
+    if own != "weight" or not (plain or (is_conv1d(module) and type(module).__name__ == "Conv1D")):
+        raise ValueError(
+            f"{key}: 4-bit codes for a {type(module).__name__}; only nn.Linear and Conv1D take them"
+        )
+    return module
+
+
+def _layer(
+    module: nn.Module, key: str, found: Mapping[str, Tensor], device: torch.device,
+    compute_dtype: torch.dtype | None,
+) -> NF4Linear:  # fmt: skip
+    settings, state = state_of(key, found)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    expected = tuple(weight.T.shape if is_conv1d(module) else weight.shape)
+    if settings.shape != expected:
+        raise ValueError(
+            f"{key}: codes of a weight {settings.shape}; the model's is {expected} (out, in)"
+        )
+    kind = NF4Conv1D if is_conv1d(module) else NF4Linear
+    layer = kind(
+        expected[1], expected[0], bias=False, block_size=settings.block_size,
+        double_quant=settings.double_quant, compute_dtype=compute_dtype, dtype=settings.dtype,
+        device="meta",
+    )  # fmt: skip
+    layer.fill({name: value.to(device) for name, value in state.items()})
+    if isinstance(layer, NF4Conv1D):
+        layer.dense_class = type(module)
+    return layer.train(module.training)
+
+
+def _dense_names(model: nn.Module, quantized: set[str]) -> dict[str, Tensor]:
+    """Every parameter and saved buffer of the model by name, but the 4-bit weights."""
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if name not in quantized}
+
+
+def _check_names(path: Path, wanted: Mapping[str, Tensor], present: set[str]) -> None:
+    """Raise unless the file has what the model wants and no more; a tied tensor may come once."""
+    ids = {id(wanted[name]) for name in wanted.keys() & present}
+    missing = sorted(name for name, value in wanted.items() if id(value) not in ids)
+    unexpected = sorted(present - wanted.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{path}: missing {missing[:5]} ({len(missing)} in all), unexpected {unexpected[:5]} "
+            f"({len(unexpected)} in all); is the checkpoint another model's?"
+        )
+
+
+def load_quantized(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+) -> Names:
+    """Fill `model`, built on the meta device, from a 4-bit checkpoint; bitsandbytes is not needed.
+
+    `path` is a directory (config.json and safetensors files, with an index if there are several)
+    or one safetensors file, written by transformers with bitsandbytes, by `save_quantized` or by
+    `quantize_checkpoint`.  Layers whose weights are codes become NF4Linear (NF4Conv1D) in place;
+    the rest is loaded in the file's dtype, or in `dtype`.  Weights go to `device`, one tensor at a
+    time; tied tensors stay tied; buffers that no file holds (rotary frequencies) are computed by
+    the model's own `_init_weights`.  Checksums are verified where the file has them.  `progress`
+    shows a bar; None: on a terminal.  Returns the names of the 4-bit layers.
+
+    Raises:
+        ValueError: the checkpoint is incomplete, damaged, not in 4 bits, or another model's; the
+            file and the tensor are named.  The model is then as it was.
+    """
+    path, device = Path(path), torch.device(device)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_quantized: expected a module, got {type(model).__name__}")
+    checkpoint.check_four_bits(path, checkpoint.config_of(path))
+    with checkpoint.open_weights(path) as reader:
+        groups = _groups(reader)
+        if not groups:
+            raise ValueError(
+                f"{path}: no tensor is in 4 bits; load it as it is and call quantize_model, or "
+                "write a 4-bit checkpoint with quantize_checkpoint"
+            )
+        holders = {key: _holder(model, key) for key in groups}
+        wanted = _dense_names(model, set(groups))
+        inside = {key for keys in groups.values() for key in keys}
+        _check_names(path, wanted, reader.specs.keys() - inside)
+        for name in wanted.keys() & reader.specs.keys():
+            if reader.specs[name][1] != tuple(wanted[name].shape):
+                raise ValueError(
+                    f"{reader.file_of[name]}: {name} has shape {reader.specs[name][1]}; the "
+                    f"model's is {tuple(wanted[name].shape)}"
+                )
+        names = [*groups, *(name for name in wanted if name in reader.specs)]
+        layers: dict[str, NF4Linear] = {}
+        tensors: dict[str, Tensor] = {}
+        for name in tqdm(names, desc="loading", unit="tensor", disable=_hidden(progress)):
+            if name not in groups:
+                tensors[name] = _converted(reader.read(name), device, dtype)
+                continue
+            found = {key: reader.read(key) for key in groups[name]}
+            try:
+                layers[name] = _layer(holders[name], name, found, device, compute_dtype)
+            except ValueError as error:
+                raise ValueError(f"{reader.file_of[name]}: {error}") from error
+    buffers = restore_buffers(model, device)
+    return _assign(model, layers, tensors, wanted, buffers)
+
+
+def _hidden(progress: bool | None) -> bool | None:
+    return None if progress is None else not progress
+
+
+def _converted(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return tensor.to(device=device, dtype=wanted)
+
+
+def _assign(
+    model: nn.Module,
+    layers: Mapping[str, NF4Linear],
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+) -> Names:
+    """Put everything into the model."""
+    by_id: dict[int, Tensor] = {}
+    for name, value in tensors.items():
+        first = by_id.setdefault(id(wanted[name]), value)
+        if first is not value and not torch.equal(first, value):
+            raise ValueError(
+                f"{name}: tied to another tensor in the model, but the file has two values; untie "
+                "them (tie_word_embeddings=False)"
+            )
+    made: dict[int, Tensor] = {}
+    for name, old in wanted.items():
+        if id(old) not in made:
+            value = by_id[id(old)]
+            is_parameter = isinstance(old, nn.Parameter)
+            made[id(old)] = nn.Parameter(value, old.requires_grad) if is_parameter else value
+        holder, _, own = name.rpartition(".")
+        setattr(model.get_submodule(holder), own, made[id(old)])
+    for name, value in buffers.items():
+        holder, _, own = name.rpartition(".")
+        setattr(model.get_submodule(holder), own, value)
+    names = []
+    for key, layer in layers.items():
+        name = key.rpartition(".")[0]
+        old_module = model.get_submodule(name)
+        if old_module.bias is not None:
+            layer.bias = nn.Parameter(old_module.bias.detach(), requires_grad=False)  # type: ignore[operator]
+        holder, _, own = name.rpartition(".")
+        setattr(model.get_submodule(holder), own, layer)
+        names.append(name)
+    return Names(names)

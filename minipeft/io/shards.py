@@ -1,0 +1,225 @@
+"""safetensors files larger than memory: written one tensor at a time, read one tensor at a time.
+
+Format: https://github.com/huggingface/safetensors: 8 bytes of header length, a JSON header, then
+the tensors' bytes without gaps.  Sizes are known before values are, so every tensor has its place
+before the first is written; the checksums fill placeholders in the header at the end.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minipeft.io.tensors import CHECKSUMS, digest, parse_object
+
+Spec = tuple[torch.dtype, tuple[int, ...]]
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+def nbytes(spec: Spec) -> int:
+    """Bytes of a tensor with this dtype and shape."""
+    return spec[0].itemsize * math.prod(spec[1])
+
+
+class ShardWriter:
+    """A safetensors file of known names, dtypes and shapes, filled in any order.
+
+    Written under a temporary name; `finish` flushes it to disk and renames it.  Leaving the
+    context without it removes the temporary file.
+
+    Raises:
+        ValueError: a name that was not announced, was written already or not at all, or has
+            another dtype or shape than announced.
+        OSError: the disk is full, and the like; the message names file and tensor.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+        self.path, self.specs = path, dict(specs)
+        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # larger elements first: every tensor then starts at a multiple of its element's size
+        order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
+        self._places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name in order:
+            start, end = end, end + nbytes(specs[name])
+            self._places[name] = (start, end)
+        self._sums = dict.fromkeys(order, "0" * 64)
+        self._left = set(order)
+        self._start = 8 + len(self._header())
+        self._file = open(self._temporary, "wb")  # noqa: SIM115  (closed by finish or __exit__)
+        self._total = self._start + end
+
+    def _header(self) -> bytes:
+        metadata = {"format": "pt", CHECKSUMS: json.dumps(self._sums)}
+        header: dict[str, object] = {"__metadata__": metadata}
+        for name, (start, end) in self._places.items():
+            dtype, shape = self.specs[name]
+            header[name] = {
+                "dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]
+            }  # fmt: skip
+        text = json.dumps(header, separators=(",", ":")).encode()
+        return text.ljust(math.ceil(len(text) / 8) * 8)  # spaces: so that the data is aligned
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor to its place."""
+        if name not in self._left:
+            raise ValueError(f"{self.path.name}: {name} was not announced, or is written already")
+        if (tensor.dtype, tuple(tensor.shape)) != self.specs[name]:
+            raise ValueError(
+                f"{self.path.name}: {name} is {tensor.dtype} {tuple(tensor.shape)}; announced "
+                f"{self.specs[name]}"
+            )
+        plain = tensor.detach().cpu().contiguous()
+        self._sums[name] = digest(plain)
+        try:
+            self._file.seek(self._start + self._places[name][0])
+            if plain.numel():
+                self._file.write(plain.view(-1).view(torch.uint8).numpy().data)
+                self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} while writing {name}", str(self.path)) \
+                from error  # fmt: skip
+        self._left.discard(name)
+
+    def finish(self) -> None:
+        """Write the header, flush to disk, rename."""
+        if self._left:
+            raise ValueError(f"{self.path.name}: not written yet: {sorted(self._left)[:5]}")
+        header = self._header()
+        try:
+            self._file.truncate(self._total)
+            self._file.seek(0)
+            self._file.write(len(header).to_bytes(8, "little") + header)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror} while finishing", str(self.path)) \
+                from error  # fmt: skip
+        self._file.close()
+        os.replace(self._temporary, self.path)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._file.close()
+        except OSError:  # what is buffered does not fit either; the first error is on its way
+            pass
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
+def split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in their order, in groups of at most `max_bytes` (one name at least in each)."""
+    groups: list[list[str]] = []
+    filled = max_bytes
+    for name, size in sizes.items():
+        if filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def shard_names(count: int) -> list[str]:
+    """File names of `count` shards, as Hugging Face's libraries choose them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+class Reader:
+    """Tensors by name from safetensors files of one directory; each file is mapped, not read.
+
+    Damage to the structure is found on opening, a wrong checksum when a tensor is read.  Use as a
+    context.
+
+    Raises:
+        ValueError: a file that is missing, damaged, or holds a name that another one holds.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._files: dict[Path, Any] = {}
+        self._sums: dict[Path, dict[str, object] | None] = {}
+        self.file_of: dict[str, Path] = {}
+        self.specs: dict[str, Spec] = {}
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"{path}: no such file")
+            try:
+                file: Any = safe_open(path, framework="pt")
+                metadata = file.metadata() or {}
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                described = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{path}: damaged safetensors file ({error})") from error
+            self._files[path] = file
+            self._sums[path] = (
+                parse_object(metadata[CHECKSUMS].encode(), f"{path}: checksums")
+                if CHECKSUMS in metadata
+                else None
+            )
+            for name, (dtype, shape) in described.items():
+                if name in self.file_of:
+                    raise ValueError(f"{path}: {name} is in {self.file_of[name].name} too")
+                if dtype not in DTYPES:
+                    raise ValueError(f"{path}: {name} has dtype {dtype}, which is not supported")
+                self.file_of[name] = path
+                self.specs[name] = (DTYPES[dtype], shape)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU: memory of its own, so that the file may go.
+
+        Raises:
+            ValueError: it cannot be read, or its checksum differs.
+        """
+        return self.view(name).clone()
+
+    def view(self, name: str) -> Tensor:
+        """One tensor that lies in the mapped file: for as long as this context lasts.
+
+        Raises:
+            ValueError: it cannot be read, or its checksum differs.
+        """
+        from safetensors import SafetensorError
+
+        path = self.file_of[name]
+        try:
+            tensor: Tensor = self._files[path].get_tensor(name)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path}: {name} cannot be read ({error})") from error
+        sums = self._sums[path]
+        if sums is not None and sums.get(name) != digest(tensor):
+            raise ValueError(f"{path}: {name} differs from its checksum; the file is damaged")
+        return tensor
+
+    def close(self) -> None:
+        """Let the files go."""
+        self._files.clear()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
