@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.io.tensors import CHECKSUMS, digest, parse_object
+from minipeft.io.tensors import checksums_in, digest, metadata_with
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
 NAMES = {
@@ -62,8 +62,7 @@ class ShardWriter:
         self._total = self._start + end
 
     def _header(self) -> bytes:
-        metadata = {"format": "pt", CHECKSUMS: json.dumps(self._sums)}
-        header: dict[str, object] = {"__metadata__": metadata}
+        header: dict[str, object] = {"__metadata__": metadata_with(self._sums)}
         for name, (start, end) in self._places.items():
             dtype, shape = self.specs[name]
             header[name] = {
@@ -175,11 +174,7 @@ class Reader:
             except (SafetensorError, OSError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{path}: damaged safetensors file ({error})") from error
             self._files[path] = file
-            self._sums[path] = (
-                parse_object(metadata[CHECKSUMS].encode(), f"{path}: checksums")
-                if CHECKSUMS in metadata
-                else None
-            )
+            self._sums[path] = checksums_in(path, metadata)
             for name, (dtype, shape) in described.items():
                 if name in self.file_of:
                     raise ValueError(f"{path}: {name} is in {self.file_of[name].name} too")

@@ -2,7 +2,7 @@
 
 Format: https://github.com/huggingface/safetensors.  The checksums are sha256 of each tensor's
 dtype, shape and bytes, as JSON under `minipeft_sha256` in the file's metadata, where other readers
-ignore them.
+ignore them; `minipeft_format` says that they must be there.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-CHECKSUMS = "minipeft_sha256"
+CHECKSUMS, FORMAT = "minipeft_sha256", "minipeft_format"
 
 
 def digest(tensor: Tensor) -> str:
@@ -25,6 +25,24 @@ def digest(tensor: Tensor) -> str:
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         total.update(data.numpy().data)
     return total.hexdigest()
+
+
+def metadata_with(sums: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a file that minipeft writes; sums: a digest for each tensor."""
+    return {"format": "pt", CHECKSUMS: json.dumps(sums), FORMAT: "1"}
+
+
+def checksums_in(path: Path, metadata: Mapping[str, str]) -> dict[str, object] | None:
+    """The digests that a file's metadata holds; None if nobody wrote any.
+
+    Raises:
+        ValueError: they are damaged, or missing from a file that minipeft wrote.
+    """
+    if CHECKSUMS in metadata:
+        return parse_object(metadata[CHECKSUMS].encode(), f"{path}: checksums")
+    if any(key.startswith("minipeft") for key in metadata):
+        raise ValueError(f"{path}: its checksums are missing; the file is damaged")
+    return None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -56,8 +74,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"{tensor.device}); gather sharded or offloaded parameters before saving"
             )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    sums = json.dumps({name: digest(tensor) for name, tensor in plain.items()})
-    write_atomically(path, save(plain, metadata={"format": "pt", CHECKSUMS: sums}))
+    sums = {name: digest(tensor) for name, tensor in plain.items()}
+    write_atomically(path, save(plain, metadata=metadata_with(sums)))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -76,11 +94,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from error
-    if CHECKSUMS in metadata:
-        sums = parse_object(metadata[CHECKSUMS].encode(), f"{path}: checksums")
-        for name, tensor in tensors.items():
-            if sums.get(name) != digest(tensor):
-                raise ValueError(f"{path}: {name} differs from its checksum; the file is damaged")
+    sums = checksums_in(path, metadata)
+    for name, tensor in tensors.items():
+        if sums is not None and sums.get(name) != digest(tensor):
+            raise ValueError(f"{path}: {name} differs from its checksum; the file is damaged")
     return tensors
 
 

@@ -46,11 +46,10 @@ def weight_files(directory: Path) -> list[Path]:
     weight_map = _json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map")
-    names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
+    for name in weight_map.values():
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise ValueError(f"{index}: {str(name)[:80]!r} is no name of a safetensors file here")
-    return [directory / str(name) for name in names]
+    return [directory / name for name in dict.fromkeys(weight_map.values())]
 
 
 def open_weights(path: Path) -> Reader:
