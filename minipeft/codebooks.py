@@ -2,7 +2,7 @@
 
 A data type is its codebook: 2 to 256 numbers in [-1, 1], which a block's absmax scales.  With at
 most 16 of them two codes share a byte.  These are the types that the QLoRA paper compares
-(Dettmers et al. 2023, table 2); NF4 has a faster path in nf4.py with equal bytes.
+(Dettmers et al. 2023); NF4 has a faster path in nf4.py with equal bytes.
 
     NF4       quantiles of a normal distribution        normal_float_codebook(4)
     FP4       a sign, 2 bits of exponent, 1 of mantissa FP4_CODEBOOK, in bitsandbytes' order

@@ -152,3 +152,19 @@ def test_an_unknown_result_file_is_refused(tmp_path):
     done = run("report", str(path))
     assert done.returncode == 2
     assert "no result" in done.stderr
+
+
+def test_the_nf4_grid_finds_no_difference_from_the_reference():
+    from benchmarks import nf4_grid
+
+    _, ours, theirs = nf4_grid.run([(0,), (7, 33), (5, 48), (2, 3, 65)], show=False)
+    assert ours.pop("elements") > 10_000
+    assert not any(ours.values())
+    assert theirs["unexplained"] == 0
+
+
+@pytest.mark.slow
+def test_a_killed_quantisation_resumes_to_the_same_bytes(tmp_path):
+    from benchmarks import checkpoint
+
+    assert checkpoint.compare(tmp_path, 0.5) == 0
