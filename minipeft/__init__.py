@@ -12,6 +12,7 @@ from minipeft.adapters import (
     load_adapter_state_dict,
     scale_adapters,
 )
+from minipeft.bank import LoRABank
 from minipeft.codebooks import (
     FP4_CODEBOOK,
     FP4_E3M0_CODEBOOK,
@@ -19,21 +20,45 @@ from minipeft.codebooks import (
     int_codebook,
     quantize_blockwise,
 )
+from minipeft.combine import combine_adapters
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
+from minipeft.extras import tie_lora, train_biases, train_modules, train_tokens
+from minipeft.gradients import check_gradients
+from minipeft.hotswap import swap_adapter
 from minipeft.inject import inject, inject_lora
 from minipeft.integrations.transformers import attach_prefix
 from minipeft.io.peft import load_peft, save_peft
 from minipeft.layers.conv1d import NF4Conv1D
 from minipeft.layers.embedding import NF4Embedding
 from minipeft.layers.experts import NF4Experts
+from minipeft.layers.lora_attention import LoRAMultiheadAttention
+from minipeft.layers.lora_conv import LoRAConv
+from minipeft.layers.lora_embedding import LoRAEmbedding
+from minipeft.layers.lora_experts import LoRAExperts
+from minipeft.layers.lora_fused import LoRAFusedLinear
+from minipeft.layers.lora_tied import LoRATiedLinear
 from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
 from minipeft.memory import count_parameters, packed_bits, quantization_report
 from minipeft.merge import merge, remove, unmerge
 from minipeft.nf4 import NF4_CODEBOOK, dequantize_nf4, normal_float_codebook, quantize_nf4
 from minipeft.ops import backend, use_kernels
+from minipeft.optim.lora_fa import LoRAFA, freeze_a
+from minipeft.optim.lora_plus import lora_plus_groups
 from minipeft.prefix import PrefixEncoder, prefix_attention
 from minipeft.qlora import NF4Linear
 from minipeft.quantize import dequantize_model, inject_qlora, quantize_model
+from minipeft.switch import add_adapter, use_adapters
+from minipeft.variants.dora import DoRALinear
+from minipeft.variants.dora_layers import DoRAConv, DoRAEmbedding
+from minipeft.variants.eva import init_eva
+from minipeft.variants.init import (
+    init_gaussian,
+    init_olora,
+    init_orthogonal,
+    init_pissa,
+    init_pissa_fast,
+)
+from minipeft.variants.loftq import loftq
 
 __version__ = "0.1.0"
 
@@ -41,7 +66,18 @@ __all__ = [
     "FP4_CODEBOOK",
     "FP4_E3M0_CODEBOOK",
     "NF4_CODEBOOK",
+    "DoRAConv",
+    "DoRAEmbedding",
+    "DoRALinear",
+    "LoRABank",
+    "LoRAConv",
+    "LoRAEmbedding",
+    "LoRAExperts",
+    "LoRAFA",
+    "LoRAFusedLinear",
     "LoRALinear",
+    "LoRAMultiheadAttention",
+    "LoRATiedLinear",
     "NF4Conv1D",
     "NF4Embedding",
     "NF4Experts",
@@ -50,9 +86,12 @@ __all__ = [
     "__version__",
     "adapter_parameters",
     "adapter_state_dict",
+    "add_adapter",
     "attach_prefix",
     "backend",
     "base_state_dict",
+    "check_gradients",
+    "combine_adapters",
     "count_parameters",
     "dequantize_absmax",
     "dequantize_blockwise",
@@ -60,6 +99,13 @@ __all__ = [
     "dequantize_nf4",
     "disable_adapters",
     "freeze",
+    "freeze_a",
+    "init_eva",
+    "init_gaussian",
+    "init_olora",
+    "init_orthogonal",
+    "init_pissa",
+    "init_pissa_fast",
     "inject",
     "inject_lora",
     "inject_qlora",
@@ -68,8 +114,10 @@ __all__ = [
     "io",
     "load_adapter_state_dict",
     "load_peft",
+    "loftq",
     "lora_delta",
     "lora_forward",
+    "lora_plus_groups",
     "lora_scaling",
     "merge",
     "normal_float_codebook",
@@ -83,6 +131,12 @@ __all__ = [
     "remove",
     "save_peft",
     "scale_adapters",
+    "swap_adapter",
+    "tie_lora",
+    "train_biases",
+    "train_modules",
+    "train_tokens",
     "unmerge",
+    "use_adapters",
     "use_kernels",
 ]

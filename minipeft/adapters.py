@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.protocol import Adapter, is_adapter
+from minipeft.registry import adapters_called
 
 
 def named_adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -31,17 +32,36 @@ def require_adapters(caller: str, model: nn.Module) -> dict[str, Adapter]:
     return found
 
 
-def _named_adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        f"{prefix}.{name}" if prefix else name: parameter
-        for prefix, adapter in named_adapters(model).items()
-        for name, parameter in adapter.adapter_parameters().items()
-    }
+def named_adapter_parameters(
+    caller: str, model: nn.Module, name: str | None
+) -> dict[str, nn.Parameter]:
+    """Of one adapter by its name, under the modules' names in the plain model; None: of all.
+
+    Raises:
+        ValueError: no such adapter, or one that has two layers of one kind over the same module
+            (stacked by hand), whose parameters have one name.
+    """
+    if name is None:
+        adapters = [(place, adapter) for place, adapter in named_adapters(model).items()]
+    else:
+        called = adapters_called(caller, model, name)
+        adapters = [(place, adapter) for place, stack in called.items() for adapter in stack]
+    found: dict[str, nn.Parameter] = {}
+    for place, adapter in adapters:
+        for own, parameter in adapter.adapter_parameters().items():
+            key = f"{place}.{own}" if place else own
+            if key in found:
+                raise ValueError(
+                    f"{caller}: adapter {name!r} has two layers over {place!r}; give the second "
+                    "a name of its own with add_adapter"
+                )
+            found[key] = parameter
+    return found
 
 
-def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that adapters own: what an optimiser gets."""
-    yield from _named_adapter_parameters(model).values()
+def adapter_parameters(model: nn.Module, *, name: str | None = None) -> Iterator[nn.Parameter]:
+    """The parameters that adapters own, or the adapter called `name`: what an optimiser gets."""
+    yield from named_adapter_parameters("adapter_parameters", model, name).values()
 
 
 def freeze(model: nn.Module) -> None:
@@ -52,9 +72,14 @@ def freeze(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' parameters, detached and not copied: '<module name>.lora_a', and so on."""
-    return {name: value.detach() for name, value in _named_adapter_parameters(model).items()}
+def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str, Tensor]:
+    """The adapters' parameters, detached and not copied: '<module name>.lora_a', and so on.
+
+    Of the adapter called `name` under the modules' names in the plain model, so that they fit a
+    model in which it is alone; without `name` of all, under the names of the layers.
+    """
+    found = named_adapter_parameters("adapter_state_dict", model, name)
+    return {key: value.detach() for key, value in found.items()}
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -66,7 +91,8 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
         for name, adapter in adapters.items()
         for own in adapter.adapter_parameters()
     }
-    wrappers = sorted((name for name in adapters if hasattr(adapters[name], "base")), key=len)
+    # the longest first: of a stack, the innermost loses its ".base" before the outer ones
+    wrappers = sorted((n for n in adapters if hasattr(adapters[n], "base")), key=len, reverse=True)
     state = {}
     for key, value in model.state_dict().items():
         if key in owned:
@@ -75,24 +101,24 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
             prefix = f"{name}.base." if name else "base."
             if key.startswith(prefix):
                 key = f"{name}.{key[len(prefix) :]}" if name else key[len(prefix) :]
-                break
         state[key] = value
     return state
 
 
 def refuse_merged(caller: str, adapters: Mapping[str, Adapter]) -> None:
     """Raise ValueError if an adapter is merged: its precomputed weight would not follow."""
-    merged = [n for n, a in adapters.items() if getattr(a, "merged_weight", None) is not None]
+    merged = [n for n, a in adapters.items() if getattr(a, "merged_module", None) is not None]
     if merged:
         raise ValueError(f"{caller}: {merged[0]!r} is merged; call minipeft.unmerge(model) first")
 
 
 def load_adapter_state_dict(
-    model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True
+    model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True, name: str | None = None
 ) -> tuple[list[str], list[str]]:
     """Copy adapter tensors into the model's adapters; all are checked before the first is copied.
 
-    Returns (missing, unexpected) names, which are empty if `strict`.
+    `name` chooses one adapter, as in `adapter_state_dict`.  Returns (missing, unexpected) keys,
+    which are empty if `strict`.
 
     Raises:
         ValueError: a missing or unexpected name (if strict), another shape, no floating-point
@@ -100,30 +126,30 @@ def load_adapter_state_dict(
     """
     adapters = require_adapters("load_adapter_state_dict", model)
     refuse_merged("load_adapter_state_dict", adapters)
-    own = _named_adapter_parameters(model)
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
+    own = named_adapter_parameters("load_adapter_state_dict", model, name)
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
     if strict and (missing or unexpected):
         raise ValueError(
             f"load_adapter_state_dict: missing {missing[:5]} ({len(missing)} in all), unexpected "
             f"{unexpected[:5]} ({len(unexpected)} in all); is it another model's adapter?"
         )
-    for name in own.keys() & state.keys():
-        if not isinstance(state[name], Tensor) or not state[name].is_floating_point():
-            raise ValueError(f"load_adapter_state_dict: {name} is no floating-point tensor")
-        if own[name].is_meta:
+    for key in own.keys() & state.keys():
+        if not isinstance(state[key], Tensor) or not state[key].is_floating_point():
+            raise ValueError(f"load_adapter_state_dict: {key} is no floating-point tensor")
+        if own[key].is_meta:
             raise ValueError(
-                f"load_adapter_state_dict: {name} is on the meta device and cannot hold values; "
+                f"load_adapter_state_dict: {key} is on the meta device and cannot hold values; "
                 "load the base model first"
             )
-        if state[name].shape != own[name].shape:
+        if state[key].shape != own[key].shape:
             raise ValueError(
-                f"load_adapter_state_dict: {name} has shape {tuple(state[name].shape)}, the model "
-                f"expects {tuple(own[name].shape)}"
+                f"load_adapter_state_dict: {key} has shape {tuple(state[key].shape)}, the model "
+                f"expects {tuple(own[key].shape)}"
             )
     with torch.no_grad():
-        for name in own.keys() & state.keys():
-            own[name].copy_(state[name])
+        for key in own.keys() & state.keys():
+            own[key].copy_(state[key])
     return missing, unexpected
 
 
@@ -146,8 +172,10 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             adapter.enabled = enabled
 
 
-def scale_adapters(model: nn.Module, factor: float) -> list[str]:
-    """Multiply what every adapter adds by `factor`; absolute: 1.0 is as trained.  Returns names.
+def scale_adapters(model: nn.Module, factor: float, *, name: str | None = None) -> list[str]:
+    """Multiply what every adapter adds by `factor`, or the one called `name`.
+
+    Absolute, not cumulative: 1.0 is as trained.  Returns the names of the layers.
 
     Raises:
         ValueError: no adapter, a merged one, one that cannot be scaled (a prefix), or a factor
@@ -155,6 +183,10 @@ def scale_adapters(model: nn.Module, factor: float) -> list[str]:
     """
     adapters = require_adapters("scale_adapters", model)
     refuse_merged("scale_adapters", adapters)
+    if name is not None:
+        called = adapters_called("scale_adapters", model, name)
+        chosen = {id(adapter) for stack in called.values() for adapter in stack}
+        adapters = {n: adapter for n, adapter in adapters.items() if id(adapter) in chosen}
     if not isinstance(factor, int | float) or not -float("inf") < factor < float("inf"):
         raise ValueError(f"scale_adapters: factor={factor!r}; expected a finite number")
     before = [(adapter, adapter.scale) for adapter in adapters.values()]

@@ -10,19 +10,21 @@ several names is wrapped once and put back under each.
 quantize.py does the same with 4-bit layers.  Read next: nf4.py.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from minipeft.adapters import freeze
-from minipeft.lora import LoRALinear
+from minipeft.kinds import layer_class
+from minipeft.layers.lora_experts import LoRAExperts
 from minipeft.targets import (
     Names,
     Target,
+    adapter_targets,
+    expert_weights,
     find,
-    linear_targets,
     per_name,
     visible_modules,
 )
@@ -61,7 +63,8 @@ def settled(caller: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> 
             f"{caller}: {nested} lie inside other targets; name one or the other (exclude=, skip=)"
         )
     chosen = {id(module) for module in modules.values()}
-    return {n: m for n, m in visible_modules(model).items() if id(m) in chosen}
+    everything: dict[str, Any] = {**visible_modules(model), **expert_weights(model)}
+    return {n: m for n, m in everything.items() if id(m) in chosen}
 
 
 @contextmanager
@@ -96,7 +99,7 @@ def check_model(caller: str, model: object) -> None:
     """Raise unless this is a module with submodules to replace."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: expected a module, got {type(model).__name__}")
-    if not any(True for _ in model.children()):
+    if not any(True for _ in model.children()) and not expert_weights(model):
         raise ValueError(
             f"{caller}: {type(model).__name__} has no submodules to replace; wrap it yourself"
         )
@@ -115,7 +118,7 @@ def inject(model: nn.Module, target: Target, wrap: Callable[[nn.Module], nn.Modu
     check_model("inject", model)
     left_out: dict[str, str] = {}
     if isinstance(target, str) and target.lower() == "all-linear":
-        modules, left_out = linear_targets(model, target)
+        modules, left_out = adapter_targets(model, target)
     else:
         modules = find(model, target)
     modules = settled("inject", model, modules)
@@ -141,16 +144,19 @@ def inject_lora(
     exclude: Target | None = None,
     **lora: object,
 ) -> Names:
-    """Wrap the linear layers that `target` names in LoRALinear, in place.
+    """Wrap the layers that `target` names in LoRA layers, in place.
 
-    `rank` and `alpha` are numbers, or dicts from patterns to numbers (the first that fits a name
-    counts).  Further keywords go to LoRALinear: dropout, rank_stabilized, init, dtype.  Freezes
-    every parameter that no adapter owns.  Returns the names; `.left_out` of the result says what
-    "all-linear" passed over and why.
+    Each kind of layer gets the layer of kinds.py: linear ones LoRALinear, embeddings
+    LoRAEmbedding, and so on.  `rank` and `alpha` are numbers, or dicts from patterns to numbers
+    (the first that fits a name counts).  Further keywords go to the layers: dropout,
+    rank_stabilized, init, dtype; `dora=True` makes them DoRA layers.  Freezes every parameter that
+    no adapter owns.  Returns the names; `.report()` of the result says what was made of each, and
+    what "all-linear" left out and why.
 
     Raises:
-        ValueError: nothing or something else than a linear layer matches, a layer is wrapped
-            already, rank or alpha are out of range.  The model is then as it was.
+        ValueError: nothing matches, or something that LoRA cannot wrap; a layer is wrapped
+            already (see add_adapter); rank or alpha are out of range.  The model is then as it
+            was.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> inject_lora(model, ["0"], rank=2)
@@ -167,24 +173,55 @@ def inject_over(
     exclude: Target | None,
     lora: Mapping[str, object],
     quantized: Mapping[str, nn.Module],
+    *,
+    stack: bool = False,
 ) -> Names:
-    """`inject_lora` on a model whose modules `quantized` take the places of their names too."""
+    """`inject_lora` on a model whose modules `quantized` take the places of their names too.
+
+    `stack` wraps layers that have an adapter already once more.
+    """
     check_model("inject_lora", model)
-    modules, left_out = linear_targets(model, target, exclude)
+    settings = dict(lora)
+    dora = bool(settings.pop("dora", False))
+    modules, left_out = adapter_targets(model, target, exclude, stack=stack)
+    _check_kinds(modules, dora)
     modules = settled("inject_lora", model, modules)
     ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
+    made_of: dict[str, str] = {}
 
-    def make(name: str, module: nn.Module) -> nn.Module:
+    def make(name: str, module: nn.Module | nn.Parameter) -> nn.Module:
         base = quantized.get(name, module)
-        return LoRALinear(base, ranks[name], alphas[name], **lora)  # type: ignore[arg-type]
+        kind = layer_class(base, dora=dora)
+        assert kind is not None  # of every module, quantised or not
+        own = dict(settings)
+        if (for_weight := getattr(own.get("init"), "for_weight", None)) and base is not module:
+            own["init"] = for_weight(module)  # it wants the weight from before quantisation
+        parent = model.get_submodule(name.rpartition(".")[0])
+        over_experts = kind is LoRAExperts
+        if over_experts:
+            own["transposed"] = bool(getattr(parent, "is_transposed", False))
+        layer: nn.Module = kind(base, ranks[name].value, alphas[name].value, **own)
+        if isinstance(module, nn.Parameter):  # it has no mode to take over
+            layer.train(parent.training)
+        patterns = [
+            f"{what} {chosen.value:g} by {chosen.pattern!r}"
+            for what, chosen in (("rank", ranks[name]), ("alpha", alphas[name]))
+            if chosen.pattern is not None
+        ]
+        made_of[name] = ", ".join([f"{kind.__name__}({layer.extra_repr()})", *patterns])
+        return layer
 
     with restoring(model):
         wrapped = build(modules, make)
         swap(model, {**quantized, **wrapped})
     freeze(model)
-    if skipped := [name for name, why in left_out.items() if "MultiheadAttention" in why]:
-        warnings.warn(
-            f"all-linear left out {skipped}: LoRA cannot reach into nn.MultiheadAttention yet",
-            stacklevel=3,
-        )
-    return Names(wrapped, left_out)
+    return Names(wrapped, left_out, made_of)
+
+
+def _check_kinds(modules: Mapping[str, Any], dora: bool) -> None:
+    for name, module in modules.items():
+        if layer_class(module, dora=dora) is None:
+            raise ValueError(
+                f"target: {name!r} is a {type(module).__name__}, for which there is no "
+                f"{'DoRA' if dora else 'LoRA'} layer (kinds.py lists those there are)"
+            )

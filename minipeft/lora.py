@@ -16,11 +16,10 @@ are trained; B starts at zero, hence training starts exactly at the base model.
 Read next: inject.py.
 """
 
-import copy
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +27,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.ops import without_autocast
-from minipeft.protocol import (
-    has_stored_weight,
-    is_adapter,
-    is_packed,
-    linear_shape,
-    linear_with_weight,
-)
+from minipeft.protocol import LinearShape, linear_shape
+from minipeft.wrapper import Wrapper, innermost
 
 
 def lora_scaling(alpha: float, rank: int, *, rank_stabilized: bool = False) -> float:
@@ -83,15 +77,19 @@ def lora_forward(
     return scaling * (x @ a.T.to(x.dtype) @ b.T.to(x.dtype))  # x A^T first: (*batch, rank) is small
 
 
-def add_lora(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def add_lora(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float | Tensor) -> Tensor:
     """base_out + lora_forward(x, a, b, scaling): the product is added in the same matrix multiply.
 
     `x`, `a` and `b` are cast to `base_out`'s dtype where it differs, so that the result has it.
     Backward keeps x and x A^T, and the casts of the factors; nothing of base_out's size.
+    `scaling` as a tensor without dimensions is what compiled code takes: 0 adds nothing, whatever
+    `a` holds.
     """
     dtype, columns = base_out.dtype, base_out.shape[-1]
     with without_autocast(x.device):  # every dtype is settled here
         hidden = F.linear(x.to(dtype), a.to(dtype))  # x A^T, (*batch, rank)
+        if isinstance(scaling, Tensor):
+            hidden, scaling = torch.where(scaling == 0, 0.0, hidden * scaling), 1.0
         if base_out.dim() == 2:
             return torch.addmm(base_out, hidden, b.to(dtype).T, alpha=scaling)
         rows = hidden.reshape(-1, hidden.shape[-1])
@@ -99,39 +97,117 @@ def add_lora(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
         return out.view(base_out.shape)
 
 
-def init_default(layer: "LoRALinear") -> None:
-    """A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, as in loralib and PEFT."""
-    bound = 1 / math.sqrt(max(1, layer.in_features))
+class LowRank(Wrapper):
+    """What LoRA layers of every kind share: two trained factors, their scaling and dropout.
+
+    `lora_a` starts random, `lora_b` at zero; `init` is called with the layer after that and
+    changes them in place.  An initialisation that starts from something else than zero keeps its
+    factors as `lora_a0`, `lora_b0`, frozen, whose product is subtracted: the base stays as it is.
+    """
+
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    lora_a0: nn.Parameter | None
+    lora_b0: nn.Parameter | None
+
+    def __init__(
+        self,
+        base: nn.Module,
+        shape_a: Sequence[int],
+        shape_b: Sequence[int],
+        rank: int,
+        alpha: float | None,
+        *,
+        dropout: float,
+        rank_stabilized: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        alpha = rank if alpha is None else alpha
+        super().__init__(base, scaling=lora_scaling(alpha, rank, rank_stabilized=rank_stabilized))
+        kind = type(self).__name__
+        if not 0 <= dropout < 1:
+            raise ValueError(f"{kind}: dropout={dropout!r}; expected 0 <= dropout < 1")
+        if not dtype.is_floating_point:
+            raise ValueError(f"{kind}: dtype={dtype}; expected a floating-point dtype")
+        self.rank, self.alpha = rank, float(alpha)
+        self.rank_stabilized, self.dropout = rank_stabilized, dropout
+        device = next(innermost(base).parameters()).device
+        self.lora_a = nn.Parameter(torch.empty(*shape_a, dtype=dtype, device=device))
+        self.lora_b = nn.Parameter(torch.empty(*shape_b, dtype=dtype, device=device))
+        self.register_parameter("lora_a0", None)
+        self.register_parameter("lora_b0", None)
+
+    def initialize(self, init: "Callable[[Any], None] | None") -> None:
+        """The default initialisation, then `init`, which may fill only what it changes."""
+        init_default(self)
+        if init is not None:
+            init(self)
+
+    def subtract_start(self) -> None:
+        """Keep the present factors as what is subtracted: what the layer adds is now zero."""
+        for name in ("lora_a", "lora_b"):
+            start = getattr(self, name).detach().clone()
+            setattr(self, f"{name}0", nn.Parameter(start, requires_grad=False))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """a and b of the whole product; of twice the rank where a start is subtracted."""
+        own: Any = self._parameters  # read directly: `self.lora_a` takes a call each
+        a, b, a0, b0 = own["lora_a"], own["lora_b"], own["lora_a0"], own["lora_b0"]
+        return (a, b) if a0 is None else (torch.cat([a, a0]), torch.cat([b, -b0], 1))
+
+    def delta(self) -> Tensor:
+        """What is added to the base's weight, in float32 or better, with the runtime scale."""
+        return lora_delta(*self.factors(), self.scaling * self.scale)
+
+    def exact_parameters(self) -> dict[str, Tensor]:
+        """The weight of the layers below plus `delta`."""
+        below = self.parameters_below()
+        if not self.enabled:
+            return below
+        delta = self.delta_as_stored()
+        return {**below, "weight": self.exact_below("weight", delta.dtype) + delta}
+
+    def delta_as_stored(self) -> Tensor:
+        """`delta` in the layout of the base's weight."""
+        return self.delta()
+
+    def extra_repr(self) -> str:
+        off = "" if self.enabled else ", disabled"
+        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}{off}"
+
+
+def init_default(layer: LowRank) -> None:
+    """A ~ U(-1/sqrt(n), 1/sqrt(n)), n inputs to each of its rows, B = 0, as in loralib and PEFT."""
+    bound = 1 / math.sqrt(max(1, layer.lora_a[0].numel()))
     with torch.no_grad():
         layer.lora_a.uniform_(-bound, bound)
         layer.lora_b.zero_()
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(LowRank):
     """A linear layer with LoRA: base(x) + scaling * B A x  (Hu et al. 2021, eq. 3).
 
-    `base` is any linear-like module (nn.Linear, transformers' Conv1D, NF4Linear, your own); it
-    is called, never copied, and its parameters are frozen.  `lora_a` (rank, in_features) and
-    `lora_b` (out_features, rank) are float32 unless `dtype` says otherwise, and cast to the
-    input's dtype (autocast's, under autocast) at use.  `alpha` None means alpha = rank, an
-    unscaled product.  `dropout` acts on the branch's input while training.  `init` is called
-    with the layer after the default initialisation and changes lora_a and lora_b in place.
+    `base` is any linear-like module (nn.Linear, transformers' Conv1D, NF4Linear, your own), or one
+    with an adapter already; it is called, never copied, and its parameters are frozen.  `lora_a`
+    (rank, in_features) and `lora_b` (out_features, rank) are float32 unless `dtype` says
+    otherwise, and cast to the input's dtype (autocast's, under autocast) at use.  `alpha` None
+    means alpha = rank, an unscaled product.  `dropout` acts on the branch's input while training.
+    `init` is called with the layer after the default initialisation and changes lora_a and lora_b
+    in place.
 
     `weight` is the effective weight, base and product, in the base's layout and dtype, computed
     on read; the gradient flows through it.  Backward keeps x and x A^T.
 
     Raises:
         TypeError: base is no module.
-        ValueError: base is no linear layer or already has an adapter; rank below 1; alpha not
-            above 0; dropout outside [0, 1).
+        ValueError: base is no linear layer; rank below 1; alpha not above 0; dropout outside
+            [0, 1).
 
     >>> layer = LoRALinear(nn.Linear(8, 4), rank=2)
     >>> x = torch.randn(3, 8)
     >>> torch.equal(layer(x), layer.base(x))  # B = 0
     True
     """
-
-    merged_weight: Tensor | None
 
     def __init__(
         self,
@@ -144,162 +220,54 @@ class LoRALinear(nn.Module):
         init: Callable[["LoRALinear"], None] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self.scaling = lora_scaling(
-            rank if alpha is None else alpha, rank, rank_stabilized=rank_stabilized
-        )
-        shape = _checked_shape(base)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"LoRALinear: dropout={dropout!r}; expected 0 <= dropout < 1")
-        if not dtype.is_floating_point:
-            raise ValueError(f"LoRALinear: dtype={dtype}; expected a floating-point dtype")
-        self.in_features, self.out_features, self._transposed = shape
-        if rank > min(self.in_features, self.out_features):
-            warnings.warn(
-                f"LoRALinear: rank {rank} is above min(in_features, out_features) = "
-                f"{min(self.in_features, self.out_features)}; the product has no more rank than "
-                "that, only more parameters",
-                stacklevel=2,
-            )
-        self.rank, self.alpha = rank, float(rank if alpha is None else alpha)
-        self.rank_stabilized, self.dropout = rank_stabilized, dropout
-        self.enabled, self.scale = True, 1.0
-        self.base = base
-        device = next(base.parameters()).device
-        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, dtype=dtype, device=device))
-        self.lora_b = nn.Parameter(torch.empty(self.out_features, rank, dtype=dtype, device=device))
-        self.register_buffer("merged_weight", None, persistent=False)
-        init_default(self)  # also under a custom one, which may fill only what it changes
-        if init is not None:
-            init(self)
-        base.requires_grad_(False)
-        self.train(base.training)
+        shape = checked_linear(type(self).__name__, base)
+        super().__init__(
+            base, (rank, shape.in_features), (shape.out_features, rank), rank, alpha,
+            dropout=dropout, rank_stabilized=rank_stabilized, dtype=dtype,
+        )  # fmt: skip
+        self.in_features, self.out_features, self.transposed = shape
+        warn_of_rank(type(self).__name__, rank, shape.in_features, shape.out_features)
+        self.initialize(init)
+        self.take_over()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged_weight is not None and self.enabled:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "LoRALinear: training while merged would give the adapter no gradient; call "
-                    "minipeft.unmerge(model) first, or model.eval() to run it merged"
-                )
-            return linear_with_weight(self.base, self.merged_weight, x)
-        base_out: Tensor = self.base(x)
-        if not self.enabled:
-            return base_out
+        if self.merged_module is not None and self._enabled:
+            out: Tensor = self.call_merged(x)
+            return out
+        out = self.base(x)
+        if torch.compiler.is_compiling():
+            strength: float | Tensor = self.strength
+        elif self._enabled:
+            strength = self.scaling * self._scale
+        else:
+            return out
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        return add_lora(base_out, x, self.lora_a, self.lora_b, self.scaling * self.scale)
+        return add_lora(out, x, *self.factors(), strength)
 
-    def delta(self) -> Tensor:
-        """scaling * B A, (out_features, in_features), float32 or better, with the runtime scale."""
-        return lora_delta(self.lora_a, self.lora_b, self.scaling * self.scale)
-
-    def effective_weight(self) -> Tensor:
-        """Base weight plus delta, summed in float32 or better and rounded once to its dtype."""
-        base_weight: Tensor = self.base.weight  # type: ignore[assignment]
-        delta = self.delta().T if self._transposed else self.delta()
-        return (base_weight.to(delta.dtype) + delta).to(base_weight.dtype)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that forward multiplies by, in the base's layout; computed on read."""
-        if not self.enabled:
-            return self.base.weight  # type: ignore[return-value]
-        return self.effective_weight() if self.merged_weight is None else self.merged_weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return getattr(self.base, "bias", None)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias"):
-            raise AttributeError(
-                f"LoRALinear.{name} belongs to the base; assign to .base.{name} "
-                "(and unmerge first), or train lora_a and lora_b"
-            )
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        # torch's part of load_state_dict for one module; the last argument collects errors
-        if self.merged_weight is not None and f"{prefix}lora_a" in state:
-            rest[-1].append(f"{prefix[:-1]} is merged; call minipeft.unmerge(model) first")
-            return
-        super()._load_from_state_dict(state, prefix, *rest)
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """lora_a and lora_b."""
-        return {"lora_a": self.lora_a, "lora_b": self.lora_b}
-
-    def merge(self) -> None:
-        """Compute with one dense weight, kept beside the untouched base and in no state dict.
-
-        Raises:
-            ValueError: the merged weight is not finite, or the base computes its weight (weight
-                norm, a parametrisation); nothing has changed then.
-        """
-        _require_stored_weight("merge", self.base)
-        with torch.inference_mode(False), torch.no_grad():
-            weight = self.effective_weight()
-        if not bool(weight.isfinite().all()):
-            raise ValueError(
-                "LoRALinear.merge: the merged weight holds NaN or Inf; look for a diverged "
-                "adapter, or a sum beyond the range of " + str(weight.dtype)
-            )
-        self.merged_weight = weight
-
-    def unmerge(self) -> None:
-        """Drop the merged weight; the base was never changed."""
-        self.merged_weight = None
-
-    def merged(self, *, requantize: bool = False) -> nn.Module:
-        """A plain module with the effective weight: the base's own class, nn.Linear for NF4.
-
-        `requantize` keeps a packed base packed, at the price of rounding to 4 bits again.
-
-        Raises:
-            ValueError: requantize on a base that is not packed, or a base that computes its
-                weight.
-        """
-        _require_stored_weight("merged", self.base)
-        with torch.inference_mode(False), torch.no_grad():
-            weight = self.effective_weight()
-        if is_packed(self.base):
-            base = self.base
-            plain = base.requantized(weight) if requantize else base.dense(weight)
-            return cast(nn.Module, plain).train(self.training)
-        if requantize:
-            raise ValueError(f"LoRALinear.merged: {type(self.base).__name__} has no codes to renew")
-        # deepcopy finds the weight in its memo, so the old one is never copied
-        plain = copy.deepcopy(self.base, {id(self.base.weight): nn.Parameter(weight)})
-        return plain.requires_grad_(False)
-
-    def extra_repr(self) -> str:
-        off = "" if self.enabled else ", disabled"
-        return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}{off}"
+    def delta_as_stored(self) -> Tensor:
+        """`delta`, (in_features, out_features) where the weight is stored so (Conv1D)."""
+        return self.delta().T if self.transposed else self.delta()
 
 
-def _require_stored_weight(caller: str, base: nn.Module) -> None:
-    if not has_stored_weight(base):
-        raise ValueError(
-            f"LoRALinear.{caller}: {type(base).__name__} computes its weight (weight norm, a "
-            "parametrisation); take that off first, with torch.nn.utils.parametrize."
-            "remove_parametrizations or torch.nn.utils.remove_weight_norm"
-        )
-
-
-def _checked_shape(base: nn.Module) -> tuple[int, int, bool]:
+def checked_linear(caller: str, base: nn.Module) -> LinearShape:
+    """The sizes of a linear-like base; raises TypeError or ValueError on anything else."""
     if not isinstance(base, nn.Module):
-        raise TypeError(f"LoRALinear: expected a module as base, got {type(base).__name__}")
-    if is_adapter(base):
-        raise ValueError(
-            f"LoRALinear: base is a {type(base).__name__}, which already has an adapter; wrap its "
-            ".base, or remove the adapter first"
-        )
+        raise TypeError(f"{caller}: expected a module as base, got {type(base).__name__}")
     shape = linear_shape(base)
     if shape is None:
         raise ValueError(
-            f"LoRALinear: {type(base).__name__} is no linear layer; expected nn.Linear, Conv1D, "
+            f"{caller}: {type(base).__name__} is no linear layer; expected nn.Linear, Conv1D, "
             "NF4Linear, or a module with in_features, out_features and a weight of (out, in)"
         )
     return shape
+
+
+def warn_of_rank(caller: str, rank: int, *sizes: int) -> None:
+    """Warn where a rank is above what the product can have."""
+    if rank > min(sizes):
+        warnings.warn(
+            f"{caller}: rank {rank} is above min(in_features, out_features) = {min(sizes)}; the "
+            "product has no more rank than that, only more parameters",
+            stacklevel=3,
+        )

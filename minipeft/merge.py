@@ -1,8 +1,9 @@
 """Fold adapters into weights, or take them off: finished for the whole model, or not begun.
 
-merge(model)                keeps the wrappers; each computes with one dense weight
-unmerge(model)              drops those weights; the base was never changed
-remove(model)               takes the wrappers off: the original model, bit for bit
+merge(model)                keeps the layers; each stack computes with one plain module
+unmerge(model)              drops those modules; the base was never changed
+remove(model)               takes the layers off: the original model, bit for bit
+remove(model, name="fr")    takes one adapter off and leaves the others
 remove(model, merge=True)   plain modules with the merged weights, folded layer by layer
 """
 
@@ -12,131 +13,215 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters import require_adapters
+from minipeft.bank import refuse_rows
 from minipeft.inject import swap
-from minipeft.protocol import AdapterLayer, has_stored_weight, is_adapter_layer, is_packed
+from minipeft.protocol import Adapter, AdapterLayer, is_adapter_layer, is_packed
+from minipeft.registry import adapters_called, forget, stacks
+from minipeft.wrapper import innermost
 
 
-def _layers(caller: str, model: nn.Module) -> dict[str, AdapterLayer]:
-    adapters = require_adapters(caller, model)
-    layers = {name: layer for name, layer in adapters.items() if is_adapter_layer(layer)}
-    if not layers:
-        raise ValueError(f"{caller}: none of the model's adapters wraps a weight")
-    return layers
+def _layer_stacks(caller: str, model: nn.Module) -> dict[str, list[AdapterLayer]]:
+    """The stacks of mergeable layers by module name, outermost first."""
+    require_adapters(caller, model)
+    refuse_rows(caller, model)
+    found: dict[str, list[AdapterLayer]] = {}
+    for name, stack in stacks(model).items():
+        layers = [layer for layer in stack if is_adapter_layer(layer)]
+        if layers:
+            found[name] = layers
+    if not found:
+        raise ValueError(f"{caller}: none of the model's adapters wraps a module")
+    return found
 
 
 def merge(model: nn.Module) -> list[str]:
-    """Let every adapter layer compute with its effective weight, summed in float32, rounded once.
+    """Let every stack of adapter layers compute with its effective weights, rounded once.
 
-    The weight lies beside the untouched base and in no state dict.  Training while merged raises.
-    Merging again recomputes.  Returns the names of the layers.
+    They are summed in float32 or better, over the adapters that are on, and lie beside the
+    untouched base in no state dict.  Training while merged raises.  Merging again recomputes.
+    Returns the names of the modules.
 
     Raises:
         ValueError: nothing to merge, or a weight that is not finite; no layer is merged then.
     """
-    layers = _layers("merge", model)
-    before = {name: layer.merged_weight for name, layer in layers.items()}
+    found = _layer_stacks("merge", model)
+    outermost = {n: next((x for x in stack if x.enabled), None) for n, stack in found.items()}
+    chosen = {name: layer for name, layer in outermost.items() if layer is not None}
+    if not chosen:
+        raise ValueError("merge: every adapter is off; see use_adapters and disable_adapters")
+    every = [layer for stack in found.values() for layer in stack]
+    before = [(layer, layer.merged_module) for layer in every]
     try:
-        for name, layer in layers.items():
+        for layer in every:
+            layer.unmerge()
+        for name, layer in chosen.items():
             try:
                 layer.merge()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     except BaseException:
-        for name, layer in layers.items():
-            layer.merged_weight = before[name]
+        for layer, merged in before:
+            layer.__dict__["merged_module"] = merged
         raise
-    return list(layers)
+    return list(chosen)
 
 
 def unmerge(model: nn.Module) -> list[str]:
-    """Drop the merged weights.  Returns the names of the layers that were merged.
+    """Drop the merged modules.  Returns the names of the modules that were merged.
 
     Raises:
         ValueError: nothing is merged.
     """
-    layers = _layers("unmerge", model)
-    merged = [name for name, layer in layers.items() if layer.merged_weight is not None]
+    merged = [
+        (name, layer)
+        for name, stack in _layer_stacks("unmerge", model).items()
+        for layer in stack
+        if layer.merged_module is not None
+    ]
     if not merged:
         raise ValueError("unmerge: nothing is merged")
-    for name in merged:
-        layers[name].unmerge()
-    return merged
+    for _, layer in merged:
+        layer.unmerge()
+    return list(dict.fromkeys(name for name, _ in merged))
 
 
-def remove(model: nn.Module, *, merge: bool = False, requantize: bool = False) -> list[str]:
-    """Take every adapter layer off, in place: the bases, or with `merge` their merged copies.
+def remove(
+    model: nn.Module, *, merge: bool = False, requantize: bool = False, name: str | None = None
+) -> list[str]:
+    """Take adapter layers off, in place: what is left are the bases, or their merged copies.
 
-    With `merge`, a dense base's weight is overwritten by the merged one, layer by layer, and an
-    NF4 base becomes nn.Linear; `requantize` keeps NF4 and warns of the error that this adds.
-    Adapters that wrap nothing (prefixes) stay.  Returns the names.
+    All of them, or with `name` those of one adapter.  With `merge`, a dense base's weights are
+    overwritten by the merged ones (of the adapters that are on), layer by layer, and an NF4 base
+    becomes dense; `requantize` keeps NF4 and warns of the error that this adds.  Adapters that
+    wrap nothing (prefixes) stay.  Returns the names of the modules.
 
     Raises:
         ValueError: nothing to remove; a merged weight that is not finite or belongs to two
-            modules (tied embeddings).  The model is then as it was.
+            modules (tied embeddings); `merge` of one adapter among others (switch the others off
+            or remove them first).  The model is then as it was.
     """
-    layers = _layers("remove", model)
     if not isinstance(merge, bool) or not isinstance(requantize, bool):
         raise TypeError("remove: merge and requantize are True or False")
-    every_name = {
-        name: layer
-        for name, layer in model.named_modules(remove_duplicate=False)
-        if is_adapter_layer(layer)
+    found = _layer_stacks("remove", model)
+    if name is not None:
+        return _remove_one(model, name, found, merge)
+    every_name: dict[str, AdapterLayer] = {
+        place: module
+        for place, module in model.named_modules(remove_duplicate=False)
+        if any(module is stack[0] for stack in found.values())
     }
-    if not merge:
-        swap(model, {name: layer.base for name, layer in every_name.items()})
-        return list(layers)
-    _check_foldable(model, layers, requantize)
-    plain: dict[int, nn.Module] = {}
+    if merge:
+        _check_foldable(model, found, requantize)
+        _fold_all(model, every_name, requantize)
+    else:
+        swap(model, {place: original(layer) for place, layer in every_name.items()})
+        _restore([layer for stack in found.values() for layer in stack])
+    forget(model)
+    return list(found)
+
+
+def original(layer: nn.Module | AdapterLayer) -> nn.Module | nn.Parameter:
+    """What stood in the model where this stack of layers is."""
+    plain = innermost(layer)  # type: ignore[arg-type]
+    unwrap = getattr(plain, "original", None)  # of a module that was made around a parameter
+    made: nn.Module | nn.Parameter = plain if unwrap is None else unwrap()
+    return made
+
+
+def _restore(layers: list[AdapterLayer]) -> None:
+    for layer in layers:
+        restore = getattr(layer, "restore_base", None)  # LoftQ changed the codes of its base
+        if restore is not None:
+            restore()
+
+
+def _remove_one(
+    model: nn.Module, name: str, found: dict[str, list[AdapterLayer]], merge: bool
+) -> list[str]:
+    wanted = adapters_called("remove", model, name)
+    if merge:
+        raise ValueError(
+            f"remove: merging {name!r} alone would leave the others on a changed base; "
+            "use_adapters, then remove(model, merge=True) folds those that are on and drops all"
+        )
+    if merged := [n for n, s in found.items() if any(x.merged_module is not None for x in s)]:
+        raise ValueError(f"remove: {merged[0]!r} is merged; call minipeft.unmerge(model) first")
+    gone = {id(layer) for stack in wanted.values() for layer in stack if is_adapter_layer(layer)}
+    outermost: dict[int, nn.Module | nn.Parameter] = {}
+    for stack in found.values():
+        kept: nn.Module = innermost(stack[-1])  # type: ignore[arg-type]
+        stays = [layer for layer in reversed(stack) if id(layer) not in gone]
+        for layer in stays:
+            layer.base, kept = kept, layer  # type: ignore[assignment]
+        outermost[id(stack[0])] = kept if stays else original(kept)
+    places = {
+        place: outermost[id(module)]
+        for place, module in model.named_modules(remove_duplicate=False)
+        if id(module) in outermost and outermost[id(module)] is not module
+    }
+    if places:
+        swap(model, places)
+    _restore([layer for stack in found.values() for layer in stack if id(layer) in gone])
+    forget(model)
+    return list(wanted)
+
+
+def _holders(model: nn.Module) -> dict[int, int]:
+    """How many modules hold each parameter."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    return holders
+
+
+def _check_foldable(
+    model: nn.Module, found: dict[str, list[AdapterLayer]], requantize: bool
+) -> None:
+    holders = _holders(model)
+    for place, stack in found.items():
+        plain = innermost(stack[0])  # type: ignore[arg-type]
+        if requantize and not is_packed(plain):
+            raise ValueError(f"remove: {place} has a dense base; requantize is for NF4 bases")
+        with torch.no_grad():
+            try:
+                values = stack[0].effective_parameters()
+            except ValueError as error:
+                raise ValueError(f"remove: {place}: {error}") from error
+        for own, value in values.items():
+            if not is_packed(plain) and holders[id(plain.get_parameter(own))] > 1:
+                raise ValueError(
+                    f"remove: the {own} of {place} belongs to another module too (tied weights); "
+                    "merging would change both: untie them first"
+                )
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"remove: the merged {own} of {place} holds NaN or Inf")
+
+
+def _fold_all(model: nn.Module, places: dict[str, AdapterLayer], requantize: bool) -> None:
+    plain: dict[int, nn.Module | nn.Parameter] = {}
     errors: dict[str, float] = {}
-    for name, layer in every_name.items():
+    for place, layer in places.items():
         if id(layer) not in plain:
-            plain[id(layer)] = _fold(name, layer, requantize, errors)
-        swap(model, {name: plain[id(layer)]})
+            folded = layer.fold(requantize=requantize)
+            if requantize:
+                errors[place] = _relative_error(folded, layer)
+            plain[id(layer)] = original(folded)
+        swap(model, {place: plain[id(layer)]})
     if errors:
         worst = max(errors, key=errors.__getitem__)
         mean = sum(errors.values()) / len(errors)
         warnings.warn(
             f"remove: rounding merged weights to NF4 again moved them by {mean:.2%} on average, "
             f"at most {errors[worst]:.2%} ({worst}), in the Frobenius norm",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return list(layers)
 
 
-def _check_foldable(model: nn.Module, layers: dict[str, AdapterLayer], requantize: bool) -> None:
-    holders: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    for name, layer in layers.items():
-        if not is_packed(layer.base):
-            if requantize:
-                raise ValueError(f"remove: {name} has a dense base; requantize is for NF4 bases")
-            if not has_stored_weight(layer.base):
-                raise ValueError(
-                    f"remove: {name} has a base that computes its weight (weight norm, a "
-                    "parametrisation); take that off first"
-                )
-            if holders[id(layer.base.weight)] > 1:
-                raise ValueError(
-                    f"remove: the weight of {name} belongs to another module too (tied weights); "
-                    "merging would change both: untie them first"
-                )
-        with torch.no_grad():
-            if not bool(layer.effective_weight().isfinite().all()):
-                raise ValueError(f"remove: the merged weight of {name} holds NaN or Inf")
-
-
-def _fold(name: str, layer: AdapterLayer, requantize: bool, errors: dict[str, float]) -> nn.Module:
-    base = layer.base
-    if not is_packed(base):  # in place: no second copy of any other tensor of the base
-        with torch.no_grad():
-            weight: Tensor = base.weight  # type: ignore[assignment]
-            weight.copy_(layer.effective_weight())
-        return base
-    plain = layer.merged(requantize=requantize)
-    if requantize:
-        with torch.no_grad():
-            exact = layer.effective_weight().float()
-            errors[name] = float((plain.weight.float() - exact).norm() / exact.norm())  # type: ignore[operator]
-    return plain
+def _relative_error(folded: nn.Module, layer: Adapter | AdapterLayer) -> float:
+    with torch.no_grad():
+        exact = layer.exact_parameters().get("weight")  # type: ignore[union-attr]
+        if exact is None:
+            return 0.0
+        weight: Tensor = folded.weight  # type: ignore[assignment]
+        return float((weight.float() - exact.float()).norm() / exact.float().norm())

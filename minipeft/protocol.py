@@ -7,11 +7,9 @@ layer of your own that has them joins fully.  An adapter is recognised by its me
 Also here: what counts as a linear layer, and in which layout it keeps its weight.
 """
 
-import threading
-from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
+from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -29,25 +27,36 @@ class Adapter(Protocol):
 
 @runtime_checkable
 class AdapterLayer(Adapter, Protocol):
-    """An adapter that wraps one module, its `base`, and can fold into the base's weight."""
+    """An adapter that wraps one module, its `base`, and can fold into that module's parameters.
 
-    base: nn.Module
-    merged_weight: Tensor | None  # set while merged: what forward multiplies by
+    wrapper.py has a class with all of it but `exact_parameters`.
+    """
 
-    def effective_weight(self) -> Tensor:
-        """The weight this layer computes with, in the base's layout and dtype, rounded once."""
+    base: nn.Module  # may be an adapter layer itself: layers stack
+    merged_module: nn.Module | None  # set while merged: what forward calls
+
+    def exact_parameters(self) -> dict[str, Tensor]:
+        """The innermost module's parameters that change, as the layers make them, not rounded."""
+        ...
+
+    def effective_parameters(self) -> dict[str, Tensor]:
+        """The same, rounded once to the dtypes of the innermost module's."""
         ...
 
     def merge(self) -> None:
-        """Compute with one precomputed weight, kept beside the untouched base."""
+        """Compute with one plain module, kept beside the untouched base."""
         ...
 
     def unmerge(self) -> None:
-        """Drop the precomputed weight."""
+        """Drop that module."""
         ...
 
     def merged(self, *, requantize: bool = False) -> nn.Module:
-        """A plain module that computes what this layer computes."""
+        """A plain module that computes what this layer and those below compute."""
+        ...
+
+    def fold(self, *, requantize: bool = False) -> nn.Module:
+        """The same; a dense innermost module gets the parameters itself."""
         ...
 
 
@@ -136,27 +145,3 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
 def has_stored_weight(module: nn.Module) -> bool:
     """Whether the weight is a parameter or packed, and not computed (weight norm, ...)."""
     return is_packed(module) or module._parameters.get("weight") is not None
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    return "forward" in vars(module) or any(
-        (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-         module._backward_pre_hooks)
-    )  # fmt: skip
-
-
-_swapping = threading.Lock()
-
-
-def linear_with_weight(base: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    """What `base` would compute for `x` if its weight were `weight`."""
-    if is_packed(base):
-        bias: Tensor | None = getattr(base, "bias", None)
-        weight = weight.T if getattr(base, "transposed", False) else weight
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    if type(base).forward is nn.Linear.forward and not is_hooked(base):
-        return F.linear(x, weight, base.bias)  # type: ignore[arg-type]
-    with _swapping:  # the base holds the weight for as long as the call takes
-        out: Any = torch.func.functional_call(base, {"weight": weight}, (x,))
-    return out  # type: ignore[no-any-return]

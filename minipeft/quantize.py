@@ -21,10 +21,11 @@ from minipeft.qlora import NF4Linear, has_own_forward
 from minipeft.targets import (
     Names,
     Target,
+    adapter_targets,
+    expert_weights,
     find,
     head_reasons,
     in_attention,
-    linear_targets,
     visible_modules,
 )
 
@@ -74,17 +75,6 @@ def _keeps_dense(
     if "forward" in vars(module):
         return "its forward was replaced on the instance (offloading?)"
     return None
-
-
-def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The 3-D weights of mixtures of experts, (experts, rows, columns), by their full names."""
-    return {
-        f"{name}.{own}" if name else own: parameter
-        for name, module in {"": model, **visible_modules(model)}.items()
-        if not type(module).__module__.startswith("torch.nn")  # convolutions, attention
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
-    }
 
 
 def quantizable(
@@ -284,7 +274,7 @@ def inject_qlora(
         "block_size": block_size, "double_quant": double_quant, "compute_dtype": compute_dtype
     }  # fmt: skip
     target = target if isinstance(target, str) or callable(target) else list(target)
-    linear_targets(model, target, exclude)  # a wrong target should not cost the quantisation
+    adapter_targets(model, target, exclude)  # a wrong target should not cost the quantisation
     layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4)
     names = inject_over(model, target, rank, alpha, exclude, lora, layers)
     names.left_out = left_out | names.left_out

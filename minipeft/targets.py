@@ -8,11 +8,12 @@ lambda name, module: ...     a predicate
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
 from minipeft.protocol import is_adapter, linear_shape
+from minipeft.wrapper import innermost
 
 Target = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Number = TypeVar("Number", int, float)
@@ -22,11 +23,26 @@ NEW_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "lm_hea
 
 
 class Names(list[str]):
-    """Names of modules that were touched; `left_out` says which others were not, and why."""
+    """Names of modules that were touched; `left_out` says which others were not, and why.
 
-    def __init__(self, names: Iterable[str], left_out: Mapping[str, str] | None = None) -> None:
+    `made` says of each name what was made there, and by which patterns; `report()` is all of it.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        left_out: Mapping[str, str] | None = None,
+        made: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(names)
-        self.left_out = dict(left_out or {})
+        self.left_out, self.made = dict(left_out or {}), dict(made or {})
+
+    def report(self) -> str:
+        """A line for each name and for each one left out."""
+        rows = [(name, self.made.get(name, "")) for name in self]
+        rows += [(name, f"left out: {why}") for name, why in self.left_out.items()]
+        width = max((len(name) for name, _ in rows), default=0)
+        return "\n".join(f"{name:{width}}  {text}".rstrip() for name, text in rows)
 
 
 def visible_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -74,10 +90,10 @@ def in_attention(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def matches(target: Target, name: str, module: nn.Module) -> bool:
+def matches(target: Target, name: str, module: nn.Module | nn.Parameter) -> bool:
     """Whether one name is meant: full-match expression, name or dotted end, or predicate."""
     if callable(target):
-        return bool(target(name, module))
+        return bool(target(name, module))  # type: ignore[arg-type]
     if isinstance(target, str):
         return re.fullmatch(target, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in target)
@@ -93,14 +109,26 @@ def check_expression(caller: str, expression: str) -> None:
         ) from None
 
 
-def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[str, nn.Module]:
-    """Every module that `target` names, by name.
+def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The 3-D weights of mixtures of experts, (experts, rows, columns), by their full names."""
+    return {
+        f"{name}.{own}" if name else own: parameter
+        for name, module in {"": model, **visible_modules(model)}.items()
+        if not type(module).__module__.startswith("torch.nn")  # convolutions, attention
+        and not is_adapter(module)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
+    }
+
+
+def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[str, Any]:
+    """Every module, and every 3-D weight of experts, that `target` names, by name.
 
     Raises:
         ValueError: nothing matches, a list entry matches nothing, or the expression is broken.
         TypeError: target is neither string, list of strings nor callable.
     """
-    modules = visible_modules(model)
+    modules: dict[str, Any] = {**visible_modules(model), **expert_weights(model)}
     if isinstance(target, str):
         check_expression(caller, target)
     elif not callable(target):
@@ -119,18 +147,22 @@ def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[st
     return found
 
 
-def _hint(modules: Mapping[str, nn.Module]) -> str:
-    ends = sorted({name.split(".")[-1] for name, module in modules.items() if linear_shape(module)})
+def _hint(modules: Mapping[str, Any]) -> str:
+    ends = sorted({name.split(".")[-1] for name, module in modules.items()
+                   if isinstance(module, nn.Module) and linear_shape(module)})  # fmt: skip
     return f"its linear layers are called {ends}" if ends else "it has no linear layers"
 
 
-def linear_targets(
-    model: nn.Module, target: Target, exclude: Target | None = None
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The linear layers to wrap by name, and for "all-linear" what was left out and why.
+def adapter_targets(
+    model: nn.Module, target: Target, exclude: Target | None = None, *, stack: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """What to wrap by name, and for "all-linear" what was left out and why.
+
+    "all-linear" takes linear layers and nn.MultiheadAttention, whose projections are linear.
+    `stack` allows modules that have an adapter.
 
     Raises:
-        ValueError: as `find`; a target that is no linear layer, is wrapped already, or belongs to
+        ValueError: as `find`; a target that is wrapped already, or belongs to
             nn.MultiheadAttention; `exclude` leaves nothing.
     """
     excluded = set() if exclude is None else set(find(model, exclude, caller="exclude"))
@@ -140,11 +172,13 @@ def linear_targets(
         heads = head_reasons(model)
         chosen = {}
         for name, module in visible_modules(model).items():
-            reason = heads.get(name) or inside_attention.get(name) or _other_kind(module)
-            if name in excluded:
-                reason = "excluded"
-            if linear_shape(module) is None and not reason:
-                continue  # a container, a norm: nothing that LoRA could wrap
+            if linear_shape(module) is None and not isinstance(
+                innermost(module), nn.MultiheadAttention
+            ):
+                continue
+            reason = "excluded" if name in excluded else heads.get(name)
+            if name in inside_attention and name.rpartition(".")[0] not in excluded:
+                continue  # with its attention
             if reason:
                 left_out[name] = reason
             else:
@@ -156,31 +190,28 @@ def linear_targets(
         if not chosen:
             raise ValueError(f"target: exclude={exclude!r} leaves nothing of {target!r}")
     for name, module in chosen.items():
-        if is_adapter(module):
+        if is_adapter(module) and not stack:
             raise ValueError(
                 f"target: {name!r} already has an adapter ({type(module).__name__}); remove it "
-                "first, or leave it out with exclude="
+                "first, leave it out with exclude=, or use add_adapter for one more"
             )
-        if name in inside_attention or linear_shape(module) is None:
-            why = inside_attention.get(name) or _other_kind(module) or "no linear layer"
+        if name in inside_attention:
             raise ValueError(
-                f"target: {name!r} is a {type(module).__name__}: {why}; name linear layers only"
+                f"target: {name!r} is {inside_attention[name]}; name the attention itself"
             )
     return chosen, left_out
 
 
-def _other_kind(module: nn.Module) -> str:
-    if isinstance(module, nn.MultiheadAttention):
-        return "nn.MultiheadAttention, for which there is no adapter layer yet"
-    kinds = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return (
-        "no linear layer; there is no adapter for its kind yet" if isinstance(module, kinds) else ""
-    )
+class Chosen(NamedTuple):
+    """A number for one module, and the pattern that chose it (None: the same for all)."""
+
+    value: Any
+    pattern: str | None = None
 
 
 def per_name(
     what: str, value: Number | Mapping[str, Number] | None, names: Iterable[str]
-) -> dict[str, Number | None]:
+) -> dict[str, Chosen]:
     """One number for each name: the same for all, or by the first pattern that fits a name.
 
     A pattern is a full-match expression, a name or a dotted end of one.
@@ -190,8 +221,8 @@ def per_name(
     """
     names = list(names)
     if not isinstance(value, Mapping):
-        return dict.fromkeys(names, value)
-    chosen: dict[str, Number | None] = {}
+        return {name: Chosen(value) for name in names}
+    chosen: dict[str, Chosen] = {}
     used: set[str] = set()
     for pattern in value:
         check_expression(what, pattern)
@@ -201,7 +232,7 @@ def per_name(
             raise ValueError(
                 f"{what}: no pattern of {list(value)} fits {name!r}; add '.*' last as the default"
             )
-        chosen[name] = value[fitting[0]]
+        chosen[name] = Chosen(value[fitting[0]], fitting[0])
         used.update(fitting)
     if unused := [pattern for pattern in value if pattern not in used]:
         raise ValueError(f"{what}: patterns {unused} fit none of the targets {names[:5]}...")

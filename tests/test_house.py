@@ -17,10 +17,26 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 LEVELS = [
     {"ops", "protocol"},
+    {"wrapper"},
     {"lora", "nf4", "codebooks", "double_quant", "prefix", "prompt"},
     {"packed", "qlora"},
     {"layers", "variants", "optim"},
-    {"targets", "inject", "quantize", "adapters", "merge", "bank", "combine", "memory"},
+    {
+        "targets",
+        "registry",
+        "kinds",
+        "inject",
+        "quantize",
+        "adapters",
+        "switch",
+        "merge",
+        "bank",
+        "hotswap",
+        "combine",
+        "extras",
+        "gradients",
+        "memory",
+    },
     {"io", "integrations"},
 ]
 THIRD_PARTY = {"torch", "numpy", "einops", "jaxtyping", "tqdm"}

@@ -81,9 +81,8 @@ BAD_TARGETS = {
     "one of a list": (["q_proj", "k_proj"], r"\['k_proj'\] match no module"),
     "broken expression": ("(", "no regular expression"),
     "norm": (["norm"], "LayerNorm"),
-    "embedding": (["embed"], "Embedding"),
     "container": (r"layers\.0", "Block"),
-    "everything": (r".*", "name linear layers only"),
+    "everything": (r".*", "there is no LoRA layer"),
     "predicate": (lambda name, module: False, "matches no module"),
 }
 
@@ -179,16 +178,27 @@ def test_a_lone_layer_is_refused():
         mp.quantize_model(nn.Linear(4, 4))
 
 
-def test_multi_head_attention_is_left_out_with_a_warning_and_refused_by_name():
+def test_all_linear_takes_multi_head_attention_as_a_whole():
     layer = nn.TransformerEncoderLayer(16, 2, 32)
-    with pytest.raises(ValueError, match="MultiheadAttention"):
-        mp.inject_lora(layer, ["self_attn"], 2)
-    with pytest.raises(ValueError, match="never calls it"):
+    with pytest.raises(ValueError, match="name the attention itself"):
         mp.inject_lora(layer, ["out_proj"], 2)
-    with pytest.warns(UserWarning, match=r"self_attn\.out_proj"):
-        names = mp.inject_lora(layer, "all-linear", 2)
-    assert names == ["linear1", "linear2"]
-    assert set(names.left_out) == {"self_attn", "self_attn.out_proj"}
+    names = mp.inject_lora(layer, "all-linear", 2)
+    assert names == ["self_attn", "linear1", "linear2"]
+    assert names.left_out == {}
+    assert isinstance(layer.self_attn, mp.LoRAMultiheadAttention)
+
+
+def test_the_report_says_what_was_made_and_by_which_pattern():
+    model = Model()
+    names = mp.inject_lora(
+        model, ["q_proj", "embed"], {"embed": 2, r".*1\.q_proj": 3, ".*": 4}, {"q_proj": 6, ".*": 8}
+    )
+    lines = dict(line.split(maxsplit=1) for line in names.report().splitlines())
+    assert lines["embed"].startswith("LoRAEmbedding(rank=2, alpha=8")
+    assert lines["embed"].endswith("rank 2 by 'embed', alpha 8 by '.*'")
+    assert "rank=3" in lines["layers.1.q_proj"] and "rank=4" in lines["layers.0.q_proj"]
+    names = mp.inject_lora(Model(), "all-linear", 2, exclude=["v_proj"])
+    assert "layers.0.v_proj  left out: excluded" in names.report()
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -316,7 +326,7 @@ class Shift(nn.Module):
             base.requires_grad_(False),
             nn.Parameter(torch.zeros(base.out_features)),
         )
-        self.enabled, self.scale, self.merged_weight = True, 1.0, None
+        self.enabled, self.scale = True, 1.0
 
     def adapter_parameters(self):
         return {"shift": self.shift}

@@ -266,8 +266,7 @@ for base in others:
     with pytest.raises(ValueError, match="no linear layer"):
         LoRALinear(base, 2)
 assert linear.weight.requires_grad  # nothing is half-done
-with pytest.raises(ValueError, match="already has an adapter"):
-    LoRALinear(LoRALinear(linear, 2), 2)
+assert not LoRALinear(LoRALinear(linear, 2), 2).base.base.weight.requires_grad  # layers stack
 """)
 
 

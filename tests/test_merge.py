@@ -56,7 +56,7 @@ def test_the_bf16_merged_weight_is_the_rounded_float32_sum(capsys):
     differing = 0
     for layer in (model[0], model[2]):
         exact = layer.base.weight.float() + layer.scaling * (layer.lora_b @ layer.lora_a)
-        differing += int((layer.merged_weight != exact.bfloat16()).sum())
+        differing += int((layer.merged_module.weight != exact.bfloat16()).sum())
     difference = ((model(x) - expected).abs().max() / expected.abs().max()).item()
     with capsys.disabled():
         print(f"\nbf16 merge: {differing} weights differ; outputs by {difference:.1e} relative")
@@ -110,8 +110,8 @@ def test_nan_in_one_layer_merges_none():
     before = {name: id(module) for name, module in model.named_modules()}
     with pytest.raises(ValueError, match=r"2: .*NaN"):
         mp.merge(model)
-    assert model[0].merged_weight is None
-    with pytest.raises(ValueError, match="of 2 holds NaN"):
+    assert model[0].merged_module is None
+    with pytest.raises(ValueError, match="weight of 2 holds NaN"):
         mp.remove(model, merge=True)
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert model[0].base.weight.isfinite().all()

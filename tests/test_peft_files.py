@@ -1,7 +1,6 @@
 """Adapter directories: what PEFT writes loads here, what is written here loads in PEFT."""
 
 import json
-import shutil
 import struct
 
 import pytest
@@ -136,7 +135,7 @@ def change_tensors(tmp_path, change):
 
 KEY = "base_model.model.up.lora_A.weight"
 TENSOR_CHANGES = {
-    "a factor missing": (lambda t: t.pop(KEY), "without its partner"),
+    "a factor missing": (lambda t: t.pop(KEY), "missing \\['lora_A'\\]"),
     "a module missing": (
         lambda t: [t.pop(k) for k in list(t) if ".up." in k], "no keys for 'up'",
     ),
@@ -146,10 +145,10 @@ TENSOR_CHANGES = {
     "an untargeted module": (
         lambda t: t.update({k.replace(".up.", ".block.0."): torch.zeros(1) for k in t}), r"\(1,\)",
     ),
-    "an unknown key": (lambda t: t.update({"up.bias": torch.zeros(3)}), "unexpected key 'up.bias'"),
+    "an unknown key": (lambda t: t.update({"up.bias": torch.zeros(3)}), "unexpected 'up.bias'"),
     "a magnitude": (
         lambda t: t.update({"base_model.model.up.lora_magnitude_vector": torch.zeros(48)}),
-        "unexpected key",
+        "lora_magnitude_vector",
     ),
     "another shape": (lambda t: t.update({KEY: torch.zeros(4, 31)}), r"\(4, 31\).*\(4, 32\)"),
     "another rank": (lambda t: t.update({KEY: torch.zeros(5, 32)}), r"\(5, 32\)"),
@@ -171,9 +170,9 @@ def test_wrong_tensors_raise(tmp_path, kind):
 
 
 CONFIG_CHANGES = {
-    "dora": ({"use_dora": True}, "use_dora"),
-    "bias": ({"bias": "all"}, "bias"),
-    "modules to save": ({"modules_to_save": ["up"]}, "modules_to_save"),
+    "dora": ({"use_dora": True}, "missing .'lora_magnitude_vector'"),
+    "bias": ({"bias": "some"}, "bias"),
+    "modules to save": ({"modules_to_save": ["up"]}, "no keys for 'up'"),
     "another method": ({"peft_type": "IA3"}, "peft_type"),
     "unknown field": ({"frobnicate": 3}, "frobnicate"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
@@ -297,12 +296,3 @@ def test_what_peft_writes_loads_here(tmp_path, case, capsys):
     with capsys.disabled():
         print(f"\nwritten by PEFT, loaded here ({case}): outputs, gradients {largest:.1e}")
     assert largest <= 1e-6
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_dora_adapter_of_peft_is_refused(tmp_path):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(target_modules=["up"], use_dora=True)
-    peft.get_peft_model(plain(), config).save_pretrained(tmp_path)
-    refuse(tmp_path, "use_dora")
-    shutil.rmtree(tmp_path)

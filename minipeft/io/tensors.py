@@ -74,6 +74,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
                 f"{tensor.device}); gather sharded or offloaded parameters before saving"
             )
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in plain.items():  # the format has no two names for one tensor
+        if tensor.untyped_storage().data_ptr() in seen:
+            plain[name] = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
     sums = {name: digest(tensor) for name, tensor in plain.items()}
     write_atomically(path, save(plain, metadata=metadata_with(sums)))
 

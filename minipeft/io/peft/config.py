@@ -1,4 +1,4 @@
-"""adapter_config.json of a plain LoRA: the fields, PEFT's rules for names, what is refused.
+"""adapter_config.json: the fields, PEFT's rules for names, what is refused.
 
 Source: PEFT 0.21, `LoraConfig` as its `save_pretrained` writes it.
 """
@@ -10,26 +10,24 @@ from typing import TypeVar
 
 from torch import nn
 
+from minipeft.extras import BIAS_MODES
 from minipeft.io.peft.patterns import fitting
 from minipeft.io.tensors import parse_object
-from minipeft.protocol import is_conv1d
+from minipeft.protocol import linear_shape
 
 Number = TypeVar("Number", int, float)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 _LARGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
 _LARGEST_NUMBER = 2**31
 
-# Fields that change what is computed or saved in ways that a plain LoRA does not have.  They may
-# be absent or hold a value that means "off" (None, False, empty, or the one named here).
-_MUST_BE_OFF: dict[str, tuple[object, ...]] = {
-    "bias": ("none",), "use_dora": (), "use_qalora": (), "use_bdlora": (), "lora_bias": (),
-    "modules_to_save": (), "layers_to_transform": (), "layers_pattern": (),
-    "layer_replication": (), "trainable_token_indices": (), "target_parameters": (),
-    "alora_invocation_tokens": (), "arrow_config": (), "kasa_config": (), "megatron_config": (),
-    "monteclora_config": (), "velora_config": (), "ensure_weight_tying": (),
+# Fields that change what is computed or saved in ways that no layer here has.  They may be absent
+# or hold a value that means "off" (None, False, empty).
+_MUST_BE_OFF = {
+    "use_qalora", "use_bdlora", "lora_bias", "layers_to_transform", "layers_pattern",
+    "layer_replication", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "megatron_config", "monteclora_config", "velora_config",
 }  # fmt: skip
 # Fields that say where the adapter comes from, or how it was initialised.
 _IGNORABLE = {
@@ -53,6 +51,12 @@ class LoRAConfig:
     rank_stabilized: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dora: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
+    tokens: list[int] | dict[str, list[int]] | None = None
+    tied: bool = False
 
     @property
     def all_linear(self) -> bool:
@@ -88,12 +92,36 @@ class MatchedConfig:
         return self._by_pattern(self.config.alpha_pattern, name, self.config.alpha)
 
     def targets(self, name: str, module: nn.Module) -> bool:
-        """Whether PEFT would wrap this module: target_modules less exclude_modules."""
+        """Whether PEFT would wrap this module: target_modules less those excluded or saved."""
+        if self.saves(name):
+            return False
         if self.config.exclude_modules and self._fits(self.config.exclude_modules, name):
             return False
         if self.config.all_linear:
-            return isinstance(module, nn.Linear) or is_conv1d(module)
+            return linear_shape(module) is not None
         return self._fits(self.config.target_modules, name)
+
+    def saves(self, name: str) -> bool:
+        """Whether this module is, or lies in, one of modules_to_save."""
+        parts = name.split(".")
+        paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(self._fits(self.config.modules_to_save, path) for path in paths)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether target_parameters names this 3-D weight."""
+        return self._fits(self.config.target_parameters, name)
+
+    def has_expert_weights(self, name: str) -> bool:
+        """Whether target_parameters names weights of this module."""
+        owners = [entry.rpartition(".")[0] for entry in self.config.target_parameters]
+        return self._fits(owners, name)
+
+    def token_ids(self, name: str) -> list[int] | None:
+        """The trained tokens of the embedding of this name."""
+        tokens = self.config.tokens
+        if not isinstance(tokens, dict):
+            return tokens
+        return next((ids for entry, ids in tokens.items() if self._fits([entry], name)), None)
 
     def _by_pattern(self, patterns: dict[str, Number], name: str, default: Number) -> Number:
         fits = (v for p, v in patterns.items() if name in self.fitting[_of_pattern(p)])
@@ -148,12 +176,31 @@ def _names(config: dict[str, object], key: str, where: str) -> list[str] | str |
     raise ValueError(f"{where}: {key} is {value!r}, expected a list of names or an expression")
 
 
+def _list(config: dict[str, object], key: str, where: str) -> list[str]:
+    names = _names(config, key, where) or []
+    if isinstance(names, str):
+        raise ValueError(f"{where}: {key} is {names!r}, expected a list of names")
+    return names
+
+
+def _tokens(config: dict[str, object], where: str) -> list[int] | dict[str, list[int]] | None:
+    key = "trainable_token_indices"
+    value = config.get(key)
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    if not value:
+        return None
+    for ids in lists:
+        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids) or not ids:
+            raise ValueError(f"{where}: {key} is {str(value)[:80]}, expected token numbers")
+    return value  # type: ignore[return-value]
+
+
 def read_config(path: Path) -> LoRAConfig:
     """Read and check adapter_config.json.
 
     Raises:
-        ValueError: no such file, no JSON, another kind of adapter, a field with a value that a
-            plain LoRA does not have, or an unknown field that is switched on (each named).
+        ValueError: no such file, no JSON, another kind of adapter, a field with a value that no
+            layer here has, or an unknown field that is switched on (each named).
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a directory that PEFT or minipeft wrote")
@@ -163,30 +210,48 @@ def read_config(path: Path) -> LoRAConfig:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
     known = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
-             "use_rslora", "rank_pattern", "alpha_pattern", *_IGNORABLE}  # fmt: skip
+             "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "bias", "modules_to_save",
+             "target_parameters", "trainable_token_indices", "ensure_weight_tying",
+             *_IGNORABLE}  # fmt: skip
     for key, value in config.items():
-        off = value is None or value is False or value in ([], {}, "", *_MUST_BE_OFF.get(key, ()))
-        if key not in known and not off:
-            raise ValueError(f"{where}: {key} = {value!r} is not supported for a plain LoRA")
+        if (
+            key not in known
+            and value is not None
+            and value is not False
+            and value not in ([], {}, "")
+        ):
+            what = "is not supported" if key in _MUST_BE_OFF else "is no field known here"
+            raise ValueError(f"{where}: {key} = {value!r} {what}")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):
         raise ValueError(
             f"{where}: init_lora_weights = {init!r} changed the base weights; convert the adapter "
             "to a plain LoRA where it was made (PEFT: path_initial_model_for_weight_conversion)"
         )
-    if not isinstance(config.get("use_rslora", False), bool):
-        raise ValueError(f"{where}: use_rslora is {config['use_rslora']!r}, expected true or false")
+    for key in ("use_rslora", "use_dora", "ensure_weight_tying"):
+        if not isinstance(config.get(key), bool | None):
+            raise ValueError(f"{where}: {key} is {config[key]!r}, expected true or false")
+    bias = config.get("bias") or "none"
+    if bias not in ("none", *BIAS_MODES):
+        raise ValueError(f"{where}: bias is {bias!r}, expected 'none', 'all' or 'lora_only'")
     target = _names(config, "target_modules", where)
-    if not target:
+    parameters = _list(config, "target_parameters", where)
+    if not target and not parameters:
         raise ValueError(f"{where}: target_modules is {target!r}, expected names")
     ranks: dict[str, object] = {**_patterns(config, "rank_pattern", where)}
     return LoRAConfig(
         rank=_rank(config, "r", 8, where),
         alpha=_number(config, "lora_alpha", 8, where),
-        target_modules=target,
+        target_modules=target or [],
         exclude_modules=_names(config, "exclude_modules", where),
         dropout=_number(config, "lora_dropout", 0.0, where),
         rank_stabilized=config.get("use_rslora") is True,
         rank_pattern={k: _rank(ranks, k, 8, f"{where}: rank_pattern") for k in ranks},
         alpha_pattern=_patterns(config, "alpha_pattern", where),
+        dora=config.get("use_dora") is True,
+        bias=bias,
+        modules_to_save=_list(config, "modules_to_save", where),
+        target_parameters=parameters,
+        tokens=_tokens(config, where),
+        tied=config.get("ensure_weight_tying") is True,
     )

@@ -1,136 +1,234 @@
-"""A PEFT LoRA directory onto a model: everything is checked before the first layer is wrapped."""
+"""A PEFT LoRA directory onto a model: every layer is made and filled before the first is put in."""
 
 import os
-import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.inject import inject
-from minipeft.io.peft.config import CONFIG_NAME, PREFIX, WEIGHTS_NAME, MatchedConfig, read_config
+from minipeft.adapters import freeze
+from minipeft.inject import check_model, restoring, swap
+from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, MatchedConfig, read_config
+from minipeft.io.peft.contents import Contents, sort_out
+from minipeft.io.peft.tensors import (
+    copy_into,
+    experts_parameters,
+    parameters,
+    reaches_across_groups,
+)
 from minipeft.io.tensors import read_tensors
-from minipeft.lora import LoRALinear
-from minipeft.protocol import LinearShape, is_adapter, linear_shape
-from minipeft.targets import Names, head_reasons, visible_modules
+from minipeft.kinds import layer_class
+from minipeft.layers.experts import NF4Experts
+from minipeft.layers.lora_embedding import LoRAEmbedding
+from minipeft.layers.lora_experts import LoRAExperts
+from minipeft.layers.lora_tied import LoRATiedLinear
+from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
+from minipeft.protocol import is_adapter
+from minipeft.registry import DEFAULT, check_new_name, give_name
+from minipeft.targets import Names, expert_weights, in_attention, visible_modules
+from minipeft.wrapper import Wrapper, innermost, stored_parameter
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_KEY = re.compile(r"(?P<name>.+)\.lora_(?P<factor>[AB])\.weight")
+
+class Loaded(Names):
+    """Names of the modules that got a layer; with strict=False what the file lacked or had more."""
+
+    missing: list[str]
+    unexpected: list[str]
 
 
-def _by_module(tensors: dict[str, Tensor], where: Path) -> dict[str, dict[str, Tensor]]:
-    """{module name: {"A": (rank, in), "B": (out, rank)}}."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        found = _KEY.fullmatch(key)
-        if found is None:
+class _Builder:
+    """The layers that a file asks for, over a model's modules, by the modules' names."""
+
+    def __init__(
+        self, model: nn.Module, config: MatchedConfig, contents: Contents, *, stack: bool
+    ) -> None:
+        self.model, self.config, self.contents, self.stack = model, config, contents, stack
+        self.modules = visible_modules(model)
+        self.made: dict[str, nn.Module] = {}
+
+    def top(self, name: str) -> nn.Module:
+        """The outermost layer made for a module so far, or the module."""
+        return self.made.get(name, self.modules[name])
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """What a layer's constructor takes."""
+        return {
+            "rank": self.config.rank_of(name), "alpha": self.config.alpha_of(name),
+            "dropout": self.config.config.dropout,
+            "rank_stabilized": self.config.config.rank_stabilized,
+        }  # fmt: skip
+
+    def sharing(self, weight: Tensor, *, but: str) -> list[str]:
+        """Names of other linear layers that hold this parameter: heads tied to an embedding."""
+        return [
+            name for name, module in self.modules.items()
+            if name != but and isinstance(innermost(module), nn.Linear)
+            and innermost(module)._parameters.get("weight") is weight
+        ]  # fmt: skip
+
+    def build(self) -> dict[str, nn.Module]:
+        """All layers, filled; embeddings come before the heads that follow them."""
+        inside = in_attention(self.model)
+        for name, found in self.contents.low_rank.items():
+            module = self.modules[name]
+            if name in inside:
+                raise ValueError(f"load_peft: {name!r} is {inside[name]}")
+            if is_adapter(module) and not self.stack:
+                raise ValueError(
+                    f"load_peft: {name!r} already has an adapter; load onto the plain model, or "
+                    "give this one a name"
+                )
+            kind = layer_class(module, dora=self.config.config.dora)
+            if kind is None:
+                raise ValueError(
+                    f"load_peft: {name!r} is a {type(module).__name__}, for which there is no "
+                    f"{'DoRA' if self.config.config.dora else 'LoRA'} layer"
+                )
+            settings = self.settings(name)
+            if reaches_across_groups(module, found):
+                settings["across_groups"] = True
+            layer = kind(module, **settings)
+            where = f"{WEIGHTS_NAME}: {name}"
+            copy_into(where, layer, parameters(where, layer, found))
+            self.made[name] = layer
+        for name, levels in self.contents.experts.items():
+            self._experts(name, levels)
+        if self.config.config.tied:
+            self._tied_heads()
+        for name, value in self.contents.biases.items():
+            self._bias(name, value)
+        memo: dict[int, Any] = {}
+        for name, values in self.contents.saved.items():
+            own: dict[int, Any] = memo if self.config.config.tied else {}
+            self._saved(name, values, TrainedModule(self.top(name), memo=own))
+        for name, (ids, rows) in self.contents.tokens.items():
+            self._tokens(name, ids, rows)
+        return self.made
+
+    def _experts(self, name: str, levels: Sequence[Mapping[Any, Tensor]]) -> None:
+        weights: dict[str, Any] = {
+            n: w for n, w in expert_weights(self.model).items() if n.rpartition(".")[0] == name
+        }
+        weights |= {
+            n: m for n, m in self.modules.items()
+            if n.rpartition(".")[0] == name and isinstance(innermost(m), NF4Experts)
+        }  # fmt: skip
+        wanted = [n for n in weights if self.config.targets_parameter(n)]
+        if len(wanted) != len(levels):
             raise ValueError(
-                f"{where}: unexpected key {key!r}; a plain LoRA has '<module>.lora_A.weight' and "
-                "'<module>.lora_B.weight' only"
+                f"{WEIGHTS_NAME}: {name} has {len(levels)} expert weights; the model and "
+                f"{CONFIG_NAME} have {wanted}"
             )
-        if tensor.dtype not in _DTYPES or tensor.ndim != 2:
-            raise ValueError(f"{where}: {key} is {tensor.dtype} {tuple(tensor.shape)}")
-        modules.setdefault(found["name"], {})[found["factor"]] = tensor
-    for name, factors in modules.items():
-        if len(factors) < 2:
-            raise ValueError(f"{where}: {name} has lora_{'/'.join(factors)} without its partner")
-    if not modules:
-        raise ValueError(f"{where}: holds no adapter")
-    return modules
+        for full, found in zip(wanted, levels, strict=True):
+            layer = LoRAExperts(weights[full], **self.settings(full))
+            where = f"{WEIGHTS_NAME}: {full}"
+            copy_into(where, layer, experts_parameters(where, layer, found))
+            self.made[full] = layer
 
+    def _tied_heads(self) -> None:
+        for name, layer in list(self.made.items()):
+            if not isinstance(layer, LoRAEmbedding):
+                continue
+            for head in self.sharing(innermost(layer)._parameters["weight"], but=name):  # type: ignore[arg-type]
+                before = self.made.pop(head, None)
+                tied = LoRATiedLinear(self.modules[head], layer)
+                if before is not None:
+                    pairs = zip(before.factors(), tied.factors(), strict=True)  # type: ignore[operator]
+                    if not all(torch.equal(a, b) for a, b in pairs):
+                        raise ValueError(
+                            f"{WEIGHTS_NAME}: {head} is tied to {name}, but their factors differ"
+                        )
+                self.made[head] = tied
 
-def _without_prefix(
-    modules: dict[str, dict[str, Tensor]], names: dict[str, nn.Module], where: Path
-) -> dict[str, dict[str, Tensor]]:
-    """Names as the model has them: with PEFT's prefix taken off, or as they are; all alike."""
-    stripped = {name.removeprefix(PREFIX): factors for name, factors in modules.items()}
-    if all(name.startswith(PREFIX) for name in modules) and stripped.keys() <= names.keys():
-        return stripped
-    if modules.keys() <= names.keys():
-        return modules
-    unknown = sorted(stripped.keys() - names.keys())
-    raise ValueError(
-        f"{where}: the model has no {unknown[0]!r} ({len(unknown)} of {len(modules)} modules are "
-        f"unknown; it has for example {next(iter(reversed(names)), None)!r}); is this adapter "
-        "another model's, or one of the model with or without its head?"
-    )
-
-
-def _check_layer(
-    name: str, module: nn.Module, factors: dict[str, Tensor], config: MatchedConfig, where: Path
-) -> None:
-    shape: LinearShape | None = linear_shape(module)
-    if is_adapter(module):
-        raise ValueError(f"load_peft: {name!r} already has an adapter; load onto the plain model")
-    if shape is None:
-        raise ValueError(f"load_peft: {name!r} is a {type(module).__name__}, no linear layer")
-    rank = config.rank_of(name)
-    expected = {"A": (rank, shape.in_features), "B": (shape.out_features, rank)}
-    for factor, tensor in factors.items():
-        if tuple(tensor.shape) != expected[factor]:
+    def _bias(self, name: str, value: Tensor) -> None:
+        if name in in_attention(self.model):
+            raise ValueError(f"load_peft: the bias of {name!r} lies inside nn.MultiheadAttention")
+        layer = TrainedBias(self.top(name))
+        where, bias = f"{WEIGHTS_NAME}: {name}.bias", stored_parameter(
+            "load_peft", innermost(layer), "bias"
+        )  # fmt: skip
+        if value.shape != bias.shape or not value.is_floating_point():
             raise ValueError(
-                f"{where}: {name}.lora_{factor} has shape {tuple(tensor.shape)}; the model and "
-                f"{CONFIG_NAME} ask for {expected[factor]}"
+                f"{where}: {value.dtype} {tuple(value.shape)}; expected {tuple(bias.shape)}"
             )
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{where}: {name}.lora_{factor} holds NaN or Inf")
+        delta = value.to(bias.device, torch.float32) - bias.float()
+        copy_into(where, layer, {"bias_delta": delta})
+        self.made[name] = layer
+
+    def _saved(self, name: str, values: Mapping[str, Tensor], layer: TrainedModule) -> None:
+        where = f"{WEIGHTS_NAME}: {name}"
+        own = {f"copy.{key}": value for key, value in values.items()}
+        if unknown := own.keys() - layer.adapter_parameters().keys():
+            raise ValueError(f"{where}: {sorted(unknown)[0]} is no parameter of the module")
+        if lost := layer.adapter_parameters().keys() - own.keys():
+            raise ValueError(f"{where}: {sorted(lost)[0].removeprefix('copy.')} is missing")
+        copy_into(where, layer, own)
+        self.made[name] = layer
+
+    def _tokens(self, name: str, ids: list[int], rows: Tensor) -> None:
+        layer = TrainedTokens(self.top(name), ids)
+        copy_into(f"{WEIGHTS_NAME}: {name}", layer, {"token_rows": rows})
+        self.made[name] = layer
+        weight = innermost(layer)._parameters["weight"]
+        for head in self.sharing(weight, but=name):  # type: ignore[arg-type]
+            self.made[head] = TrainedLogits(self.top(head), layer)
 
 
-def load_peft(model: nn.Module, path: str | os.PathLike[str]) -> Names:
-    """Inject and load the plain LoRA that PEFT or minipeft saved in directory `path`; trainable.
+def load_peft(
+    model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT, strict: bool = True
+) -> Loaded:
+    """Inject and load the LoRA adapter that PEFT or minipeft saved in directory `path`; trainable.
 
-    Every key must belong to a module of the model, with or without PEFT's "base_model.model."
-    before it, and every module that the configuration targets must have its keys.  Factors become
-    float32, as in PEFT.  Freezes every parameter that no adapter owns.  Returns the names.
+    LoRA and DoRA on linear layers, embeddings, convolutions, attention and expert weights; trained
+    biases, modules saved whole, trained tokens.  Every key must belong to a module of the model,
+    with or without PEFT's "base_model.model." before it, and every module that the configuration
+    targets must have its keys.  Values take the dtype of the layers, float32.  With a `name` it is
+    one more adapter, over those that are there.  Freezes every parameter that no adapter owns.
+    Returns the names; with `strict=False` what is missing or unexpected is in the result's
+    `.missing` and `.unexpected`, and the rest is loaded.
 
     Raises:
         ValueError: a file missing or damaged, another kind of adapter, a key missing, extra or of
             another shape, an adapter of another model.  The model is then as it was.
     """
+    check_model("load_peft", model)
     directory = Path(path)
-    names = visible_modules(model)
+    if name != DEFAULT:
+        check_new_name("load_peft", model, name)
     plain = read_config(directory / CONFIG_NAME)
-    config = plain.of_model(names, CONFIG_NAME)
+    modules = visible_modules(model)
+    config = plain.of_model([*modules, *expert_weights(model)], CONFIG_NAME)
     where = directory / WEIGHTS_NAME
     if not where.is_file() and (directory / "adapter_model.bin").is_file():
         raise ValueError(
             f"{directory}: adapter_model.bin is a pickle and can run code, so it is not read; "
             "load it with PEFT where you trust it and save it with safe_serialization=True"
         )
-    modules = _without_prefix(_by_module(read_tensors(where), where), names, where)
-    for name, factors in modules.items():
-        _check_layer(name, names[name], factors, config, where)
-    heads = head_reasons(model) if plain.all_linear else {}
-    covered = {id(names[name]) for name in modules}
-    missing = [
-        name
-        for name, module in names.items()
-        if config.targets(name, module) and id(module) not in covered and name not in heads
-    ]
-    if missing:
-        raise ValueError(
-            f"{where}: no keys for {missing[0]!r} ({len(missing)} modules that {CONFIG_NAME} "
-            "targets have none); is the file complete?"
-        )
-    of_module = {id(names[name]): name for name in modules}
+    contents = sort_out(where, read_tensors(where), model, config)
+    if strict and (contents.missing or contents.unexpected):
+        raise ValueError(contents.complaint(where))
+    with restoring(model):
+        made = _Builder(model, config, contents, stack=name != DEFAULT).build()
+        if not made:
+            raise ValueError(f"{where}: holds no adapter")
+        of_module = {id(modules[n]): layer for n, layer in made.items() if n in modules}
+        shared = {n: of_module[id(m)] for n, m in modules.items() if id(m) in of_module}
+        swap(model, {**made, **shared})
+    give_name(model, name, _new_layers(made, modules))
+    freeze(model)
+    order = {name: number for number, name in enumerate(modules)}
+    result = Loaded(sorted(made, key=lambda name: order.get(name, len(order))))
+    result.missing, result.unexpected = contents.missing, contents.unexpected
+    return result
 
-    def wrap(module: nn.Module) -> nn.Module:
-        name = of_module[id(module)]
 
-        def fill(layer: LoRALinear) -> None:
-            if layer.lora_a.is_meta:
-                raise ValueError("is on the meta device; load the base model's weights first")
-            with torch.no_grad():
-                layer.lora_a.copy_(modules[name]["A"])
-                layer.lora_b.copy_(modules[name]["B"])
-
-        return LoRALinear(
-            module,
-            config.rank_of(name),
-            config.alpha_of(name),
-            dropout=plain.dropout,
-            rank_stabilized=plain.rank_stabilized,
-            init=fill,
-        )
-
-    return inject(model, lambda _name, module: id(module) in of_module, wrap)
+def _new_layers(made: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """Every layer of the stacks that were made, down to what was there before."""
+    layers: list[nn.Module] = []
+    for name, layer in made.items():
+        while isinstance(layer, Wrapper) and layer is not modules.get(name):
+            layers.append(layer)
+            layer = layer.base
+    return layers

@@ -1,0 +1,183 @@
+"""Tensors of one adapter layer as PEFT's files hold them, and back.
+
+    kind                     lora_A                    lora_B                     magnitude
+    linear, Conv1D           (rank, in)                (out, rank)                (out,)
+    embedding                (rank, tokens)            (dim, rank)                (dim,)
+    convolution              (rank, in, *kernel)       (out, rank/groups, *1)     (1, out, *1)
+    nn.MultiheadAttention    (rank, dim)               (3 dim, rank), and a pair for out_proj
+    experts                  (rank * experts, in)      (out, rank * experts)
+
+A convolution in groups has the whole of `in` in PEFT's files, a block of it here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.io.peft.keys import Key
+from minipeft.layers.lora_attention import LoRAMultiheadAttention
+from minipeft.layers.lora_conv import LoRAConv, full_from_grouped, grouped_from_full
+from minipeft.layers.lora_embedding import LoRAEmbedding
+from minipeft.layers.lora_experts import LoRAExperts, experts_from_peft, peft_from_experts
+from minipeft.layers.lora_tied import LoRATiedLinear
+from minipeft.lora import LowRank
+from minipeft.protocol import linear_shape
+from minipeft.wrapper import innermost
+
+Tensors = dict[str, Tensor]
+
+
+def written(place: str, layer: nn.Module) -> Tensors:
+    """The tensors of a low-rank layer by their keys, without the prefix.
+
+    Raises:
+        ValueError: a layer that PEFT's format cannot express.
+    """
+    if isinstance(layer, LoRATiedLinear):
+        a, b = layer.factors()
+        return {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+    if isinstance(layer, LoRAMultiheadAttention):
+        return _written_attention(place, layer)
+    if isinstance(layer, LoRAExperts):
+        raise TypeError("experts are written by their module")
+    magnitude = getattr(layer, "magnitude", None)
+    extra = {} if magnitude is None else {f"{place}.lora_magnitude_vector": magnitude}
+    if isinstance(layer, LoRAEmbedding):
+        a, b = layer.factors()
+        return {f"{place}.lora_embedding_A": a, f"{place}.lora_embedding_B": b, **extra}
+    if isinstance(layer, LoRAConv):
+        a, b = layer.factors()
+        if not layer.across_groups:
+            a, b = full_from_grouped(a, b, layer.groups)
+        if magnitude is not None:
+            extra = {k: m.view(1, -1, *(1,) * (b.dim() - 2)) for k, m in extra.items()}
+        return {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, **extra}
+    if isinstance(layer, LowRank) and linear_shape(layer) is not None:
+        a, b = layer.factors()
+        return {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, **extra}
+    raise ValueError(
+        f"save_peft: {place} is a {type(layer).__name__}, which PEFT's LoRA format cannot "
+        "express; use adapter_state_dict with safetensors"
+    )
+
+
+def _written_attention(place: str, layer: Any) -> Tensors:
+    own = layer.adapter_parameters()
+    if set(own) != {"lora_a", "lora_b", "out_lora_a", "out_lora_b"}:
+        raise ValueError(
+            f"save_peft: {place} is an nn.MultiheadAttention whose keys or values have another "
+            "size, which PEFT's format cannot express"
+        )
+    inner = f"{place}.base_layer.out_proj"
+    return {
+        f"{place}.lora_A.weight": own["lora_a"], f"{place}.lora_B.weight": own["lora_b"],
+        f"{inner}.lora_A.weight": own["out_lora_a"], f"{inner}.lora_B.weight": own["out_lora_b"],
+    }  # fmt: skip
+
+
+def written_experts(place: str, layers: list[LoRAExperts]) -> Tensors:
+    """The tensors of the expert weights of one module, in the order of its parameters.
+
+    PEFT nests a wrapper for each: the last one is outermost.
+    """
+    made: Tensors = {}
+    for depth, layer in enumerate(reversed(layers)):
+        a, b = peft_from_experts(layer.lora_a, layer.lora_b)
+        path = f"{place}{'.base_layer' * depth}"
+        made |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+    return made
+
+
+def reaches_across_groups(module: nn.Module, found: Mapping[Key, Tensor]) -> bool:
+    """Whether this lora_A is one that only a LoRAConv with `across_groups` can hold."""
+    groups = getattr(innermost(module), "groups", 1)
+    roles = {key.role: value for key, value in found.items()}
+    if groups == 1 or not {"lora_A", "lora_B"} <= roles.keys():
+        return False
+    try:
+        grouped_from_full(roles["lora_A"], roles["lora_B"], groups)
+    except ValueError:
+        return True
+    return False
+
+
+def parameters(where: str, layer: nn.Module, found: Mapping[Key, Tensor]) -> Tensors:
+    """What `layer.adapter_parameters()` get from a file's tensors of its module.
+
+    Raises:
+        ValueError: a tensor is missing, one too many, or cannot be expressed by the layer.
+    """
+    roles = {(key.role, key.part): value for key, value in found.items()}
+    wanted: dict[str, tuple[str, str]]
+    if isinstance(layer, LoRAMultiheadAttention):
+        wanted = {
+            "lora_a": ("lora_A", ""), "lora_b": ("lora_B", ""),
+            "out_lora_a": ("lora_A", "out_proj"), "out_lora_b": ("lora_B", "out_proj"),
+        }  # fmt: skip
+    elif isinstance(layer, LoRAEmbedding):
+        wanted = {"lora_a": ("lora_embedding_A", ""), "lora_b": ("lora_embedding_B", "")}
+    else:
+        wanted = {"lora_a": ("lora_A", ""), "lora_b": ("lora_B", "")}
+    if hasattr(type(layer), "magnitude") or "magnitude" in layer._parameters:
+        wanted["magnitude"] = ("lora_magnitude_vector", "")
+    missing = [".".join(filter(None, role[::-1])) for role in wanted.values() if role not in roles]
+    extra = [".".join(filter(None, role[::-1])) for role in roles if role not in wanted.values()]
+    if missing or extra:
+        raise ValueError(
+            f"{where}: missing {missing or 'nothing'}, unexpected {extra or 'nothing'} for a "
+            f"{type(layer).__name__}"
+        )
+    made = {own: roles[role] for own, role in wanted.items()}
+    if isinstance(layer, LoRAConv):
+        kernel = made["lora_a"].dim() - 2
+        if not layer.across_groups and made["lora_a"].dim() == layer.lora_a.dim():
+            made["lora_a"], made["lora_b"] = grouped_from_full(
+                made["lora_a"], made["lora_b"], layer.groups
+            )
+        if "magnitude" in made and tuple(made["magnitude"].shape[2:]) == (1,) * kernel:
+            made["magnitude"] = made["magnitude"].reshape(-1)
+    return made
+
+
+def experts_parameters(where: str, layer: LoRAExperts, found: Mapping[Key, Tensor]) -> Tensors:
+    """The same for one expert weight."""
+    roles = {key.role: value for key, value in found.items()}
+    if set(roles) != {"lora_A", "lora_B"} or any(value.dim() != 2 for value in roles.values()):
+        raise ValueError(f"{where}: {sorted(roles)}; expected lora_A and lora_B")
+    n_experts, rank = layer.lora_a.shape[:2]
+    if roles["lora_A"].shape[0] != rank * n_experts or roles["lora_B"].shape[1] != rank * n_experts:
+        raise ValueError(
+            f"{where}: {tuple(roles['lora_A'].shape)} and {tuple(roles['lora_B'].shape)} are not "
+            f"of rank {rank} for {n_experts} experts"
+        )
+    a, b = experts_from_peft(roles["lora_A"], roles["lora_B"], n_experts)
+    return {"lora_a": a, "lora_b": b}
+
+
+def copy_into(where: str, layer: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a layer's own parameters; the shapes are checked first.
+
+    Raises:
+        ValueError: another shape or dtype, NaN or Inf, or a layer on the meta device.
+    """
+    own = layer.adapter_parameters()  # type: ignore[operator]
+    for name, value in values.items():
+        target = own[name]
+        if target.is_meta:
+            raise ValueError(f"{where}: is on the meta device; load the base model's weights first")
+        if not value.is_floating_point() or value.element_size() < 2:
+            raise ValueError(
+                f"{where}: {name} is {value.dtype}; expected floats of 16 bits or more"
+            )
+        if value.shape != target.shape:
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(value.shape)}; the model and the configuration "
+                f"ask for {tuple(target.shape)}"
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"{where}: {name} holds NaN or Inf")
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)

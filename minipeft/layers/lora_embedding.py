@@ -1,0 +1,105 @@
+"""LoRA on an embedding: a row of the table plus a row of the low-rank product.
+
+    y = E[x] + scaling * A^T[x] B^T        A (rank, num_embeddings), B (embedding_dim, rank)
+
+Rows of A^T are gathered like rows of E; the product is never made for the whole table.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from minipeft.layers.embedding import NF4Embedding
+from minipeft.lora import LowRank
+from minipeft.wrapper import innermost
+
+
+class LoRAEmbedding(LowRank):
+    """An embedding with LoRA, over nn.Embedding or NF4Embedding.
+
+    `lora_a` (rank, num_embeddings) starts at zero and `lora_b` (embedding_dim, rank) as N(0, 1),
+    as in loralib and PEFT.  A table that multiplies its output by `embed_scale` (Gemma's) does so
+    with the branch too.  `dropout` acts on the gathered rows of A^T while training.  A head that
+    shares the table's weight keeps the frozen one, unless LoRATiedLinear goes over it.
+
+    Raises:
+        TypeError: base is no module.
+        ValueError: base is no embedding, or one with another forward; rank, alpha, dropout as of
+            LoRALinear.
+
+    >>> layer = LoRAEmbedding(nn.Embedding(10, 4), rank=2)
+    >>> torch.equal(layer(torch.tensor([3])), layer.base(torch.tensor([3])))  # A = 0
+    True
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float | None = None,
+        *,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        init: Callable[["LoRAEmbedding"], None] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        rows, dim = _checked_table(type(self).__name__, base)
+        super().__init__(
+            base, (rank, rows), (dim, rank), rank, alpha,
+            dropout=dropout, rank_stabilized=rank_stabilized, dtype=dtype,
+        )  # fmt: skip
+        self.num_embeddings, self.embedding_dim = rows, dim
+        with torch.no_grad():
+            self.lora_a.zero_()
+            self.lora_b.normal_()
+        if init is not None:
+            init(self)
+        self.take_over()
+
+    def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
+        if self.merged_module is not None and self._enabled:
+            merged: Tensor = self.call_merged(ids)
+            return merged
+        out: Tensor = self.base(ids)
+        if torch.compiler.is_compiling():
+            strength: float | Tensor = self.strength
+        elif self._enabled:
+            strength = self.scaling * self._scale
+        else:
+            return out
+        a, b = self.factors()
+        rows = F.embedding(ids, a.T, self.padding_idx)  # no gradient to the row of padding
+        if self.dropout and self.training:
+            rows = F.dropout(rows, self.dropout)
+        branch = (rows @ b.T) * strength
+        if isinstance(strength, Tensor):
+            branch = torch.where(strength == 0, 0.0, branch)
+        scale = getattr(innermost(self), "embed_scale", None)
+        return out + (branch if scale is None else branch * scale).to(out.dtype)
+
+    def delta_as_stored(self) -> Tensor:
+        """`delta`, (num_embeddings, embedding_dim), as the table is stored."""
+        return self.delta().T
+
+
+def _checked_table(caller: str, base: nn.Module) -> tuple[int, int]:
+    if not isinstance(base, nn.Module):
+        raise TypeError(f"{caller}: expected a module as base, got {type(base).__name__}")
+    plain = innermost(base)
+    if not isinstance(plain, nn.Embedding | NF4Embedding):
+        raise ValueError(f"{caller}: {type(plain).__name__} is no embedding")
+    own = type(plain).forward not in (nn.Embedding.forward, NF4Embedding.forward)
+    if own and not hasattr(plain, "embed_scale"):
+        raise ValueError(
+            f"{caller}: {type(plain).__name__} has a forward of its own, which may take other "
+            "arguments or count rows differently; leave it out (exclude=), or wrap it in a layer "
+            "of your own"
+        )
+    if getattr(plain, "max_norm", None) is not None:
+        raise ValueError(
+            f"{caller}: max_norm rescales the table's rows in forward, so it is not frozen"
+        )
+    return plain.num_embeddings, plain.embedding_dim

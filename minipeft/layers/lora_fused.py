@@ -1,0 +1,175 @@
+"""LoRA on a linear layer that holds several projections, each with a rank of its own.
+
+    W (q + k + v rows, in)     rows in any order, see fused_layouts.py
+    A (r_q + r_k + r_v, in)    B_q (q, r_q)   B_k (k, r_k)   B_v (v, r_v)
+
+One pair of factors over the whole would tie the three together; here each learns its own.  The B
+are put together into one matrix with zeros between the slices, so that the branch is one product.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minipeft.layers.fused_layouts import Rows, blocks
+from minipeft.lora import LowRank, add_lora, checked_linear, lora_delta, lora_scaling
+
+Number = TypeVar("Number", int, float)
+
+
+class LoRAFusedLinear(LowRank):
+    """A fused projection with LoRA on slices of its output: rows of slice i get s_i B_i A_i x.
+
+    `slices` gives the sizes of consecutive slices by name, or the rows of each, as
+    fused_layouts.py makes them.  `rank` is one number for all or one for each name (0, or a name
+    left out: no adapter there); `alpha` likewise, None for alpha = rank.  `lora_a` (sum of ranks,
+    in_features) has the A of the slices one below the other; `lora_b_<name>` is (rows of the
+    slice, its rank).  `init` is called with the layer after lora_a was drawn and every B is zero.
+    The other arguments are as of LoRALinear.
+
+    As one adapter it has the rank `rank`, the sum, scaling 1 and the two `factors()`.
+
+    Raises:
+        TypeError: base is no module.
+        ValueError: base is no linear layer; slices that do not cover each output row once; a rank
+            or alpha for a slice that is not there; no rank above 0; otherwise as LoRALinear.
+
+    >>> layer = LoRAFusedLinear(nn.Linear(8, 12), {"q": 2, "v": 4}, slices={"q": 8, "k": 2, "v": 2})
+    >>> layer.lora_a.shape, layer.lora_b_q.shape, layer.lora_b_v.shape
+    (torch.Size([6, 8]), torch.Size([8, 2]), torch.Size([2, 4]))
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int | Mapping[str, int],
+        alpha: float | Mapping[str, float] | None = None,
+        *,
+        slices: Mapping[str, int] | Rows,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        init: Callable[["LoRAFusedLinear"], None] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = checked_linear(type(self).__name__, base)
+        rows = _checked_rows(slices, shape.out_features)
+        ranks = {name: r for name, r in _by_name("rank", rank, rows).items() if r != 0}
+        alphas = ranks if alpha is None else _by_name("alpha", alpha, rows)
+        if not ranks or not ranks.keys() <= alphas.keys():
+            raise ValueError(
+                f"LoRAFusedLinear: rank={rank}, alpha={alpha}; expected a rank above 0, and an "
+                "alpha for each slice that has one"
+            )
+        scalings = {
+            name: lora_scaling(alphas[name], r, rank_stabilized=rank_stabilized)
+            for name, r in ranks.items()
+        }
+        total = sum(ranks.values())
+        super().__init__(
+            base, (total, shape.in_features), (0, total), total, None,
+            dropout=dropout, rank_stabilized=False, dtype=dtype,
+        )  # fmt: skip
+        self.in_features, self.out_features, self.transposed = shape
+        self.rows, self.ranks, self.scalings = rows, ranks, scalings
+        for name, r in ranks.items():
+            b = self.lora_b.new_zeros(len(rows[name]), r)
+            self.register_parameter(f"lora_b_{name}", nn.Parameter(b))
+        del self.lora_b  # each slice has its own
+        # no buffer: it is made from the arguments, and the meta device would lose it
+        self._order = torch.cat([rows[name] for name in ranks]).to(_real_device(self.lora_a))
+        bound = max(1, shape.in_features) ** -0.5
+        with torch.no_grad():
+            self.lora_a.uniform_(-bound, bound)
+        if init is not None:
+            init(self)
+        self.take_over()
+
+    def slice_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A and B of each slice that has an adapter, (its rank, in) and (its rows, its rank)."""
+        parts = torch.split(self.lora_a, list(self.ranks.values()))
+        return {
+            name: (a, getattr(self, f"lora_b_{name}"))
+            for name, a in zip(self.ranks, parts, strict=True)
+        }
+
+    def slice_delta(self, name: str) -> Float[Tensor, "rows in_features"]:
+        """What is added to the rows of one slice, in their order; float32 or better.
+
+        Raises:
+            ValueError: the slice has no adapter.
+        """
+        if name not in self.ranks:
+            raise ValueError(f"slice_delta: {name!r} has no adapter; {list(self.ranks)} have")
+        return lora_delta(*self.slice_factors()[name], self.scalings[name] * self.scale)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """lora_a, and B of the whole output with the slices' scalings in it, float32 or better."""
+        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)
+        scaled = [b.to(dtype) * self.scalings[n] for n, (_, b) in self.slice_factors().items()]
+        stacked: Tensor = torch.block_diag(*scaled)  # type: ignore[no-untyped-call]
+        b = stacked.new_zeros(self.out_features, self.rank)
+        return self.lora_a, b.index_copy(0, self._order.to(b.device), stacked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged_module is not None and self._enabled:
+            merged: Tensor = self.call_merged(x)
+            return merged
+        out: Tensor = self.base(x)
+        if torch.compiler.is_compiling():
+            strength: float | Tensor = self.strength
+        elif self._enabled:
+            strength = self.scaling * self._scale
+        else:
+            return out
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return add_lora(out, x, *self.factors(), strength)
+
+    def delta_as_stored(self) -> Tensor:
+        """`delta`, (in_features, out_features) where the weight is stored so (Conv1D)."""
+        return self.delta().T if self.transposed else self.delta()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRAFusedLinear":
+        super()._apply(fn, recurse)
+        self._order = self._order.to(_real_device(self.lora_a))
+        return self
+
+    def extra_repr(self) -> str:
+        off = "" if self.enabled else ", disabled"
+        return f"ranks={self.ranks}, scalings={self.scalings}{off}"
+
+
+def _real_device(tensor: Tensor) -> torch.device:
+    return torch.device("cpu") if tensor.is_meta else tensor.device
+
+
+def _checked_rows(slices: Mapping[str, int] | Rows, out_features: int) -> Rows:
+    """The rows of each slice, if together they are every output row once."""
+    sizes = {name: size for name, size in slices.items() if isinstance(size, int)}
+    given = {name: part.cpu() for name, part in slices.items() if isinstance(part, Tensor)}
+    named = all(isinstance(name, str) and name.isidentifier() for name in slices)
+    if not named or any(size < 1 for size in sizes.values()) or (sizes and given):
+        raise ValueError(
+            f"LoRAFusedLinear: slices={slices}; expected names (letters, digits, underscores) and "
+            "for each a size above 0, or for each its rows"
+        )
+    rows = given or blocks(sizes)
+    found = sorted(number for part in rows.values() for number in part.tolist())
+    if found != list(range(out_features)) or any(r.dtype != torch.long for r in rows.values()):
+        raise ValueError(
+            f"LoRAFusedLinear: slices {list(rows)} of {[len(r) for r in rows.values()]} rows; they "
+            f"must cover each of the {out_features} output rows once"
+        )
+    return rows
+
+
+def _by_name(what: str, value: Number | Mapping[str, Number], rows: Rows) -> dict[str, Number]:
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(rows, value)
+    if unknown := [name for name in value if name not in rows]:
+        raise ValueError(f"LoRAFusedLinear: {what} for {unknown}; the slices are {list(rows)}")
+    return {name: value[name] for name in rows if name in value}

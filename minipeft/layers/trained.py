@@ -1,0 +1,280 @@
+"""Parts of a base that train beside low-rank factors: biases, whole modules, rows of a table.
+
+Each is an adapter layer over an untouched base, so it is saved, switched off and taken off like
+any other:
+
+    TrainedBias      base(x) + delta
+    TrainedModule    a copy of the base, trained whole: a head, new embeddings
+    TrainedTokens    an embedding in which some tokens have trained rows
+    TrainedLogits    the head that shares its weight with that embedding
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from minipeft.wrapper import Wrapper, innermost, stored_parameter
+
+_CHANNELS_FIRST = (
+    nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
+)  # fmt: skip
+
+
+class Unscaled(Wrapper):
+    """An adapter layer that is on or off: what it computes cannot be added in part."""
+
+    @property
+    def scale(self) -> float:
+        """1.0: there is no product to scale."""
+        return 1.0
+
+    @scale.setter
+    def scale(self, factor: float) -> None:
+        if factor != 1.0:
+            raise ValueError(
+                f"{type(self).__name__}: cannot be scaled by {factor}; it is on or off (see "
+                "disable_adapters)"
+            )
+
+
+class TrainedBias(Wrapper):
+    """A module whose bias trains: base(x) + bias_delta, which starts at zero.
+
+    `base` has a bias that it adds to its output: a linear layer, a convolution, a normalisation.
+    `bias_delta` has the bias' shape and is float32; it is cast to the output's dtype.
+
+    Raises:
+        ValueError: the base has no bias, or uses it inside (nn.MultiheadAttention, recurrent
+            layers).
+
+    >>> layer = TrainedBias(nn.Linear(4, 2))
+    >>> layer.bias_delta
+    Parameter containing:
+    tensor([0., 0.], requires_grad=True)
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        plain = innermost(base)
+        bias = getattr(plain, "bias", None)
+        inside = isinstance(plain, nn.MultiheadAttention | nn.RNNBase | nn.Bilinear)
+        if not isinstance(bias, Tensor) or inside:
+            raise ValueError(f"TrainedBias: {type(plain).__name__} has no bias that it adds")
+        self.bias_delta = nn.Parameter(torch.zeros_like(bias, dtype=torch.float32))
+        spatial = len(getattr(plain, "kernel_size", ())) if _is_convolution(plain) else 0
+        self._trailing, self._second = (1,) * spatial, isinstance(plain, _CHANNELS_FIRST)
+        self.take_over()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged_module is not None and self._enabled:
+            merged: Tensor = self.call_merged(*args, **kwargs)
+            return merged
+        out: Tensor = self.base(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            delta = self.bias_delta * self.strength
+        elif self._enabled:
+            delta = self.bias_delta * (self.scaling * self._scale)
+        else:
+            return out
+        trailing = (1,) * max(0, out.dim() - 2) if self._second else self._trailing
+        return out + delta.to(out.dtype).view(*delta.shape, *trailing)
+
+    def exact_parameters(self) -> dict[str, Tensor]:
+        """The innermost bias plus delta."""
+        below = self.parameters_below()
+        if not self.enabled:
+            return below
+        bias = self.exact_below("bias", torch.float32)
+        return {**below, "bias": bias + self.bias_delta * (self.scaling * self.scale)}
+
+    def trained_bias(self) -> Tensor:
+        """The bias with its delta, on or off, float32 or better: what files hold."""
+        return stored_parameter("TrainedBias", innermost(self), "bias") + self.bias_delta.detach()
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd)
+
+
+class TrainedModule(Unscaled):
+    """A copy of a module that trains whole, beside the frozen original.
+
+    Computes as `copy` while enabled, as `base` otherwise.  Parameters of `copy` have the base's
+    dtypes, or `dtype`.  `memo` is deepcopy's: modules copied with the same one share what their
+    originals share.
+
+    Raises:
+        ValueError: the module has no parameters, holds adapters, or holds 4-bit codes.
+    """
+
+    copy: nn.Module
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        memo: dict[int, Any] | None = None,
+    ) -> None:
+        super().__init__(base)
+        parameters = list(base.parameters())
+        if not parameters:
+            raise ValueError(f"TrainedModule: {type(base).__name__} has no parameters to train")
+        if any(not p.is_floating_point() for p in parameters):
+            raise ValueError(
+                f"TrainedModule: {type(base).__name__} holds codes, which cannot train"
+            )
+        if any(isinstance(module, Wrapper) for module in base.modules()):
+            raise ValueError(f"TrainedModule: {type(base).__name__} holds an adapter already")
+        made = copy.deepcopy(base, {} if memo is None else memo)
+        self.copy = made if dtype is None else made.to(dtype)
+        self.take_over()
+        self.copy.requires_grad_(True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._enabled:
+            return self.base(*args, **kwargs)
+        if self.merged_module is not None:
+            return self.call_merged(*args, **kwargs)
+        return self.copy(*args, **kwargs)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the copy."""
+        return {f"copy.{name}": p for name, p in self.copy.named_parameters()}
+
+    def exact_parameters(self) -> dict[str, Tensor]:
+        """Those of the copy, if it is on."""
+        return dict(self.copy.named_parameters()) if self.enabled else {}
+
+    def merged(self, *, requantize: bool = False) -> nn.Module:
+        """The copy, copied and frozen; or the base's copy while off."""
+        if requantize:
+            raise ValueError("TrainedModule.merged: there are no codes to renew")
+        source = self.copy if self.enabled else self.base
+        return copy.deepcopy(source).requires_grad_(False).train(self.training)
+
+    def fold(self, *, requantize: bool = False) -> nn.Module:
+        """The trained copy itself, frozen: the base is not written to."""
+        return self.copy.requires_grad_(False) if self.enabled else self.base
+
+
+class TrainedTokens(Unscaled):
+    """An embedding in which some tokens have rows of their own that train.
+
+    `token_ids` are the tokens, `token_rows` (n, dim) their rows, which start as the table's, in
+    float32.  A table that scales its output (Gemma's) scales them too.
+
+    Raises:
+        ValueError: no embedding, no ids, an id twice or beyond the table.
+
+    >>> layer = TrainedTokens(nn.Embedding(10, 4), [2, 7])
+    >>> layer.token_rows.shape
+    torch.Size([2, 4])
+    """
+
+    token_ids: Tensor
+    _slots: Tensor
+
+    def __init__(self, base: nn.Module, token_ids: Sequence[int]) -> None:
+        super().__init__(base)
+        count = getattr(innermost(base), "num_embeddings", None)
+        if not isinstance(count, int):
+            raise ValueError(f"TrainedTokens: {type(innermost(base)).__name__} is no embedding")
+        ids = checked_ids(token_ids, count)
+        weight: Tensor = innermost(base).weight  # type: ignore[assignment]
+        on_device = torch.tensor(ids, device=weight.device)
+        slots = torch.full((count,), -1, device=weight.device)
+        slots[on_device] = torch.arange(len(ids), device=weight.device)
+        self.register_buffer("token_ids", on_device, persistent=False)
+        self.register_buffer("_slots", slots, persistent=False)
+        rows = weight.detach()[on_device].to(torch.promote_types(weight.dtype, torch.float32))
+        self.token_rows = nn.Parameter(rows.clone())
+        self.take_over()
+
+    def forward(self, ids: Int[Tensor, "*shape"], *args: Any) -> Float[Tensor, "*shape dim"]:
+        if self.merged_module is not None and self._enabled:
+            merged: Tensor = self.call_merged(ids, *args)
+            return merged
+        out: Tensor = self.base(ids, *args)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not self._enabled:
+            return out
+        slots = self._slots[ids]
+        hit = slots >= 0
+        if compiling:
+            hit = hit & (self.strength != 0)
+        rows = F.embedding(slots.clamp(min=0), self.token_rows)
+        scale = getattr(innermost(self), "embed_scale", None)
+        if scale is not None:
+            rows = rows * scale
+        return torch.where(hit[..., None], rows.to(out.dtype), out)
+
+    def exact_parameters(self) -> dict[str, Tensor]:
+        """The table with the trained rows in it."""
+        below = self.parameters_below()
+        if not self.enabled:
+            return below
+        table = self.exact_below("weight", torch.float32)
+        rows = self.token_rows.to(table.dtype)
+        return {**below, "weight": table.index_copy(0, self.token_ids, rows)}
+
+
+class TrainedLogits(Unscaled):
+    """The head whose weight is an embedding's: it multiplies by the trained rows of its tokens.
+
+    Owns no parameter: they are those of `tokens`, whose `enabled` it follows.
+    """
+
+    tokens: TrainedTokens
+
+    def __init__(self, base: nn.Module, tokens: TrainedTokens) -> None:
+        super().__init__(base)
+        self.__dict__["tokens"] = tokens  # not a submodule: the embedding has it
+        self.take_over()
+
+    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocabulary"]:
+        out: Tensor = self.base(x)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not (self._enabled and self.tokens._enabled):
+            return out
+        ids = self.tokens.token_ids
+        bias = getattr(innermost(self), "bias", None)
+        logits = F.linear(x.to(out.dtype), self.tokens.token_rows.to(out.dtype),
+                          None if bias is None else bias[ids].to(out.dtype))  # fmt: skip
+        if compiling:
+            logits = torch.where(self.strength * self.tokens.strength == 0, out[..., ids], logits)
+        return out.index_copy(-1, ids, logits)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """None of its own."""
+        return {}
+
+    def exact_parameters(self) -> dict[str, Tensor]:
+        """The weight with the trained rows in it."""
+        below = self.parameters_below()
+        if not (self.enabled and self.tokens.enabled):
+            return below
+        weight = self.exact_below("weight", torch.float32)
+        rows = self.tokens.token_rows.to(weight.dtype)
+        return {**below, "weight": weight.index_copy(0, self.tokens.token_ids, rows)}
+
+
+def checked_ids(token_ids: Iterable[int], count: int) -> list[int]:
+    """The ids as they are.
+
+    Raises:
+        ValueError: none, one twice, or one that is no row of a table of `count` rows.
+    """
+    ids = list(token_ids)
+    wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count]
+    if not ids or wrong or len(set(ids)) < len(ids):
+        raise ValueError(
+            f"TrainedTokens: token ids {wrong[:5] or ids[:5]}; expected different whole numbers "
+            f"from 0 to {count - 1}"
+        )
+    return ids

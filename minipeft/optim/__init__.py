@@ -1,0 +1,1 @@
+"""Optimisers for adapters: parameter groups of LoRA+, and LoRA-FA."""

@@ -1,0 +1,82 @@
+"""Several adapters on one model: add one more, choose which are on.
+
+    inject_lora(model, "all-linear", rank=8)             the first one is called "default"
+    add_adapter(model, "fr", "all-linear", rank=4)       one more, over the same layers or others
+    use_adapters(model, "fr")                            only this one; or a list of names
+    use_adapters(model, rows=["fr", None, "default"])    one for each row of a batch (bank.py)
+
+Which adapters are on and which are trained are separate things: `requires_grad` stays as it is.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from minipeft.adapters import named_adapters, refuse_merged, require_adapters
+from minipeft.bank import Row, refuse_rows, serve_rows, stop_rows
+from minipeft.inject import check_model, inject_over
+from minipeft.registry import adapters_called, check_new_name, give_name, named
+from minipeft.targets import Names, Target
+
+
+def add_adapter(
+    model: nn.Module,
+    name: str,
+    target: Target,
+    rank: int | Mapping[str, int],
+    alpha: float | Mapping[str, float] | None = None,
+    *,
+    exclude: Target | None = None,
+    **lora: object,
+) -> Names:
+    """One more adapter, called `name`, over layers that may have others; as `inject_lora` else.
+
+    Layers stack: each adds to what those below compute.  The new adapter is on and trainable; the
+    others stay as they are, on or off, trainable or not.  Returns the names of the modules.
+
+    Raises:
+        ValueError: the name is taken or none; otherwise as `inject_lora`.  The model is then as
+            it was.
+    """
+    check_model("add_adapter", model)
+    check_new_name("add_adapter", model, name)
+    refuse_rows("add_adapter", model)
+    refuse_merged("add_adapter", named_adapters(model))
+    names = inject_over(model, target, rank, alpha, exclude, lora, {}, stack=True)
+    give_name(model, name, [model.get_submodule(place) for place in names])
+    return names
+
+
+def use_adapters(
+    model: nn.Module,
+    names: str | Iterable[str] | None = None,
+    *,
+    rows: Iterable[Row] | None = None,
+) -> list[str]:
+    """Switch these adapters on and all others off; or let each row of a batch use its own.
+
+    An adapter that was never given a name is "default".  Does not touch `requires_grad`.  `rows`
+    has an entry for each row of the batches to come: a name, None for no adapter, or a list of
+    names that add up; it is for inference, and holds until `names` are given.  Called again with
+    as many rows it compiles nothing again, and takes over what was trained since.  Returns the
+    names of the modules that are on.
+
+    Raises:
+        ValueError: no such adapter, a merged model, neither or both of names and rows; for rows an
+            adapter with other layers than LoRALinear.  Nothing has changed then.
+    """
+    if (names is None) == (rows is None):
+        raise ValueError("use_adapters: expected names, or rows=, and not both")
+    if rows is not None:
+        return serve_rows(model, rows)
+    refuse_merged("use_adapters", require_adapters("use_adapters", model))
+    wanted = [names] if isinstance(names, str) else list(names or ())
+    if not wanted:
+        raise ValueError("use_adapters: no name; disable_adapters switches all of them off")
+    chosen = {name: adapters_called("use_adapters", model, name) for name in wanted}
+    stop_rows(model)
+    for name, places in named(model).items():
+        for adapter in itertools.chain.from_iterable(places.values()):
+            adapter.enabled = name in chosen
+    return list(dict.fromkeys(place for places in chosen.values() for place in places))

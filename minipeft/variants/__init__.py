@@ -1,0 +1,1 @@
+"""Variants of LoRA: DoRA, and other initialisations."""

@@ -1,0 +1,154 @@
+"""DoRA on embeddings and convolutions; the idea is in dora.py.
+
+An embedding has a length for each of its columns, over all tokens; a convolution for each kernel.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from minipeft.layers.embedding import NF4Embedding
+from minipeft.layers.lora_conv import LoRAConv, kernel_product
+from minipeft.layers.lora_embedding import LoRAEmbedding
+from minipeft.protocol import is_adapter
+from minipeft.variants.dora import Kept, row_norms
+from minipeft.wrapper import innermost
+
+_ROWS = 4096  # of a 4-bit table to decode at a time
+
+
+class DoRAEmbedding(LoRAEmbedding):
+    """An embedding with DoRA; arguments as of LoRAEmbedding.
+
+    `magnitude` (embedding_dim,) float32 starts as the norms of the table's columns.  Nothing of
+    the table's size is made in forward, except over another adapter.
+    """
+
+    magnitude: nn.Parameter
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float | None = None, **lora: Any) -> None:
+        super().__init__(base, rank, alpha, **lora)
+        self._kept = Kept()
+        with torch.no_grad():
+            square, _ = self._table_products(torch.zeros_like(self.lora_a, dtype=torch.float32))
+            self.magnitude = nn.Parameter(square.sqrt())
+
+    def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
+        out = super().forward(ids)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (not self._enabled or self.merged_module is not None):
+            return out
+        strength = self.strength if compiling else self.scaling * self._scale
+        made = (out * (self.magnitude / self.norms(strength))).to(out.dtype)
+        return torch.where(self.strength == 0, out, made) if compiling else made
+
+    def norms(self, strength: float | Tensor) -> Float[Tensor, " dim"]:
+        """Norms of the columns of E + strength (B A)^T, without gradient."""
+        with torch.no_grad():
+            a, b = (factor.to(torch.float32) for factor in self.factors())
+
+            def make() -> tuple[Tensor, Tensor]:
+                return self._table_products(a)
+
+            if self.training or torch.compiler.is_compiling() or is_adapter(self.base):
+                square, product = make()
+            else:
+                sources = (*self._parameters.values(), *innermost(self).parameters())
+                known = [t for t in sources if t is not None]
+                square, product = self._kept.get(make, *known)
+            return row_norms(square, product, a, b, strength)
+
+    def train(self, mode: bool = True) -> "DoRAEmbedding":
+        """Set the mode; what was kept is computed again."""
+        if (kept := self.__dict__.get("_kept")) is not None:
+            kept.drop()
+        super().train(mode)
+        return self
+
+    def _table_products(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """|E|^2 of each column, and E^T A^T (dim, rank)."""
+        plain: Any = innermost(self)
+        if is_adapter(self.base):
+            parts = [self.exact_below("weight", torch.float32)]
+        elif isinstance(plain, NF4Embedding):
+            numbers = torch.arange(self.num_embeddings, device=a.device)
+            parts = [plain(part) for part in torch.split(numbers, _ROWS)]
+        else:
+            parts = list(torch.split(plain.weight, _ROWS))
+        square, product = a.new_zeros(self.embedding_dim), a.new_zeros(self.embedding_dim, len(a))
+        first = 0
+        for part in parts:
+            rows = part.float()
+            square = square + rows.square().sum(0)
+            product = product + rows.T @ a[:, first : first + len(rows)].T
+            first += len(rows)
+        return square, product
+
+    def exact_parameters(self) -> dict[str, Tensor]:
+        """The table with the lengths of its columns set, float32 or better."""
+        found = super().exact_parameters()
+        if not self.enabled:
+            return found
+        direction = found["weight"]
+        norm = direction.detach().square().sum(0).sqrt()
+        return {**found, "weight": direction * (self.magnitude / norm)}
+
+
+class DoRAConv(LoRAConv):
+    """A convolution with DoRA; arguments as of LoRAConv.
+
+    `magnitude` (out_channels,) float32 starts as the norms of the base's kernels.
+    """
+
+    magnitude: nn.Parameter
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float | None = None, **lora: Any) -> None:
+        super().__init__(base, rank, alpha, **lora)
+        with torch.no_grad():
+            kernel = self.exact_below("weight", torch.float32)
+            self.magnitude = nn.Parameter(kernel.flatten(1).norm(dim=1).to(torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged_module is not None and self._enabled:
+            merged: Tensor = self.call_merged(x)
+            return merged
+        out: Tensor = self.base(x)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not self._enabled:
+            return out
+        strength = self.strength if compiling else self.scaling * self._scale
+        with torch.no_grad():
+            direction = self.exact_below("weight", torch.float32) + self._kernel(strength)
+            norms = direction.flatten(1).norm(dim=1)
+        axes = (1,) * (self.lora_a.dim() - 2)
+        ratio = (self.magnitude / norms).view(-1, *axes)
+        bias = self.bias
+        shift = 0.0 if bias is None else bias.to(out.dtype).view(-1, *axes)
+        dense = out
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+            dense = self.base(x)
+        plain: Any = innermost(self)
+        a, b = (factor.to(out.dtype) for factor in self.factors())
+        hidden = plain._conv_forward(x.to(out.dtype), a, None) * strength
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(axes) - 1]
+        branch = convolve(hidden, b, groups=plain.groups)
+        made = (out + ((dense - shift + branch) * ratio - (dense - shift))).to(out.dtype)
+        return torch.where(self.strength == 0, out, made) if compiling else made
+
+    def _kernel(self, strength: float | Tensor) -> Tensor:
+        a, b = (factor.float() for factor in self.factors())
+        return kernel_product(a, b, self.groups) * strength
+
+    def exact_parameters(self) -> dict[str, Tensor]:
+        """The kernels with their lengths set, float32 or better."""
+        found = super().exact_parameters()
+        if not self.enabled:
+            return found
+        direction = found["weight"]
+        norm = direction.detach().flatten(1).norm(dim=1)
+        shape = (-1, *(1,) * (direction.dim() - 1))
+        return {**found, "weight": direction * (self.magnitude / norm).view(shape)}

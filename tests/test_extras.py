@@ -1,0 +1,276 @@
+"""Biases, whole modules and single tokens that train beside LoRA."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import minipeft as mp
+from minipeft.extras import train_biases, train_modules, train_tokens
+from minipeft.layers.trained import TrainedBias, TrainedTokens
+
+
+class Tagger(nn.Module):
+    """An embedding, layers of several kinds, and a head that may share the embedding's weight."""
+
+    def __init__(self, tied=False):
+        super().__init__()
+        self.embed, self.up = nn.Embedding(11, 8), nn.Linear(8, 12)
+        self.norm, self.down = nn.LayerNorm(12), nn.Linear(12, 8, bias=False)
+        self.head = nn.Linear(8, 11, bias=not tied)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, ids):
+        return self.head(self.down(self.norm(self.up(self.embed(ids)))))
+
+
+IDS = torch.tensor([[1, 4, 9], [0, 9, 9]])
+
+
+def randomise(model):
+    with torch.no_grad():
+        for parameter in mp.adapter_parameters(model):
+            parameter.add_(torch.randn_like(parameter))
+
+
+BIASED = {
+    "linear": (lambda: nn.Linear(5, 4), (3, 5)), "layer norm": (lambda: nn.LayerNorm(6), (3, 6)),
+    "layer norm of two axes": (lambda: nn.LayerNorm((2, 3)), (4, 2, 3)),
+    "conv1d": (lambda: nn.Conv1d(3, 4, 2), (2, 3, 7)),
+    "conv unbatched": (lambda: nn.Conv1d(3, 4, 2), (3, 7)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, 3, groups=1), (2, 3, 5, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 2), (1, 2, 3, 4, 5)),
+    "group norm": (lambda: nn.GroupNorm(2, 4), (2, 4, 5)),
+    "batch norm": (lambda: nn.BatchNorm1d(4), (6, 4)),
+    "NF4": (lambda: mp.NF4Linear.from_linear(nn.Linear(64, 4)), (3, 64)),
+    "LoRA": (lambda: mp.LoRALinear(nn.Linear(5, 4), 2), (3, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BIASED)
+def test_a_trained_bias_is_a_bias_of_that_value(kind):
+    make, shape = BIASED[kind]
+    base, x = make().eval(), torch.randn(shape)
+    layer = TrainedBias(base)
+    plain = base(x)
+    assert torch.equal(layer(x), plain)  # delta starts at zero
+    with torch.no_grad():
+        layer.bias_delta.normal_()
+    module = layer.merged()
+    torch.testing.assert_close(layer(x), module(x), rtol=1e-5, atol=1e-5)  # float32, order of sums
+    assert not torch.equal(layer(x), plain)
+    layer(x).sum().backward()
+    ones = torch.ones_like(plain).sum() / layer.bias_delta.numel()
+    torch.testing.assert_close(layer.bias_delta.grad, torch.full_like(layer.bias_delta, ones))
+    layer.merge()
+    torch.testing.assert_close(layer.eval()(x), module(x), rtol=0, atol=0)
+    layer.unmerge()
+    layer.enabled = False
+    assert torch.equal(layer(x), plain)
+
+
+@pytest.mark.parametrize("mode", ["lora_only", "all"])
+def test_bias_modes_choose_what_pefts_do(mode):
+    model = Tagger()
+    mp.inject_lora(model, ["up", "down"], 2)
+    names = train_biases(model, mode)
+    assert names == (["up"] if mode == "lora_only" else ["up", "norm", "head"])
+    with pytest.raises(ValueError, match="train already"):
+        train_biases(model, mode)
+    before = model(IDS)
+    randomise(model)
+    assert not torch.allclose(model(IDS), before)
+    with mp.disable_adapters(model):
+        assert torch.equal(model(IDS), before)
+    expected = model(IDS)
+    mp.remove(model, merge=True)
+    assert type(model.norm) is nn.LayerNorm and type(model.up) is nn.Linear
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-5)  # float32
+
+
+def test_biases_inside_attention_are_named():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    names = train_biases(model, "all")
+    assert names.left_out == {"self_attn": "MultiheadAttention uses its biases inside"}
+    assert "linear1" in names and "norm1" in names
+
+
+def test_a_trained_module_is_a_copy_and_the_original_stays():
+    model = Tagger()
+    original, before = model.head, copy.deepcopy(model.head.state_dict())
+    mp.inject_lora(model, ["up"], 2)
+    assert train_modules(model, ["head"]) == ["head"]
+    plain = model(IDS)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {"up.lora_a", "up.lora_b", "head.copy.weight", "head.copy.bias"}
+    optimizer = torch.optim.AdamW(mp.adapter_parameters(model), lr=0.1)
+    model(IDS).square().sum().backward()
+    assert mp.check_gradients(model) == 4
+    optimizer.step()
+    assert not torch.allclose(model(IDS), plain)
+    with mp.disable_adapters(model):
+        assert torch.equal(model(IDS), plain)
+    assert all(torch.equal(original.state_dict()[n], v) for n, v in before.items())
+    expected = model(IDS)
+    model.eval()
+    mp.merge(model)
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+    mp.unmerge(model)
+    again = copy.deepcopy(model)
+    assert torch.equal(again(IDS), pickle.loads(pickle.dumps(model))(IDS))
+    mp.remove(again, merge=True)
+    torch.testing.assert_close(again(IDS), expected, rtol=1e-5, atol=1e-5)
+    mp.remove(model)
+    assert model.head is original and torch.equal(model(IDS), plain)
+
+
+def test_tied_modules_stay_tied_in_their_copies_and_one_alone_warns():
+    model = Tagger(tied=True)
+    train_modules(model, ["embed", "head"])
+    assert model.embed.copy.weight is model.head.copy.weight
+    with pytest.warns(UserWarning, match="tied embeddings"):
+        train_modules(Tagger(tied=True), ["head"])
+
+
+def test_modules_that_cannot_be_copied():
+    model = Tagger()
+    with pytest.raises(ValueError, match="no module"):
+        train_modules(model, ["nothing"])
+    with pytest.raises(ValueError, match="no parameters"):
+        train_modules(nn.Sequential(nn.ReLU()), ["0"])
+    quantised = nn.Sequential(nn.Linear(64, 64))
+    mp.quantize_model(quantised)
+    with pytest.raises(ValueError, match="codes"):
+        train_modules(quantised, ["0"])
+    mp.inject_lora(model, ["head"], 2)
+    with pytest.raises(ValueError, match="adapter"):
+        train_modules(model, ["head"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_are_rows_of_the_table_and_of_a_tied_head(tied):
+    model = Tagger(tied)
+    base = model.embed.weight
+    names = train_tokens(model, [4, 9])
+    assert names == (["embed", "head"] if tied else ["embed"])
+    plain = model(IDS)
+    with mp.disable_adapters(model):
+        assert torch.equal(model(IDS), plain)
+    randomise(model)
+    rows = model.embed.token_rows
+    table = base.detach().clone()
+    table[[4, 9]] = rows.detach()
+    x = F.embedding(IDS, table)
+    expected = model.down(model.norm(model.up(x)))
+    expected = F.linear(expected, table) if tied else model.head(expected)
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)  # float32
+    model(IDS).square().sum().backward()
+    assert rows.grad.abs().sum(1).gt(0).all() and base.grad is None
+    assert torch.equal(model.embed.weight, table)
+    if tied:
+        assert torch.equal(model.head.weight, table)
+    model.eval()
+    mp.merge(model)
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
+    mp.unmerge(model)
+    again = copy.deepcopy(model)
+    if tied:
+        assert again.head.tokens is again.embed
+    assert torch.equal(again(IDS), model(IDS))
+    mp.remove(model)
+    assert torch.equal(model(IDS), plain)
+
+
+def test_token_rows_of_a_table_that_scales_its_output():
+    class Scaled(nn.Embedding):
+        embed_scale = 3.0
+
+        def forward(self, ids):
+            return super().forward(ids) * self.embed_scale
+
+    layer = TrainedTokens(Scaled(10, 4), [3])
+    assert torch.equal(layer(torch.tensor([3, 4])), layer.base(torch.tensor([3, 4])))
+
+
+@pytest.mark.parametrize("ids", [[], [1, 1], [-1], [11], [True], [1.0]])
+def test_impossible_tokens(ids):
+    model = Tagger()
+    with pytest.raises((ValueError, TypeError), match=r"token|violates"):
+        train_tokens(model, ids)
+    assert type(model.embed) is nn.Embedding
+
+
+def test_extras_of_one_adapter_among_several():
+    model = Tagger()
+    mp.inject_lora(model, ["up"], 2)
+    mp.add_adapter(model, "fr", ["up", "down"], 2)
+    train_biases(model, "lora_only", name="fr")
+    train_tokens(model, [1], name="fr")
+    keys = set(mp.adapter_state_dict(model, name="fr"))
+    assert {"embed.token_rows", "down.lora_a", "up.bias_delta"} <= keys
+    assert set(mp.adapter_state_dict(model, name="default")) == {"up.lora_a", "up.lora_b"}
+
+
+def test_what_cannot_be_scaled_leaves_all_strengths():
+    model = Tagger()
+    mp.inject_lora(model, ["up"], 2)
+    train_tokens(model, [1])
+    with pytest.raises(ValueError, match="cannot be scaled"):
+        mp.scale_adapters(model, 0.5)
+    assert model.up.scale == 1.0
+
+
+def test_check_gradients_names_what_got_none_and_why():
+    model = Tagger()
+    mp.inject_lora(model, ["up", "down"], 2)
+    with pytest.raises(ValueError, match=r"none of 4 .* after loss.backward"):
+        mp.check_gradients(model)
+    model.up.enabled = False
+    model(IDS).sum().backward()
+    with pytest.raises(ValueError, match=r"2 of 4 .* up.lora_a, up.lora_b .*is off"):
+        mp.check_gradients(model)
+    model.up.enabled = True
+    model.zero_grad()
+    model(IDS).sum().backward()
+    assert mp.check_gradients(model) == 4
+    model.up.lora_a.grad[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN or Inf .*up.lora_a"):
+        mp.check_gradients(model)
+    for parameter in mp.adapter_parameters(model):
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="no adapter parameter is trainable"):
+        mp.check_gradients(model)
+
+
+def test_check_gradients_knows_reentrant_checkpointing():
+    class Checkpointed(nn.Module):
+        gradient_checkpointing = True
+
+        def __init__(self, use_reentrant):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.use_reentrant = use_reentrant
+
+        def forward(self, x):
+            run = torch.utils.checkpoint.checkpoint
+            return self.outer(run(self.inner, x, use_reentrant=self.use_reentrant))
+
+    for use_reentrant in (False, True):
+        model = Checkpointed(use_reentrant)
+        mp.inject_lora(model, ["inner", "outer"], 2)
+        with warnings.catch_warnings():  # torch's own word for what check_gradients explains
+            warnings.simplefilter("ignore")
+            model(torch.randn(2, 4)).sum().backward()
+        if use_reentrant:
+            with pytest.raises(ValueError, match=r"inner.lora_a.*enable_input_require_grads"):
+                mp.check_gradients(model)
+        else:
+            assert mp.check_gradients(model) == 4
