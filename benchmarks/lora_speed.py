@@ -73,7 +73,9 @@ def peft_linear(base: nn.Linear, rank: int, alpha: float, *, dora: bool = False)
     from peft.tuners.lora.layer import Linear
 
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, use_dora=dora)
-    return Linear(copy.deepcopy(base), "default", config=config, r=rank, lora_alpha=alpha)
+    layer = Linear(copy.deepcopy(base), "default", config=config, r=rank, lora_alpha=alpha)
+    layer.base_layer.requires_grad_(False)  # as its model does
+    return layer
 
 
 def pair(size: int, rank: int, alpha: float, *, dora: bool = False) -> tuple[nn.Module, Any]:
@@ -119,7 +121,7 @@ def layers(rows: int, rounds: int, *, dora: bool) -> dict[str, Any]:
     """A large layer, forward, and forward with backward."""
     ours, theirs = pair(SIZE, RANK, ALPHA, dora=dora)
     plain = mp.LoRALinear(copy.deepcopy(ours.base), RANK, ALPHA)
-    x = torch.randn(rows, SIZE)
+    x = torch.randn(rows, SIZE, requires_grad=True)
     agree(ours(x), theirs(x), f"{'DoRA' if dora else 'LoRA'} of {rows} rows")
     found = {}
     for what, wrap in (("forward", lambda m, x: lambda: m(x)), ("both ways", both_ways)):

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minipeft.ops import without_autocast
+from minipeft.ops import autocast_is_on, without_autocast
 from minipeft.protocol import LinearShape, linear_shape
 from minipeft.wrapper import Wrapper, innermost
 
@@ -85,16 +85,18 @@ def add_lora(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float |
     `scaling` as a tensor without dimensions is what compiled code takes: 0 adds nothing, whatever
     `a` holds.
     """
+    if autocast_is_on(x.device):  # every dtype is settled here
+        with without_autocast(x.device):
+            return add_lora(base_out, x, a, b, scaling)
     dtype, columns = base_out.dtype, base_out.shape[-1]
-    with without_autocast(x.device):  # every dtype is settled here
-        hidden = F.linear(x.to(dtype), a.to(dtype))  # x A^T, (*batch, rank)
-        if isinstance(scaling, Tensor):
-            hidden, scaling = torch.where(scaling == 0, 0.0, hidden * scaling), 1.0
-        if base_out.dim() == 2:
-            return torch.addmm(base_out, hidden, b.to(dtype).T, alpha=scaling)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        out = torch.addmm(base_out.reshape(-1, columns), rows, b.to(dtype).T, alpha=scaling)
-        return out.view(base_out.shape)
+    hidden = F.linear(x.to(dtype), a.to(dtype))  # x A^T, (*batch, rank)
+    if isinstance(scaling, Tensor):
+        hidden, scaling = torch.where(scaling == 0, 0.0, hidden * scaling), 1.0
+    if base_out.dim() == 2:
+        return torch.addmm(base_out, hidden, b.to(dtype).T, alpha=scaling)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    out = torch.addmm(base_out.reshape(-1, columns), rows, b.to(dtype).T, alpha=scaling)
+    return out.view(base_out.shape)
 
 
 class LowRank(Wrapper):

@@ -181,18 +181,28 @@ def backend(
     return report
 
 
+# asked once: a layer's forward is short
+_HAS_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta")}
+
+
 @contextmanager
 def _autocast_off(device_type: str) -> Iterator[None]:
     with torch.autocast(device_type, enabled=False):
         yield
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast would cast inputs of operations on this device."""
+    kind = device.type
+    known = _HAS_AUTOCAST.get(kind)
+    if known is None:
+        known = torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A context in which autocast casts nothing; it costs nothing where autocast is off."""
-    kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return _autocast_off(kind)
-    return nullcontext()
+    return _autocast_off(device.type) if autocast_is_on(device) else nullcontext()
 
 
 def _body(operator: str) -> Callable[..., Any]:

@@ -114,6 +114,11 @@ def init_eva(
         raise ValueError(f"init_eva: no batch reached {unseen[:3]} ({len(unseen)} layers)")
     ranks = {name: layer.rank for name, layer in layers.items()}
     new = dict(ranks) if rho == 1 else _redistributed(found, ranks, rho)
+    if sum(new.values()) < sum(ranks.values()):
+        raise ValueError(
+            f"init_eva: {max(svd.rows for svd in found.values())} rows are too few for ranks of "
+            f"{sum(ranks.values())} in all; pass more batches"
+        )
     short = [n for n, svd in found.items() if len(svd.vectors) < new[n]]  # type: ignore[arg-type]
     if short:
         raise ValueError(

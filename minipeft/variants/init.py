@@ -28,13 +28,13 @@ def init_gaussian(layer: LowRank) -> None:
         layer.lora_b.zero_()
 
 
-def init_orthogonal(layer: LoRALinear) -> None:
+def init_orthogonal(layer: LowRank) -> None:
     """A and B from alternate rows of one orthogonal (rank, rank) matrix: B A = 0, neither is 0.
 
     Raises:
         ValueError: an odd rank, or another layer than LoRALinear.
     """
-    _require_linear("init_orthogonal", layer)
+    layer = _linear("init_orthogonal", layer)
     if layer.rank % 2:
         raise ValueError(
             f"init_orthogonal: rank {layer.rank} is odd; it takes half for A, half for B"
@@ -48,7 +48,7 @@ def init_orthogonal(layer: LoRALinear) -> None:
         layer.lora_b.copy_(b / 10)
 
 
-def init_pissa(layer: LoRALinear) -> None:
+def init_pissa(layer: LowRank) -> None:
     """s B A = the best approximation of the weight by the rank, by its singular values.
 
     A = sqrt(S/s) V^T and B = U sqrt(S/s) of the largest ones.  Takes a singular value decomposition
@@ -72,7 +72,7 @@ def init_pissa_fast(n_iter: int = 16) -> Init:
     if n_iter < 1:
         raise ValueError(f"init_pissa_fast: n_iter={n_iter}; expected at least 1")
 
-    def init(layer: LoRALinear) -> None:
+    def init(layer: LowRank) -> None:
         weight = _weight("init_pissa_fast", layer)
         u, s, v = torch.svd_lowrank(weight, q=min(layer.rank, *weight.shape), niter=n_iter)
         _start(layer, u, s, v.T)
@@ -80,7 +80,7 @@ def init_pissa_fast(n_iter: int = 16) -> Init:
     return init
 
 
-def init_olora(layer: LoRALinear) -> None:
+def init_olora(layer: LowRank) -> None:
     """B = the first columns of Q, A = the first rows of R, of W = Q R.
 
     Raises:
@@ -90,17 +90,18 @@ def init_olora(layer: LoRALinear) -> None:
     _copy(layer, r[: layer.rank], q[:, : layer.rank])
 
 
-def _require_linear(caller: str, layer: object) -> None:
+def _linear(caller: str, layer: object) -> LoRALinear:
     if not isinstance(layer, LoRALinear):
         raise ValueError(
             f"{caller}: a {type(layer).__name__}; it starts linear layers only (LoRALinear, "
             "DoRALinear): leave the others out with exclude="
         )
+    return layer
 
 
-def _weight(caller: str, layer: LoRALinear) -> Tensor:
+def _weight(caller: str, layer: object) -> Tensor:
     """The weight as the base computes with it, (out, in), in float32 or float64."""
-    _require_linear(caller, layer)
+    layer = _linear(caller, layer)
     if layer.lora_a.is_meta:
         raise ValueError(f"{caller}: the base is on the meta device; load its weights first")
     with torch.no_grad():
@@ -108,12 +109,12 @@ def _weight(caller: str, layer: LoRALinear) -> Tensor:
     return weight.T if layer.transposed else weight
 
 
-def _start(layer: LoRALinear, u: Tensor, s: Tensor, v: Tensor) -> None:
+def _start(layer: LowRank, u: Tensor, s: Tensor, v: Tensor) -> None:
     root = (s / layer.scaling).sqrt()
     _copy(layer, root[:, None] * v, u * root)
 
 
-def _copy(layer: LoRALinear, a: Tensor, b: Tensor) -> None:
+def _copy(layer: LowRank, a: Tensor, b: Tensor) -> None:
     """Let the layer start here; a rank above the weight's sizes leaves the rest at zero."""
     with torch.no_grad():
         layer.lora_a.zero_()[: len(a)] = a.to(layer.lora_a.dtype)

@@ -1,0 +1,250 @@
+"""DoRA over linear layers, embeddings and convolutions: the detached-norm graph in float64."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import minipeft as mp
+from minipeft import DoRAConv, DoRAEmbedding, DoRALinear, LoRALinear, NF4Embedding, NF4Linear
+from minipeft.variants.dora import row_norms
+
+
+def randomise(layer):
+    with torch.no_grad():
+        for name, parameter in layer.adapter_parameters().items():
+            if name == "magnitude":
+                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
+            else:
+                parameter.normal_(std=0.2)
+    return layer
+
+
+def linear_bases():
+    bases = {
+        "linear": nn.Linear(64, 33), "no bias": nn.Linear(64, 33, bias=False),
+        "NF4": NF4Linear.from_linear(nn.Linear(64, 33)),
+        "LoRA": LoRALinear(nn.Linear(64, 33), 2, init=lambda x: nn.init.normal_(x.lora_b)),
+    }  # fmt: skip
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    bases["Conv1D"] = Conv1D(33, 64)
+    bases["NF4 Conv1D"] = mp.NF4Conv1D.from_linear(Conv1D(33, 64))
+    return bases
+
+
+KINDS = ["linear", "no bias", "NF4", "LoRA", "Conv1D", "NF4 Conv1D"]
+
+
+def dense64(base):
+    """The base's weight (out, in) and bias, as it computes with them, in float64."""
+    weight = base.weight.detach().double()
+    if weight.shape[0] == 64:  # (in, out)
+        weight = weight.T
+    return weight, None if base.bias is None else base.bias.detach().double()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_gradients_equal_the_detached_norm_graph_in_float64(kind):
+    base, x = linear_bases()[kind], torch.randn(7, 64, requires_grad=True)
+    layer = randomise(DoRALinear(base, 4, 6))
+    weight, bias = dense64(base)
+    a, b, m = (p.detach().double().requires_grad_()
+               for p in (layer.lora_a, layer.lora_b, layer.magnitude))  # fmt: skip
+    x64 = x.detach().double().requires_grad_()
+    direction = weight + 1.5 * b @ a
+    ratio = m / direction.detach().norm(dim=1)
+    expected = x64 @ (ratio[:, None] * direction).T + (0 if bias is None else bias)
+    out, grad = layer(x), torch.randn(7, 33)
+    out.backward(grad)
+    expected.backward(grad.double())
+    tolerance = {"rtol": 1e-4, "atol": 1e-4}  # float32, sums of 64 products around 1
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+    for ours, exact in ((x, x64), (layer.lora_a, a), (layer.lora_b, b), (layer.magnitude, m)):
+        torch.testing.assert_close(ours.grad.double(), exact.grad, **tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_starts_at_the_base_merges_and_switches_off(kind):
+    base, x = linear_bases()[kind], torch.randn(5, 64)
+    layer = DoRALinear(base, 4)
+    torch.testing.assert_close(layer(x), base(x), rtol=1e-6, atol=1e-6)  # m / |W| = 1 to an ulp
+    randomise(layer).eval()
+    out = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), out, rtol=1e-5, atol=1e-5)  # float32
+    torch.testing.assert_close(layer.merged()(x), out, rtol=1e-5, atol=1e-5)
+    layer.unmerge()
+    assert torch.equal(layer(x), out)
+    layer.enabled = False
+    assert torch.equal(layer(x), base(x))
+
+
+def test_norms_by_the_identity_equal_those_of_the_sum():
+    w, a, b = torch.randn(33, 65), torch.randn(4, 65), torch.randn(33, 4)
+    found = row_norms(w.square().sum(1), w @ a.T, a, b, 0.7)
+    exact = (w.double() + 0.7 * b.double() @ a.double()).norm(dim=1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)  # float32 sums
+    assert torch.isfinite(row_norms(w.square().sum(1), -w @ w.T, -w, torch.eye(33), 1.0)).all()
+
+
+def test_what_eval_keeps_is_renewed_when_anything_changes():
+    base, x = nn.Linear(64, 33), torch.randn(3, 64)
+    layer = randomise(DoRALinear(base, 4)).eval()
+
+    def right():
+        torch.testing.assert_close(layer(x), layer.merged()(x), rtol=1e-5, atol=1e-5)
+
+    right()
+    kept = layer._kept_norms.get(lambda: None, *layer._factor_parameters(), *base.parameters())
+    assert kept is not None
+    with torch.no_grad():
+        layer.lora_b.add_(0.1)
+        right()
+        base.weight.mul_(1.5)
+        right()
+    layer.scale = 0.5
+    right()
+    optimizer = torch.optim.SGD(mp.adapter_parameters(layer), lr=0.1)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    right()
+    state = {n: torch.randn_like(t) for n, t in layer.state_dict().items()}
+    layer.load_state_dict(state)
+    right()
+    base.weight.data = torch.randn(33, 64)
+    right()
+    base.weight.data.mul_(2.0)  # nobody counts this
+    layer.eval()
+    right()
+    layer.double()
+    x = x.double()
+    right()
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(again(x), layer(x))
+        assert "magnitude" in again.state_dict() and len(again.state_dict()) == 5
+
+
+def test_norms_are_kept_in_eval_only(monkeypatch):
+    layer, x = randomise(DoRALinear(nn.Linear(64, 33), 4)), torch.randn(3, 64)
+    calls = []
+    product = DoRALinear._product
+    monkeypatch.setattr(DoRALinear, "_product", lambda s, a: calls.append(1) or product(s, a))
+    for _ in range(3):
+        layer(x)
+    assert len(calls) == 3
+    layer.eval()
+    for _ in range(3):
+        layer(x)
+    assert len(calls) == 4
+
+
+def test_dropout_acts_on_the_dense_part_too_as_in_peft():
+    layers = pytest.importorskip("peft.tuners.lora.layer")
+    from peft import LoraConfig
+
+    base, x = nn.Linear(64, 33), torch.randn(7, 64)
+    ours = randomise(DoRALinear(copy.deepcopy(base), 4, 6, dropout=0.3))
+    config = LoraConfig(r=4, lora_alpha=6, lora_dropout=0.3, use_dora=True)
+    theirs = layers.Linear(base, "default", config=config, r=4, lora_alpha=6)
+    with torch.no_grad():
+        theirs.lora_A["default"].weight.copy_(ours.lora_a)
+        theirs.lora_B["default"].weight.copy_(ours.lora_b)
+        theirs.lora_magnitude_vector["default"].weight.copy_(ours.magnitude)
+    results = []
+    for layer in (ours, theirs):
+        torch.manual_seed(0)
+        results.append(layer(x))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)  # float32
+
+
+def test_a_bf16_base_has_float32_norms():
+    base, x = nn.Linear(64, 33).bfloat16(), torch.randn(3, 64).bfloat16()
+    layer = DoRALinear(base, 4)
+    assert layer.magnitude.dtype == torch.float32
+    exact = base.weight.double().norm(dim=1)
+    torch.testing.assert_close(layer.magnitude.double(), exact, rtol=1e-6, atol=1e-6)
+    assert layer(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.float()).dtype == torch.bfloat16
+
+
+OTHERS = {
+    "embedding": (lambda: DoRAEmbedding(nn.Embedding(11, 64), 3), lambda: torch.arange(11), 0),
+    "NF4 embedding": (
+        lambda: DoRAEmbedding(NF4Embedding.from_embedding(nn.Embedding(11, 64)), 3),
+        lambda: torch.arange(11), 0,
+    ),
+    "convolution": (
+        lambda: DoRAConv(nn.Conv2d(4, 6, 3, padding=1), 2),
+        lambda: torch.randn(2, 4, 5, 5), (1, 2, 3),
+    ),
+    "grouped convolution": (
+        lambda: DoRAConv(nn.Conv1d(4, 6, 3, groups=2, bias=False), 2),
+        lambda: torch.randn(2, 4, 9), (1, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_embeddings_and_convolutions(kind):
+    make, inputs, axes = OTHERS[kind]
+    layer, x = make(), inputs()
+    torch.testing.assert_close(layer(x), layer.base(x), rtol=1e-5, atol=1e-5)
+    randomise(layer)
+    with torch.no_grad():
+        plain = layer.base
+        weight = (plain.dequantize() if kind == "NF4 embedding" else plain.weight).double()
+        direction = weight + layer.delta_as_stored().double()
+        norm = direction.square().sum(axes, keepdim=True).sqrt()
+        shape = [-1 if size == layer.magnitude.numel() and i == (1 if axes == 0 else 0) else 1
+                 for i, size in enumerate(weight.shape)]  # fmt: skip
+        exact = direction * layer.magnitude.double().view(shape) / norm
+    torch.testing.assert_close(layer.weight.double(), exact, rtol=1e-5, atol=1e-6)
+    out = layer(x)
+    torch.testing.assert_close(layer.eval().merged()(x), out, rtol=1e-4, atol=1e-5)  # float32
+    torch.testing.assert_close(layer(x), out, rtol=1e-5, atol=1e-6)
+    layer.train()(x).sum().backward()
+    assert all(p.grad is not None for p in layer.adapter_parameters().values())
+    layer.enabled = False
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_compiled_it_equals_eager_in_both_modes_and_compiles_once(plain_python):
+    plain_python("""
+import torch, minipeft as mp
+from torch import nn
+for make, x in (
+    (lambda: mp.DoRALinear(nn.Linear(16, 8), 2), torch.randn(3, 16)),
+    (lambda: mp.DoRALinear(mp.NF4Linear.from_linear(nn.Linear(64, 8)), 2), torch.randn(3, 64)),
+    (lambda: mp.DoRAEmbedding(nn.Embedding(9, 8), 2), torch.arange(9)),
+    (lambda: mp.DoRAConv(nn.Conv1d(4, 8, 3), 2), torch.randn(2, 4, 7)),
+):
+    for training in (True, False):
+        layer, frames = make().train(training), []
+        for name, parameter in layer.adapter_parameters().items():
+            if name != "magnitude":
+                nn.init.normal_(parameter, std=0.2)
+        def count(graph, inputs):
+            frames.append(1)
+            return graph.forward
+        layer(x)  # einops notes what it was called with, which is a guard of its own
+        compiled = torch.compile(layer, backend=count, fullgraph=True)
+        for enabled, scale in ((True, 1.0), (False, 1.0), (True, 0.5)):
+            layer.enabled, layer.scale = enabled, scale
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-5)
+        assert len(frames) == 1, frames
+""")
+
+
+def test_a_whole_model_by_one_argument():
+    model = nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    mp.inject_lora(model, ["0", "1", "3"], 2, dora=True)
+    assert [type(layer).__name__ for layer in model] == [
+        "DoRAEmbedding", "DoRALinear", "ReLU", "DoRALinear"
+    ]  # fmt: skip
+    model(torch.arange(9)).sum().backward()
+    assert mp.check_gradients(model) == 9
+    with pytest.raises(ValueError, match="no DoRA layer"):
+        mp.inject_lora(nn.TransformerEncoderLayer(8, 2, 8), ["self_attn"], 2, dora=True)
