@@ -234,9 +234,10 @@ class LoRALinear(LowRank):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_module is not None and self._enabled:
-            out: Tensor = self.call_merged(x)
-            return out
-        out = self.base(x)
+            merged: Tensor = self.call_merged(x)
+            return merged
+        base: Any = self._modules["base"]  # `self.base` takes a call
+        out: Tensor = base(x)
         if torch.compiler.is_compiling():
             strength: float | Tensor = self.strength
         elif self._enabled:

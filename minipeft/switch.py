@@ -56,7 +56,9 @@ def use_adapters(
 ) -> list[str]:
     """Switch these adapters on and all others off; or let each row of a batch use its own.
 
-    An adapter that was never given a name is "default".  Does not touch `requires_grad`.  `rows`
+    An adapter that was never given a name is "default".  Does not touch `requires_grad`; in a
+    compiled training step one that is off gets gradients of zero instead of none, so leave it out
+    of the optimiser or freeze it, if weight decay must not move it.  `rows`
     has an entry for each row of the batches to come: a name, None for no adapter, or a list of
     names that add up; it is for inference, and holds until `names` are given.  Called again with
     as many rows it compiles nothing again, and takes over what was trained since.  Returns the
