@@ -42,7 +42,9 @@ def named_adapter_parameters(
             (stacked by hand), whose parameters have one name.
     """
     if name is None:
-        adapters = [(place, adapter) for place, adapter in named_adapters(model).items()]
+        every = named_adapters(model)
+        banks = [place for place, a in every.items() if getattr(a, "nameless", False)]
+        adapters = [(_without_banks(place, banks), adapter) for place, adapter in every.items()]
     else:
         called = adapters_called(caller, model, name)
         adapters = [(place, adapter) for place, stack in called.items() for adapter in stack]
@@ -57,6 +59,15 @@ def named_adapter_parameters(
                 )
             found[key] = parameter
     return found
+
+
+def _without_banks(place: str, banks: list[str]) -> str:
+    """The name that a layer has while no bank lies over it."""
+    for bank in banks:
+        inside = f"{bank}.base" if bank else "base"
+        if place == inside or place.startswith(f"{inside}."):
+            return f"{bank}{place[len(inside) :]}".lstrip(".")
+    return place
 
 
 def adapter_parameters(model: nn.Module, *, name: str | None = None) -> Iterator[nn.Parameter]:

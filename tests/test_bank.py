@@ -444,3 +444,13 @@ def test_a_transformer_layer_does_not_go_round_the_bank():
     assert model.linear1.weight.shape == (31, 16)
     assert model.linear1.weight.dtype == torch.float32
     assert relative(y, torch.stack([adapted[0], base[1]])) <= 1e-5  # torch's fused layer differs
+
+
+def test_state_dicts_of_adapters_keep_their_names_while_rows_are_served():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    mp.inject_lora(model, ["0", "1"], 2)
+    mp.add_adapter(model, "fr", ["0"], 2)
+    before = set(mp.adapter_state_dict(model))
+    mp.use_adapters(model.eval(), rows=["fr", None])
+    assert set(mp.adapter_state_dict(model)) == before
+    assert set(mp.base_state_dict(model)) == {"0.weight", "0.bias", "1.weight", "1.bias"}

@@ -185,6 +185,7 @@ CONFIG_CHANGES = {
     "no targets": ({"target_modules": []}, "target_modules"),
     "target number": ({"target_modules": 3}, "target_modules"),
     "broken target": ({"target_modules": "("}, "regular expression"),
+    "pattern of nothing": ({"rank_pattern": {"side": 4}}, r"\['side'\] fit no module"),
     "pattern list": ({"rank_pattern": [1]}, "rank_pattern"),
     "broken pattern": ({"rank_pattern": {"(": 1}}, "regular expression"),
     "pattern text": ({"alpha_pattern": {"up": "x"}}, "expected a number"),

@@ -91,6 +91,11 @@ class MatchedConfig:
         """The alpha for a module, in the same way."""
         return self._by_pattern(self.config.alpha_pattern, name, self.config.alpha)
 
+    def unused_patterns(self) -> list[str]:
+        """Keys of rank_pattern and alpha_pattern that fit no module of the model."""
+        keys = (*self.config.rank_pattern, *self.config.alpha_pattern)
+        return [key for key in keys if not self.fitting[_of_pattern(key)]]
+
     def targets(self, name: str, module: nn.Module) -> bool:
         """Whether PEFT would wrap this module: target_modules less those excluded or saved."""
         if self.saves(name):

@@ -200,6 +200,8 @@ def load_peft(
     plain = read_config(directory / CONFIG_NAME)
     modules = visible_modules(model)
     config = plain.of_model([*modules, *expert_weights(model)], CONFIG_NAME)
+    if strict and (unused := config.unused_patterns()):
+        raise ValueError(f"{CONFIG_NAME}: the patterns {unused} fit no module of the model")
     where = directory / WEIGHTS_NAME
     if not where.is_file() and (directory / "adapter_model.bin").is_file():
         raise ValueError(
