@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from minipeft.ops import without_autocast
 from minipeft.protocol import is_adapter, is_packed
 
 
@@ -144,7 +145,9 @@ class Wrapper(nn.Module):
     def effective_parameters(self) -> dict[str, Tensor]:
         """`exact_parameters`, each rounded once to the dtype of the innermost module's."""
         plain, found = innermost(self), {}
-        for name, value in self.exact_parameters().items():
+        with without_autocast(next(plain.parameters()).device):  # float32 means float32
+            exact = self.exact_parameters()
+        for name, value in exact.items():
             holder = plain.get_submodule(name.rpartition(".")[0])
             if is_packed(holder):
                 dtype = cast(torch.dtype, getattr(holder, "weight_dtype", torch.float32))

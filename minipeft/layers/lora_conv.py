@@ -7,7 +7,6 @@ Their composition is one kernel, B A, which merging adds to the base's.  In a co
 groups both stay within the groups, so that this holds there too.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +34,8 @@ class LoRAConv(LowRank):
 
     Raises:
         TypeError: base is no module.
-        ValueError: base is no such convolution; `groups` does not divide the rank; rank, alpha,
-            dropout as of LoRALinear.
+        ValueError: base is no such convolution, or has a forward of its own; `groups` does not
+            divide the rank; rank, alpha, dropout as of LoRALinear.
 
     >>> layer = LoRAConv(nn.Conv1d(4, 6, 3), rank=2)
     >>> layer.lora_a.shape, layer.lora_b.shape, layer.delta().shape
@@ -71,6 +70,12 @@ class LoRAConv(LowRank):
             rank, alpha, dropout=dropout, rank_stabilized=rank_stabilized, dtype=dtype,
         )  # fmt: skip
         self.across_groups = self_groups != groups
+        if self.across_groups:  # the base's settings but one; no submodule: its weight is not used
+            kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]
+            self.__dict__["across"] = kind(
+                plain.in_channels, rank, kernel, plain.stride, plain.padding, plain.dilation,
+                bias=False, padding_mode=plain.padding_mode, device="meta",
+            )  # fmt: skip
         self.initialize(init)
         self.take_over()
 
@@ -93,10 +98,7 @@ class LoRAConv(LowRank):
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         plain: Any = innermost(self)
-        first = plain
-        if self.across_groups:
-            first = copy.copy(plain)  # the same settings but one
-            first.groups = 1
+        first = self.across if self.across_groups else plain
         hidden = first._conv_forward(x, a, None) * strength
         if isinstance(strength, Tensor):
             hidden = torch.where(strength == 0, 0.0, hidden)
@@ -185,5 +187,11 @@ def _checked_convolution(caller: str, base: nn.Module) -> nn.Conv1d | nn.Conv2d 
     if not isinstance(plain, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         raise ValueError(
             f"{caller}: {type(plain).__name__} is none of nn.Conv1d, nn.Conv2d, nn.Conv3d"
+        )
+    own = type(plain).forward, type(plain)._conv_forward
+    if own not in ((k.forward, k._conv_forward) for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        raise ValueError(
+            f"{caller}: {type(plain).__name__} has a forward of its own (padding, standardised "
+            "weights), which the branch and a merged kernel cannot follow; leave it out (exclude=)"
         )
     return plain

@@ -78,6 +78,8 @@ class LoRAEmbedding(LowRank):
         if isinstance(strength, Tensor):
             branch = torch.where(strength == 0, 0.0, branch)
         scale = getattr(innermost(self), "embed_scale", None)
+        if isinstance(scale, Tensor):
+            scale = scale.to(out.dtype)  # rounded as the base rounds it
         return out + (branch if scale is None else branch * scale).to(out.dtype)
 
     def delta_as_stored(self) -> Tensor:

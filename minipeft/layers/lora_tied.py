@@ -22,13 +22,19 @@ class LoRATiedLinear(Wrapper):
     Owns no parameter: they are those of `embedding`, whose `enabled` and `scale` it follows.
 
     Raises:
-        ValueError: the head's weight is not the embedding's.
+        ValueError: the head's weight is not the embedding's, or the embedding has DoRA, whose
+            table is no sum.
     """
 
     embedding: LoRAEmbedding
 
     def __init__(self, base: nn.Module, embedding: LoRAEmbedding) -> None:
         super().__init__(base)
+        if hasattr(embedding, "magnitude"):
+            raise ValueError(
+                "LoRATiedLinear: the table of a DoRAEmbedding is no sum that a head could follow; "
+                "use LoRAEmbedding"
+            )
         plain, table = innermost(base), innermost(embedding)
         if plain._parameters.get("weight") is None or (
             plain._parameters["weight"] is not table._parameters.get("weight")

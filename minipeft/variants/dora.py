@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.lora import LoRALinear, add_lora
+from minipeft.ops import without_autocast
 from minipeft.protocol import is_adapter, is_packed
 from minipeft.qlora import NF4Linear
 from minipeft.wrapper import innermost
@@ -40,6 +41,11 @@ def row_norms(
     cross = (product * b).sum(1)
     own = ((b @ (a @ a.T)) * b).sum(1)
     return (square + 2 * scaling * cross + scaling * scaling * own).clamp(min=0).sqrt()
+
+
+def length_ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """m / |V|; a direction that is zero has no length to set and stays zero, instead of 0 / 0."""
+    return magnitude / norm.where(norm > 0, 1.0)
 
 
 class Kept:
@@ -75,10 +81,10 @@ class DoRALinear(LoRALinear):
 
     `magnitude` (out_features,) float32 starts as the norms of the base's rows, so the layer starts
     at the base.  The bias is not scaled.  Norms are float32, without gradient (section 4.3 of the
-    paper).  In eval() they are kept until a tensor that they depend on changes; what is changed
-    through `.data` is seen after the next call of train() or eval().  Nothing of the weight's size
-    is made in forward, except over another adapter: there the base weight is the effective one of
-    the layers below.
+    paper); a `scale` of 0 is off.  In eval() they are kept until a tensor that they depend on
+    changes; what is changed through `.data` is seen after the next call of train() or eval().
+    Nothing of the weight's size is made in forward, except over another adapter: there the base
+    weight is the effective one of the layers below.
 
     Raises:
         TypeError, ValueError: as LoRALinear.
@@ -116,10 +122,10 @@ class DoRALinear(LoRALinear):
             return merged
         out: Tensor = self.base(x)
         compiling = torch.compiler.is_compiling()
-        if not compiling and not self._enabled:
+        if not compiling and (not self._enabled or self._scale == 0):
             return out
         strength = self.strength if compiling else self.scaling * self._scale
-        ratio, bias = self.magnitude / self.norms(strength), self.bias
+        ratio, bias = length_ratio(self.magnitude, self.norms(strength)), self.bias
         bias = None if bias is None else bias.to(out.dtype)
         if self.dropout and self.training:
             dropped = F.dropout(x, self.dropout)
@@ -136,7 +142,7 @@ class DoRALinear(LoRALinear):
 
     def norms(self, strength: float | Tensor) -> Float[Tensor, " out"]:
         """|W + strength B A| of each row, without gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.magnitude.device):
             a, b = (factor.to(torch.float32) for factor in self.factors())
 
             def make() -> Tensor:
@@ -194,14 +200,14 @@ class DoRALinear(LoRALinear):
 
     def exact_parameters(self) -> dict[str, Tensor]:
         """m / |V| * V in the weight's own layout, float32 or better."""
+        if not self.enabled or self.scale == 0:
+            return self.parameters_below()
         found = super().exact_parameters()
-        if not self.enabled:
-            return found
         axis = 0 if self.transposed else 1
         direction = found["weight"]
         norm = direction.detach().square().sum(axis, keepdim=True).sqrt()
         shape = (1, -1) if self.transposed else (-1, 1)
-        return {**found, "weight": direction * (self.magnitude.view(shape) / norm)}
+        return {**found, "weight": direction * length_ratio(self.magnitude.view(shape), norm)}
 
 
 def _parts(weight: Tensor) -> tuple[Tensor, ...]:

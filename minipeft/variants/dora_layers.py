@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from minipeft.layers.embedding import NF4Embedding
 from minipeft.layers.lora_conv import LoRAConv, kernel_product
 from minipeft.layers.lora_embedding import LoRAEmbedding
+from minipeft.ops import without_autocast
 from minipeft.protocol import is_adapter
-from minipeft.variants.dora import Kept, row_norms
+from minipeft.variants.dora import Kept, length_ratio, row_norms
 from minipeft.wrapper import innermost
 
 _ROWS = 4096  # of a 4-bit table to decode at a time
@@ -39,15 +40,17 @@ class DoRAEmbedding(LoRAEmbedding):
     def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
         out = super().forward(ids)
         compiling = torch.compiler.is_compiling()
-        if not compiling and (not self._enabled or self.merged_module is not None):
+        if self.merged_module is not None and self._enabled:
+            return out
+        if not compiling and (not self._enabled or self._scale == 0):
             return out
         strength = self.strength if compiling else self.scaling * self._scale
-        made = (out * (self.magnitude / self.norms(strength))).to(out.dtype)
+        made = (out * length_ratio(self.magnitude, self.norms(strength))).to(out.dtype)
         return torch.where(self.strength == 0, out, made) if compiling else made
 
     def norms(self, strength: float | Tensor) -> Float[Tensor, " dim"]:
         """Norms of the columns of E + strength (B A)^T, without gradient."""
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.magnitude.device):
             a, b = (factor.to(torch.float32) for factor in self.factors())
 
             def make() -> tuple[Tensor, Tensor]:
@@ -89,23 +92,31 @@ class DoRAEmbedding(LoRAEmbedding):
 
     def exact_parameters(self) -> dict[str, Tensor]:
         """The table with the lengths of its columns set, float32 or better."""
+        if not self.enabled or self.scale == 0:
+            return self.parameters_below()
         found = super().exact_parameters()
-        if not self.enabled:
-            return found
         direction = found["weight"]
         norm = direction.detach().square().sum(0).sqrt()
-        return {**found, "weight": direction * (self.magnitude / norm)}
+        return {**found, "weight": direction * length_ratio(self.magnitude, norm)}
 
 
 class DoRAConv(LoRAConv):
     """A convolution with DoRA; arguments as of LoRAConv.
 
     `magnitude` (out_channels,) float32 starts as the norms of the base's kernels.
+
+    Raises:
+        ValueError: `across_groups`: there is no kernel to take the norm of.
     """
 
     magnitude: nn.Parameter
 
     def __init__(self, base: nn.Module, rank: int, alpha: float | None = None, **lora: Any) -> None:
+        if lora.get("across_groups"):
+            raise ValueError(
+                "DoRAConv: lora_a across groups makes no kernel of the base's shape, whose norm "
+                "DoRA needs; leave across_groups out"
+            )
         super().__init__(base, rank, alpha, **lora)
         with torch.no_grad():
             kernel = self.exact_below("weight", torch.float32)
@@ -117,14 +128,14 @@ class DoRAConv(LoRAConv):
             return merged
         out: Tensor = self.base(x)
         compiling = torch.compiler.is_compiling()
-        if not compiling and not self._enabled:
+        if not compiling and (not self._enabled or self._scale == 0):
             return out
         strength = self.strength if compiling else self.scaling * self._scale
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(x.device):
             direction = self.exact_below("weight", torch.float32) + self._kernel(strength)
             norms = direction.flatten(1).norm(dim=1)
         axes = (1,) * (self.lora_a.dim() - 2)
-        ratio = (self.magnitude / norms).view(-1, *axes)
+        ratio = length_ratio(self.magnitude, norms).view(-1, *axes)
         bias = self.bias
         shift = 0.0 if bias is None else bias.to(out.dtype).view(-1, *axes)
         dense = out
@@ -145,10 +156,10 @@ class DoRAConv(LoRAConv):
 
     def exact_parameters(self) -> dict[str, Tensor]:
         """The kernels with their lengths set, float32 or better."""
+        if not self.enabled or self.scale == 0:
+            return self.parameters_below()
         found = super().exact_parameters()
-        if not self.enabled:
-            return found
         direction = found["weight"]
         norm = direction.detach().flatten(1).norm(dim=1)
         shape = (-1, *(1,) * (direction.dim() - 1))
-        return {**found, "weight": direction * (self.magnitude / norm).view(shape)}
+        return {**found, "weight": direction * length_ratio(self.magnitude, norm).view(shape)}

@@ -167,21 +167,37 @@ def test_what_cannot_be_wrapped():
         assert next(base.parameters()).requires_grad
 
 
+def test_a_forward_of_its_own_is_refused():
+    """Merged, what is standardised would be the sum; padded, the branch would not fit."""
+
+    class Standardised(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return self._conv_forward(x, weight, self.bias)
+
+    base = Standardised(3, 4, 3)
+    with pytest.raises(ValueError, match="a forward of its own"):
+        LoRAConv(base, 2)
+    assert base.weight.requires_grad
+
+
 def test_compiling_once_for_every_strength(plain_python):
     plain_python("""
 import torch, minipeft as mp
 from torch import nn
-layer = mp.LoRAConv(nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), 2)
-nn.init.normal_(layer.lora_b)
-x, frames = torch.randn(1, 4, 5, 5), []
-def count(graph, inputs):
-    frames.append(1)
-    return graph.forward
-compiled = torch.compile(layer, backend=count, fullgraph=True)
-for enabled, scale in ((True, 1.0), (False, 1.0), (True, 0.5)):
-    layer.enabled, layer.scale = enabled, scale
-    torch.testing.assert_close(compiled(x), layer(x))
-assert len(frames) == 1
+for groups in (1, 2):
+    base = nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", groups=groups)
+    layer = mp.LoRAConv(base, 2, across_groups=groups > 1)
+    nn.init.normal_(layer.lora_b)
+    x, frames = torch.randn(1, 4, 5, 5), []
+    def count(graph, inputs):
+        frames.append(1)
+        return graph.forward
+    compiled = torch.compile(layer, backend=count, fullgraph=True)
+    for enabled, scale in ((True, 1.0), (False, 1.0), (True, 0.5)):
+        layer.enabled, layer.scale = enabled, scale
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert len(frames) == 1
 """)
 
 
