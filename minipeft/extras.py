@@ -16,13 +16,15 @@ from typing import Any
 from torch import nn
 
 from minipeft.adapters import freeze, named_adapters, refuse_merged
+from minipeft.bank import refuse_rows
 from minipeft.inject import build, check_model, restoring, settled, swap
+from minipeft.layers.lora_embedding import LoRAEmbedding
 from minipeft.layers.lora_tied import LoRATiedLinear, tied_heads
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.lora import LowRank
 from minipeft.protocol import is_adapter
 from minipeft.registry import DEFAULT, adapters_called, give_name, named, stacks
-from minipeft.targets import Names, Target, find, visible_modules
+from minipeft.targets import Names, Target, find, in_attention, visible_modules
 from minipeft.wrapper import innermost
 
 BIAS_MODES = ("all", "lora_only")
@@ -39,6 +41,7 @@ def _join(model: nn.Module, name: str, places: Iterable[str]) -> None:
 
 def _wrap(model: nn.Module, name: str, modules: dict[str, Any], make: Any) -> None:
     refuse_merged("train", named_adapters(model))
+    refuse_rows("train", model)
     with restoring(model):
         made = build(modules, make)
         swap(model, made)
@@ -62,6 +65,7 @@ def train_biases(model: nn.Module, mode: str = "lora_only", *, name: str = DEFAU
         raise ValueError(f"train_biases: mode={mode!r}; choose one of {BIAS_MODES}")
     modules: dict[str, nn.Module] = {}
     left_out: dict[str, str] = {}
+    inside = in_attention(model)
     if mode == "lora_only":
         lora = adapters_called("train_biases", model, name)
         wanted = {place: model.get_submodule(place) for place, stack in lora.items()
@@ -70,11 +74,16 @@ def train_biases(model: nn.Module, mode: str = "lora_only", *, name: str = DEFAU
         wanted = visible_modules(model)
     for place, module in wanted.items():
         plain = innermost(module)
+        if place in inside:
+            left_out[place] = inside[place]
+            continue
         if getattr(plain, "bias", None) is None or "bias" not in plain._parameters:
             if isinstance(plain, nn.MultiheadAttention | nn.RNNBase):
                 left_out[place] = f"{type(plain).__name__} uses its biases inside"
             continue
         modules[place] = module
+    chosen = {id(module) for module in modules.values()}  # a shared one under each of its names
+    modules = {n: m for n, m in visible_modules(model).items() if id(m) in chosen}
     taken = [p for p, s in stacks(model).items() if any(isinstance(a, TrainedBias) for a in s)]
     if twice := sorted(set(taken) & set(modules)):
         raise ValueError(f"train_biases: {twice[:3]} train already ({len(twice)} in all)")
@@ -174,13 +183,17 @@ def tie_lora(model: nn.Module, *, name: str = DEFAULT) -> Names:
         ValueError: no such head, or one that has an adapter of its own.
     """
     check_model("tie_lora", model)
-    found = tied_heads(model)
+    called = adapters_called("tie_lora", model, name)
+    tables = [x for stack in called.values() for x in stack if isinstance(x, LoRAEmbedding)]
+    found = tied_heads(model, tables)
     if not found:
         raise ValueError(
-            "tie_lora: no linear layer shares its weight with an embedding that has LoRA"
+            "tie_lora: no linear layer shares its weight with an embedding that has LoRA called "
+            f"{name!r}; the model has {sorted(named(model))}"
         )
-    if taken := [place for place, (module, _) in found.items() if is_adapter(module)]:
-        raise ValueError(f"tie_lora: {taken} have adapters of their own; remove them first")
+    twice = [p for p in found if any(a in called.get(p, []) for a in stacks(model).get(p, []))]
+    if twice:
+        raise ValueError(f"tie_lora: {twice} have an adapter {name!r} already; remove it first")
     heads = {place: module for place, (module, _) in found.items()}
     _wrap(model, name, heads, lambda place, module: LoRATiedLinear(module, found[place][1]))
     return Names(heads)

@@ -189,7 +189,8 @@ def _check_foldable(
             except ValueError as error:
                 raise ValueError(f"remove: {place}: {error}") from error
         for own, value in values.items():
-            if not is_packed(plain) and holders[id(plain.get_parameter(own))] > 1:
+            in_place = not is_packed(plain) and getattr(stack[0], "folds_into_base", True)
+            if in_place and holders[id(plain.get_parameter(own))] > 1:
                 raise ValueError(
                     f"remove: the {own} of {place} belongs to another module too (tied weights); "
                     "merging would change both: untie them first"

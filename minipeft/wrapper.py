@@ -62,6 +62,7 @@ class Wrapper(nn.Module):
     effective ones.
     """
 
+    folds_into_base = True  # False: `fold` writes nothing to the innermost module
     nameless = False  # True: it belongs to no adapter (registry.py)
     base: nn.Module
     strength: Tensor  # scaling * scale, or 0 while not enabled; float32, without a dimension

@@ -5,7 +5,7 @@ E + scaling * (B A)^T, so the head multiplies by A^T and B^T of the same two par
 trained on one side is trained on the other, and they stay tied.
 """
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -80,12 +80,11 @@ class LoRATiedLinear(Wrapper):
         return f"tied, rank={self.embedding.rank}"
 
 
-def tied_heads(model: nn.Module) -> dict[str, tuple[nn.Module, LoRAEmbedding]]:
-    """Linear layers whose weight is that of an embedding with LoRA, by name, and the embedding."""
-    tables: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, LoRAEmbedding):
-            tables[id(innermost(module)._parameters.get("weight"))] = module
+def tied_heads(
+    model: nn.Module, embeddings: Iterable[LoRAEmbedding]
+) -> dict[str, tuple[nn.Module, LoRAEmbedding]]:
+    """Linear layers whose weight is that of one of these embeddings, by name, and the embedding."""
+    tables = {id(innermost(e)._parameters.get("weight")): e for e in embeddings}
     tables.pop(id(None), None)
     inside = {id(part) for module in model.modules() if isinstance(module, Wrapper)
               for part in module.children()}  # fmt: skip
@@ -94,5 +93,4 @@ def tied_heads(model: nn.Module) -> dict[str, tuple[nn.Module, LoRAEmbedding]]:
         for name, module in model.named_modules(remove_duplicate=False)
         if id(innermost(module)._parameters.get("weight")) in tables
         and isinstance(innermost(module), nn.Linear) and id(module) not in inside
-        and not isinstance(module, LoRATiedLinear)
     }  # fmt: skip

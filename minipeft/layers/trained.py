@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from minipeft.wrapper import Wrapper, innermost, stored_parameter
 
-_CHANNELS_FIRST = (
-    nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm,
-)  # fmt: skip
+_CHANNELS_FIRST = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_INSTANCE_NORMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}
 
 
 class Unscaled(Wrapper):
@@ -66,7 +65,7 @@ class TrainedBias(Wrapper):
         if not isinstance(bias, Tensor) or inside:
             raise ValueError(f"TrainedBias: {type(plain).__name__} has no bias that it adds")
         self.bias_delta = nn.Parameter(torch.zeros_like(bias, dtype=torch.float32))
-        spatial = len(getattr(plain, "kernel_size", ())) if _is_convolution(plain) else 0
+        spatial = _spatial_axes(plain)
         self._trailing, self._second = (1,) * spatial, isinstance(plain, _CHANNELS_FIRST)
         self.take_over()
 
@@ -92,13 +91,26 @@ class TrainedBias(Wrapper):
         bias = self.exact_below("bias", torch.float32)
         return {**below, "bias": bias + self.bias_delta * (self.scaling * self.scale)}
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias with the delta."""
+        below: Tensor | None = super().bias
+        if below is None or (not torch.compiler.is_compiling() and not self._enabled):
+            return below
+        compiling = torch.compiler.is_compiling()
+        strength = self.strength if compiling else self.scaling * self._scale
+        return below + (self.bias_delta * strength).to(below.dtype)
+
     def trained_bias(self) -> Tensor:
         """The bias with its delta, on or off, float32 or better: what files hold."""
         return stored_parameter("TrainedBias", innermost(self), "bias") + self.bias_delta.detach()
 
 
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
+def _spatial_axes(module: nn.Module) -> int:
+    """How many axes come after the channels', batched or not."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return len(module.kernel_size)
+    return next((n for kind, n in _INSTANCE_NORMS.items() if isinstance(module, kind)), 0)
 
 
 class TrainedModule(Unscaled):
@@ -113,6 +125,7 @@ class TrainedModule(Unscaled):
     """
 
     copy: nn.Module
+    folds_into_base = False
 
     def __init__(
         self,
@@ -142,6 +155,11 @@ class TrainedModule(Unscaled):
         if self.merged_module is not None:
             return self.call_merged(*args, **kwargs)
         return self.copy(*args, **kwargs)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The copy's bias, or the base's while off."""
+        return getattr(self.copy if self._enabled else self.base, "bias", None)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Those of the copy."""
@@ -187,6 +205,8 @@ class TrainedTokens(Unscaled):
             raise ValueError(f"TrainedTokens: {type(innermost(base)).__name__} is no embedding")
         ids = checked_ids(token_ids, count)
         weight: Tensor = innermost(base).weight  # type: ignore[assignment]
+        if weight.is_meta:
+            raise ValueError("TrainedTokens: the table is on the meta device; load it first")
         on_device = torch.tensor(ids, device=weight.device)
         slots = torch.full((count,), -1, device=weight.device)
         slots[on_device] = torch.arange(len(ids), device=weight.device)

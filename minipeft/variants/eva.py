@@ -99,12 +99,18 @@ def init_eva(
     terminal.
 
     Raises:
-        ValueError: no LoRALinear, rho below 1, no batches, inputs of fewer rows than a rank, or
-            inputs that are not finite.  The model is then as it was.
+        ValueError: no LoRALinear, one whose B is not zero (trained, or PiSSA's), rho below 1, no
+            batches, inputs of fewer rows than a rank, or inputs that are not finite.  The model is
+            then as it was.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError("init_eva: the model has no LoRALinear; inject first")
+    if trained := [n for n, x in layers.items() if x.lora_a0 is not None or x.lora_b.any()]:
+        raise ValueError(
+            f"init_eva: {trained[:3]} do not start at zero ({len(trained)} layers), so that what "
+            "they learnt would be lost; use it first, on adapters of the default initialisation"
+        )
     if rho < 1:
         raise ValueError(f"init_eva: rho={rho}; expected at least 1")
     found = {n: IncrementalSVD(int(rho * layer.rank)) for n, layer in layers.items()}
@@ -146,7 +152,7 @@ def _watch(
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[name] = args[0].detach()
+            inputs[name] = args[0]
 
         return keep
 

@@ -89,3 +89,13 @@ def test_a_failure_leaves_the_model_as_it_was():
         assert model.training and not model.q._forward_pre_hooks
     with pytest.raises(ValueError, match="no LoRALinear"):
         mp.init_eva(Block(), batches())
+
+
+@pytest.mark.parametrize("start", ["trained", "PiSSA"])
+def test_what_does_not_start_at_zero_is_refused(start):
+    model = Block()
+    mp.inject_lora(model, ["q"], 4, init=mp.init_pissa if start == "PiSSA" else None)
+    if start == "trained":
+        nn.init.normal_(model.q.lora_b)
+    with pytest.raises(ValueError, match="do not start at zero"):
+        mp.init_eva(model, batches())

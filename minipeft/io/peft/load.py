@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters import freeze
+from minipeft.adapters import freeze, named_adapters, refuse_merged
+from minipeft.bank import refuse_rows
 from minipeft.inject import check_model, restoring, swap
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, MatchedConfig, read_config
 from minipeft.io.peft.contents import Contents, sort_out
@@ -160,11 +161,18 @@ class _Builder:
     def _saved(self, name: str, values: Mapping[str, Tensor], layer: TrainedModule) -> None:
         where = f"{WEIGHTS_NAME}: {name}"
         own = {f"copy.{key}": value for key, value in values.items()}
+        buffers = {f"copy.{key}": value for key, value in layer.copy.named_buffers()}
+        given = {key: own.pop(key) for key in list(own) if key in buffers}
+        for key, value in given.items():  # running means: older files lack them
+            if value.shape != buffers[key].shape:
+                raise ValueError(f"{where}: {key} has shape {tuple(value.shape)}")
         if unknown := own.keys() - layer.adapter_parameters().keys():
             raise ValueError(f"{where}: {sorted(unknown)[0]} is no parameter of the module")
         if lost := layer.adapter_parameters().keys() - own.keys():
             raise ValueError(f"{where}: {sorted(lost)[0].removeprefix('copy.')} is missing")
         copy_into(where, layer, own)
+        for key, value in given.items():
+            buffers[key].copy_(value)
         self.made[name] = layer
 
     def _tokens(self, name: str, ids: list[int], rows: Tensor) -> None:
@@ -197,6 +205,8 @@ def load_peft(
     directory = Path(path)
     if name != DEFAULT:
         check_new_name("load_peft", model, name)
+    refuse_merged("load_peft", named_adapters(model))
+    refuse_rows("load_peft", model)
     plain = read_config(directory / CONFIG_NAME)
     modules = visible_modules(model)
     config = plain.of_model([*modules, *expert_weights(model)], CONFIG_NAME)

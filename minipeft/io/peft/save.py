@@ -55,8 +55,8 @@ def _collect(model: nn.Module, name: str) -> _Collected:
                 found.biases.append(place)
             elif isinstance(layer, TrainedModule):
                 found.saved.append(place)
-                copied = layer.copy.named_parameters(remove_duplicate=False)
-                found.tensors |= {f"{place}.{own}": value for own, value in copied}
+                copied = layer.copy.state_dict(keep_vars=True)
+                found.tensors |= {f"{place}.{own}": value for own, value in copied.items()}
             elif isinstance(layer, TrainedTokens):
                 found.tokens[place] = layer.token_ids.tolist()
                 found.tensors[f"{place}.token_adapter.trainable_tokens_delta"] = layer.token_rows
