@@ -244,7 +244,12 @@ class Wrapper(nn.Module):
             return self.merged(requantize=requantize)
         with torch.no_grad():
             for name, value in self.effective_parameters().items():
-                plain.get_parameter(name).copy_(value)
+                try:
+                    plain.get_parameter(name).copy_(value)
+                except RuntimeError:  # an expanded or inference tensor takes no values
+                    path, _, own = name.rpartition(".")
+                    holder = plain.get_submodule(path)
+                    holder._parameters[own] = nn.Parameter(value, requires_grad=False)
         return plain
 
     def restore_base(self) -> None:

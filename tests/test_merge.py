@@ -170,3 +170,20 @@ def test_tied_weights_are_not_merged_behind_the_other_ones_back():
         mp.remove(model, merge=True)
     mp.remove(model)
     assert model.head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("kind", ["expanded", "inference"])
+def test_bases_that_take_no_values_are_replaced_not_left_half_done(kind):
+    with torch.inference_mode(kind == "inference"):
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    if kind == "expanded":
+        model[2].weight = nn.Parameter(torch.zeros(1, 8).expand(8, 8), requires_grad=False)
+    mp.inject_lora(model, ["0", "2"], 2)
+    for parameter in mp.adapter_parameters(model):
+        nn.init.normal_(parameter)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        expected = model(x)
+        mp.remove(model, merge=True)
+        assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)  # float32
