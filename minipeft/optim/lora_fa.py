@@ -7,16 +7,15 @@ along  G A^T (A A^T)^-1 / s = (dL/dB) (A A^T)^-1 / s^2  (Zhang et al. 2023, as P
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.lora import LoRALinear
 from minipeft.optim.lora_plus import lora_plus_groups
 
-_RIDGE = 1e-8  # on A A^T, so that dependent rows leave it invertible
-
 
 def freeze_a(model: nn.Module) -> list[str]:
-    """Freeze every adapter's A factors; returns the names of the parameters.
+    """Freeze lora_a of every LoRALinear; returns the names of the parameters.
 
     Raises:
         ValueError: the model has no LoRALinear.
@@ -34,11 +33,13 @@ def freeze_a(model: nn.Module) -> list[str]:
 class LoRAFA(torch.optim.AdamW):
     """AdamW for a model whose A factors are frozen (`freeze_a`), with LoRA-FA's gradient for B.
 
-    Arguments as of torch.optim.AdamW.  Gradients of `lora_b` are replaced, before each step, by
-    (dL/dB) (A A^T)^-1 / scaling^2; other adapter parameters are trained as they are.
+    Arguments as of torch.optim.AdamW.  In each step the gradients of `lora_b` of every LoRALinear
+    are replaced, in place, by (dL/dB) (A A^T)^-1 / scaling^2, the inverse being the pseudo-inverse
+    where a rank is above in_features; other adapter parameters are trained as they are.
 
     Raises:
         ValueError: no LoRALinear, or one whose lora_a is trainable.
+        TypeError: it is pickled or copied; `state_dict` is what can be saved.
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-3, **adamw: Any) -> None:
@@ -52,20 +53,41 @@ class LoRAFA(torch.optim.AdamW):
         super().__init__(parameters, lr=lr, **adamw)
         self.register_step_pre_hook(_precondition)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "LoRAFA: a copy would have lost the layers and be AdamW; save state_dict() and make "
+            "LoRAFA(model) anew"
+        )
 
-def _precondition(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    @torch.no_grad()
+    def project(self) -> None:
+        """Replace the gradient of every lora_b."""
+        for layer in self._layers:
+            grad, strength = layer.lora_b.grad, layer.scaling * layer.scale
+            if grad is not None and strength:  # at 0 the gradient is 0
+                grad.copy_(projected(grad, layer.lora_a, strength))
+
+
+def _precondition(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     assert isinstance(optimizer, LoRAFA)
-    with torch.no_grad():
-        for layer in optimizer._layers:
-            grad = layer.lora_b.grad
-            if grad is not None:
-                grad.copy_(projected(grad, layer.lora_a, layer.scaling * layer.scale))
+    closure = next((given for given in (*args[1:], *kwargs.values()) if given is not None), None)
+    if closure is None:
+        optimizer.project()
+        return None
+
+    def then_project() -> Any:  # the gradients are the closure's
+        loss = closure()
+        optimizer.project()
+        return loss
+
+    return args[:1], {"closure": then_project}
 
 
-def projected(grad: Tensor, a: Tensor, scaling: float) -> Tensor:
-    """grad (A A^T)^-1 / scaling^2, computed in float32."""
-    wide = a.to(torch.float32)
-    gram = wide @ wide.T
-    gram.diagonal().add_(_RIDGE)
-    solved: Tensor = torch.linalg.solve(gram, grad.to(torch.float32).T).T
-    return (solved / scaling**2).to(grad.dtype)
+def projected(
+    grad: Float[Tensor, "out_features rank"], a: Float[Tensor, "rank in_features"], scaling: float
+) -> Float[Tensor, "out_features rank"]:
+    """grad (A A^T)^-1 / scaling^2, computed in float32 or better."""
+    wide = a.to(torch.promote_types(a.dtype, torch.float32))
+    inverse = torch.linalg.pinv(wide @ wide.T, hermitian=True)
+    found: Tensor = grad.to(wide.dtype) @ inverse / scaling**2
+    return found.to(grad.dtype)

@@ -22,7 +22,6 @@ from minipeft.lora import LoRALinear, add_lora
 from minipeft.ops import without_autocast
 from minipeft.protocol import is_adapter, is_packed
 from minipeft.qlora import NF4Linear
-from minipeft.wrapper import innermost
 
 _CHUNK_BYTES = 16 * 2**20  # of float32 copies of a 16-bit weight
 
@@ -34,7 +33,7 @@ def row_norms(
     b: Float[Tensor, "out rank"],
     scaling: float | Tensor,
 ) -> Float[Tensor, " out"]:
-    """|W + scaling B A| of each row, from |W|^2 and W A^T, float32.
+    """|W + scaling B A| of each row, from |W|^2 and W A^T, in their dtype.
 
     Cancellation can leave a sum below zero where a row almost vanishes; it is clamped.
     """
@@ -60,9 +59,10 @@ class Kept:
 
     def get(self, make: Callable[[], Any], *sources: Tensor, number: float = 1.0) -> Any:
         """What `make` returns, now or since these sources (and this number) are the same."""
-        if any(t.is_inference() for t in sources):  # nobody counts their changes
+        try:
+            now = [(t, t._version, t.data_ptr(), t.dtype, t.device, number) for t in sources]
+        except RuntimeError:  # inference tensors count no changes, functorch's have no memory
             return make()
-        now = [(t, t._version, t.data_ptr(), t.dtype, t.device, number) for t in sources]
         then = self._sources
         same = then is not None and len(then) == len(now) and all(
             old[0] is new[0] and old[1:] == new[1:] for old, new in zip(then, now, strict=True)
@@ -79,19 +79,20 @@ class Kept:
 class DoRALinear(LoRALinear):
     """A linear layer with DoRA; arguments as of LoRALinear.
 
-    `magnitude` (out_features,) float32 starts as the norms of the base's rows, so the layer starts
-    at the base.  The bias is not scaled.  Norms are float32, without gradient (section 4.3 of the
-    paper); a `scale` of 0 is off.  In eval() they are kept until a tensor that they depend on
-    changes; what is changed through `.data` is seen after the next call of train() or eval().
-    Nothing of the weight's size is made in forward, except over another adapter: there the base
-    weight is the effective one of the layers below.
+    `magnitude` (out_features,) starts as the norms of V's rows, so the layer starts as LoRA does:
+    exactly at the base, where B A = 0.  The bias is not scaled.  Norms and magnitude are float32,
+    float64 where the factors are; norms have no gradient (section 4.3 of the paper); a `scale` of
+    0 is off.  In eval() norms are kept until a tensor that they depend on changes; what is changed
+    through `.data` is seen after the next call of train() or eval().  Nothing of the weight's size
+    is made in forward, except over another adapter: there the base weight is the effective one of
+    the layers below.
 
     Raises:
         TypeError, ValueError: as LoRALinear.
 
     >>> layer = DoRALinear(nn.Linear(8, 4), rank=2)
     >>> x = torch.randn(3, 8)
-    >>> torch.allclose(layer(x), layer.base(x))
+    >>> torch.equal(layer(x), layer.base(x))
     True
     """
 
@@ -113,8 +114,7 @@ class DoRALinear(LoRALinear):
             dropout=dropout, rank_stabilized=rank_stabilized, init=init, dtype=dtype,
         )  # fmt: skip
         self._kept_norms, self._kept_square = Kept(), Kept()
-        with torch.no_grad():
-            self.magnitude = nn.Parameter(self._square().sqrt())
+        self.magnitude = nn.Parameter(self.norms(self.scaling))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_module is not None and self._enabled:
@@ -125,32 +125,31 @@ class DoRALinear(LoRALinear):
         if not compiling and (not self._enabled or self._scale == 0):
             return out
         strength = self.strength if compiling else self.scaling * self._scale
-        ratio, bias = length_ratio(self.magnitude, self.norms(strength)), self.bias
-        bias = None if bias is None else bias.to(out.dtype)
+        ratio = length_ratio(self.magnitude, self.norms(strength))
+        bias: Any = 0.0 if self.bias is None else self.bias
         if self.dropout and self.training:
-            dropped = F.dropout(x, self.dropout)
-            dense = self.base(dropped) if bias is None else self.base(dropped) - bias
-            branch = add_lora(dense, dropped, *self.factors(), strength) * ratio
-            made = (out + (branch - dense)).to(out.dtype)
-        else:
-            direction = add_lora(out, x, *self.factors(), strength)
-            if bias is None:
-                made = (direction * ratio).to(out.dtype)
-            else:
-                made = ((direction - bias) * ratio + bias).to(out.dtype)
+            x = F.dropout(x, self.dropout)
+            scaled = out + (ratio - 1) * (self.base(x) - bias)
+        else:  # ratio (out - bias) + bias, which is out, to the bit, where ratio is 1
+            scaled = torch.addcmul((1 - ratio) * bias, out, ratio)
+        a, b = self.factors()
+        made = add_lora(scaled.to(out.dtype), x, a, ratio[:, None] * b, strength)
         return torch.where(self.strength == 0, out, made) if compiling else made
 
     def norms(self, strength: float | Tensor) -> Float[Tensor, " out"]:
         """|W + strength B A| of each row, without gradient."""
-        with torch.no_grad(), without_autocast(self.magnitude.device):
-            a, b = (factor.to(torch.float32) for factor in self.factors())
+        dtype = torch.promote_types(torch.float32, self.lora_a.dtype)
+        with torch.no_grad(), without_autocast(self.lora_a.device):
+            a, b = (factor.to(dtype) for factor in self.factors())
 
             def make() -> Tensor:
-                return row_norms(self._square(), self._product(a), a, b, strength)
+                weight = None if isinstance(self.base, NF4Linear) else self._weight(dtype)
+                square, product = self._square(weight, dtype), self._product(weight, a)
+                return row_norms(square, product, a, b, strength)
 
             if self.training or torch.compiler.is_compiling() or is_adapter(self.base):
                 return make()
-            sources = (*self._factor_parameters(), *innermost(self).parameters())
+            sources = (*self._factor_parameters(), *self.base.parameters())
             kept: Tensor = self._kept_norms.get(make, *sources, number=float(strength))
             return kept
 
@@ -165,38 +164,38 @@ class DoRALinear(LoRALinear):
     def _factor_parameters(self) -> list[Tensor]:
         return [p for n, p in self._parameters.items() if p is not None and n.startswith("lora_")]
 
-    def _weight(self) -> Tensor:
-        """The base's weight, (out, in), as stored or, over adapters, effective in float32."""
-        if is_adapter(self.base):
-            weight = self.exact_below("weight", torch.float32)
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        """The base's weight, (out, in), as stored or, where it is computed, in `dtype` or wider."""
+        if is_adapter(self.base) or is_packed(self.base):
+            weight = self.exact_below("weight", dtype)
         else:
-            weight = innermost(self).weight  # type: ignore[assignment]
+            weight = self.base.weight  # type: ignore[assignment]
         return weight.T if self.transposed else weight
 
-    def _product(self, a: Tensor) -> Float[Tensor, "out rank"]:
-        """W A^T in float32, without a float32 copy of the whole W."""
-        plain = innermost(self)
-        if isinstance(plain, NF4Linear) and not is_adapter(self.base):
-            out: Tensor = torch.ops.minipeft.nf4_linear(
-                a, *plain.state(), None, plain.out_features, plain.block_size, plain.codebook
-            )
-            return out.T
-        weight = self._weight()
-        return torch.cat([part.to(a.dtype) @ a.T for part in _parts(weight)])
-
-    def _square(self) -> Float[Tensor, " out"]:
-        """|W|^2 of each row in float32."""
-        plain = innermost(self)
-        if torch.compiler.is_compiling() or is_adapter(self.base):
-            return _row_squares(self._weight())
+    def _square(self, weight: Tensor | None, dtype: torch.dtype) -> Float[Tensor, " out"]:
+        """|W|^2 of each row in `dtype` or wider; without a weight, of the base's codes."""
 
         def make() -> Tensor:
-            if not is_packed(plain):
-                return _row_squares(self._weight())
-            return _row_squares(plain.dequantize(torch.float32))  # (out, in), of Conv1D too
+            base: Any = self.base
+            dense = base.dequantize(dtype) if weight is None else weight
+            wide = torch.promote_types(dense.dtype, dtype)
+            norms: Tensor = torch.linalg.vector_norm(dense, dim=1, dtype=wide)
+            return norms.square()
 
-        kept: Tensor = self._kept_square.get(make, *plain.parameters())
+        if torch.compiler.is_compiling() or is_adapter(self.base):
+            return make()
+        kept: Tensor = self._kept_square.get(make, *self.base.parameters())
         return kept
+
+    def _product(self, weight: Tensor | None, a: Tensor) -> Float[Tensor, "out rank"]:
+        """W A^T in the dtype of `a`, without a copy of the whole W in it."""
+        if weight is not None:
+            return torch.cat([part.to(a.dtype) @ a.T for part in _parts(weight)])
+        base: Any = self.base
+        out: Tensor = torch.ops.minipeft.nf4_linear(
+            a, *base.state(), None, base.out_features, base.block_size, base.codebook
+        )
+        return out.T
 
     def exact_parameters(self) -> dict[str, Tensor]:
         """m / |V| * V in the weight's own layout, float32 or better."""
@@ -216,8 +215,3 @@ def _parts(weight: Tensor) -> tuple[Tensor, ...]:
         return (weight,)
     rows = max(1, _CHUNK_BYTES // (4 * max(1, weight.shape[1])))
     return torch.split(weight, rows)
-
-
-def _row_squares(weight: Tensor) -> Tensor:
-    norms = [torch.linalg.vector_norm(part.float(), dim=1) for part in _parts(weight)]
-    return torch.cat(norms).square()

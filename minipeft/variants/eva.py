@@ -29,13 +29,14 @@ class IncrementalSVD:
         self.components = components
         self.vectors: Tensor | None = None  # (components, n)
         self.values: Tensor | None = None
-        self.rows = 0
+        self.rows, self.total = 0, 0.0  # total: the sum of squares of all rows
         self.converged = False
 
     def update(self, rows: Tensor, tau: float) -> None:
         """Take (rows, n) in; converged once each vector's cosine with its last is above tau."""
         rows = rows.to(torch.float32)
         self.rows += len(rows)
+        self.total += float(rows.square().sum())
         if self.vectors is not None and self.values is not None:
             rows = torch.cat([self.values[:, None] * self.vectors, rows])
         _, s, v = torch.linalg.svd(rows, full_matrices=False)
@@ -46,10 +47,9 @@ class IncrementalSVD:
         self.vectors, self.values = new, s[: self.components]
 
     def explained(self) -> Tensor:
-        """The share of each component in the variance of all that are kept."""
+        """The share of each component in the variance of all rows, the lost part included."""
         assert self.values is not None
-        squares = self.values.square()
-        return squares / squares.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return self.values.square() / max(self.total, torch.finfo(torch.float32).tiny)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -94,9 +94,9 @@ def init_eva(
     values, a tuple's elements or the batch itself, in eval mode, until every layer's vectors have
     converged (cosine above `tau`) or the batches end.  No layer gets more than `rho` times its
     rank; 1.0 leaves the ranks alone.  B is zero, so the model computes what it did; scalings stay.
-    Layers that are given the very same tensor share one decomposition.  The parameters lora_a and
-    lora_b are new ones: make the optimiser afterwards.  `progress` shows a bar; None: on a
-    terminal.
+    Layers that are given the very same tensor one after another share one decomposition.  The
+    parameters lora_a and lora_b are new ones: make the optimiser afterwards.  `progress` shows a
+    bar; None: on a terminal.
 
     Raises:
         ValueError: no LoRALinear, one whose B is not zero (trained, or PiSSA's), rho below 1, no
@@ -148,23 +148,26 @@ def _watch(
     progress: bool | None,
 ) -> None:
     """Run the batches, feeding each layer's inputs to its decomposition."""
-    inputs: dict[str, Tensor] = {}
+    last: list[Any] = [None, None, None]  # of the batch: an input, its version, what took it in
 
     def hook(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[name] = args[0]
+        def take_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # at once: the model may change it in place later, and all inputs together are large
+            _take_in(name, args[0] if args else next(iter(kwargs.values())), last, found, tau)
 
-        return keep
+        return take_in
 
-    handles = [layer.register_forward_pre_hook(hook(n)) for n, layer in layers.items()]
+    handles = [
+        layer.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     modes = {module: module.training for module in model.modules()}
     hidden = None if progress is None else not progress
     try:
         model.eval()
         for batch in tqdm(batches, desc="EVA", unit="batch", disable=hidden):
-            inputs.clear()
             forward(model, batch)
-            _take_in(inputs, found, tau)
+            last[:] = None, None, None
             if all(svd.converged for svd in found.values()):
                 break
     finally:
@@ -174,21 +177,24 @@ def _watch(
             module.training = mode
 
 
-def _take_in(inputs: Mapping[str, Tensor], found: Mapping[str, IncrementalSVD], tau: float) -> None:
-    done: dict[tuple[int, int], IncrementalSVD] = {}
-    for name, x in inputs.items():
-        svd = found[name]
-        if svd.converged:
-            continue
-        if not bool(x.isfinite().all()):
-            raise ValueError(f"init_eva: the inputs of {name} hold NaN or Inf")
-        same = done.get((id(x), svd.components))
-        if same is not None and same.rows - svd.rows == x.numel() // x.shape[-1]:
-            svd.vectors, svd.values = same.vectors, same.values
-            svd.rows, svd.converged = same.rows, same.converged
-            continue
-        svd.update(x.reshape(-1, x.shape[-1]), tau)
-        done[(id(x), svd.components)] = svd
+def _take_in(
+    name: str, x: Tensor, last: list[Any], found: Mapping[str, IncrementalSVD], tau: float
+) -> None:
+    svd = found[name]
+    if svd.converged:
+        return
+    version, same = None if x.is_inference() else x._version, last[2]
+    rows = x.reshape(-1, x.shape[-1])
+    if (
+        x is last[0] and version == last[1] and same.components == svd.components
+        and same.rows == svd.rows + len(rows)
+    ):  # fmt: skip
+        vars(svd).update(vars(same))
+        return
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"init_eva: the inputs of {name} hold NaN or Inf")
+    svd.update(rows, tau)
+    last[:] = x, version, svd
 
 
 def _restart(layer: LoRALinear, vectors: Tensor) -> None:

@@ -49,13 +49,19 @@ class LoftQOfWeight:
         """Set the factors and the base's codes.
 
         Raises:
-            ValueError: another layer than LoRALinear over NF4Linear, or another weight's shape.
+            ValueError: another layer than LoRALinear over NF4Linear, values that are not NF4's, or
+                another weight's shape.
         """
         base = layer.base if isinstance(layer, LoRALinear) else None
         if not isinstance(base, NF4Linear):
             raise ValueError(
                 f"loftq: a {type(layer).__name__} over {type(base).__name__}; expected LoRALinear "
                 "over NF4Linear"
+            )
+        if base.codebook is not None:
+            raise ValueError(
+                "loftq: the base has a codebook of its own, with which the new NF4 codes would be "
+                "read; expected a base of NF4Linear.from_linear"
             )
         if tuple(self.weight.shape) != (base.out_features, base.in_features):
             raise ValueError(

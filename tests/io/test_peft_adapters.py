@@ -318,3 +318,11 @@ def test_layers_that_the_format_cannot_express_are_refused(tmp_path):
     with pytest.raises(ValueError, match="different kinds"):
         mp.save_peft(model, tmp_path / "mixed")
     assert not (tmp_path / "mixed").exists()
+
+
+@pytest.mark.filterwarnings("default")
+def test_saving_a_loftq_adapter_says_that_its_base_is_another(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+    mp.inject_qlora(model, ["0"], 4, init=mp.loftq(1), skip=["1"])
+    with pytest.warns(UserWarning, match="fits this base only"):
+        mp.save_peft(model, tmp_path)

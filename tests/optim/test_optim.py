@@ -55,6 +55,9 @@ def test_the_gradient_of_lora_fa_equals_float64():
     grad, a = torch.randn(6, 3), torch.randn(3, 8)
     exact = grad.double() @ torch.linalg.inv(a.double() @ a.double().T) / 4
     torch.testing.assert_close(projected(grad, a, 2.0).double(), exact, rtol=1e-4, atol=1e-5)
+    grad, a = torch.randn(6, 12), torch.randn(12, 8)  # A A^T is singular
+    exact = grad.double() @ torch.linalg.pinv(a.double() @ a.double().T)
+    torch.testing.assert_close(projected(grad, a, 1.0).double(), exact, rtol=1e-3, atol=1e-5)
 
 
 def test_lora_fa_is_the_step_nearest_to_that_of_the_whole_weight():
@@ -97,3 +100,89 @@ def test_lora_fa_trains_b_alone_and_resumes():
     assert torch.equal(model[0].lora_b, again[0].lora_b)
     with pytest.raises(ValueError, match="no LoRALinear"):
         mp.freeze_a(nn.Linear(2, 2))
+
+
+def test_lora_fa_of_a_closure_of_a_scale_of_zero_and_of_a_copy():
+    results = []
+    for by_closure in (True, False):
+        model = model_of()
+        mp.freeze_a(model)
+        optimizer, x = mp.LoRAFA(model, lr=0.1, weight_decay=0.0), torch.randn(5, 8)
+
+        def closure(model=model, optimizer=optimizer, x=x):
+            optimizer.zero_grad()
+            loss = model(x).square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            if by_closure:
+                assert optimizer.step(closure) > 0
+            else:
+                closure()
+                optimizer.step()
+        results.append(model[0].lora_b.detach().clone())
+    assert torch.equal(*results)
+    model[0].scale = 0.0
+    closure()
+    optimizer.step()
+    assert model[0].lora_b.isfinite().all()
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(optimizer)
+
+
+def lora_fa_of_peft(model, config, x, y):
+    """PEFT's optimizer over the same factors: its model and the B factors after three steps."""
+    peft = pytest.importorskip("peft")
+    from peft.optimizers import create_lorafa_optimizer
+
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(model[0].base)), config)
+    layer = theirs.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(model[0].lora_a)
+        layer.lora_B["default"].weight.copy_(model[0].lora_b)
+    optimizer = create_lorafa_optimizer(theirs, r=3, lora_alpha=6, lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (theirs(x) - y).square().mean().backward()
+        optimizer.step()
+    return layer.lora_B["default"].weight.detach()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lora_fa_is_float32_where_peft_rounds_to_bf16(capsys):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(8, 6)), torch.randn(9, 8), torch.randn(9, 6)
+    mp.inject_lora(model, ["0"], 3, 6)
+    nn.init.normal_(model[0].lora_b, std=0.3)
+    start = model[0].lora_b.detach().clone()
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["0"])
+    theirs = lora_fa_of_peft(model, config, x, y)
+
+    # AdamW by hand, float64
+    weight, bias = model[0].base.weight.double(), model[0].base.bias.double()
+    a, b = model[0].lora_a.detach().double(), start.double()
+    first, second, x64, y64 = torch.zeros_like(b), torch.zeros_like(b), x.double(), y.double()
+    for step in range(1, 4):
+        error = x64 @ (weight + 2 * b @ a).T + bias - y64
+        gradient = 2 * error.T @ x64 / error.numel()  # of the whole weight
+        gradient = (2 * gradient @ a.T) @ torch.linalg.inv(a @ a.T) / 4
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        b = b - 0.01 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-6)
+    mp.freeze_a(model)
+    optimizer = mp.LoRAFA(model, lr=0.01, weight_decay=0.0, eps=1e-6)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    moved = (b - start).abs().max()
+    ours_off, theirs_off = (
+        float((found.detach() - b).abs().max() / moved) for found in (model[0].lora_b, theirs)
+    )
+    with capsys.disabled():
+        print(f"\nLoRA-FA, B off float64 after three steps: ours {ours_off:.0e}, "
+              f"PEFT's {theirs_off:.0e}")  # fmt: skip
+    assert ours_off < 1e-4  # float32 gradients, divided by their own size
+    assert ours_off < theirs_off < 0.1  # the same formula; PEFT's product is taken in bf16

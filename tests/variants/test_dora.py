@@ -81,6 +81,50 @@ def test_it_starts_at_the_base_merges_and_switches_off(kind):
     assert torch.equal(layer(x), base(x))
 
 
+def test_it_starts_exactly_at_what_lora_computes():
+    for dtype in (torch.float32, torch.bfloat16):
+        base, x = nn.Linear(64, 33).to(dtype), torch.randn(50, 64, dtype=dtype)
+        for layer in (DoRALinear(base, 4), DoRALinear(base, 4, dropout=0.3)):
+            assert torch.equal(layer(x), base(x))  # m / |W| is 1 to the bit
+    dense = nn.Linear(64, 33)
+    started = mp.loftq(1).for_weight(dense)  # B A is not 0
+    dora, lora = (
+        kind(NF4Linear.from_linear(dense), 4, init=started) for kind in (DoRALinear, LoRALinear)
+    )
+    torch.testing.assert_close(dora(x.float()), lora(x.float()), rtol=1e-5, atol=1e-5)  # float32
+
+
+def test_in_float64_norms_are_float64():
+    layer = randomise(DoRALinear(nn.Linear(7, 5).double(), 2, dtype=torch.float64))
+    assert layer.magnitude.dtype == torch.float64
+    x = torch.randn(3, 7, dtype=torch.float64)
+    exact = nn.functional.linear(x, layer.exact_parameters()["weight"], layer.bias)
+    torch.testing.assert_close(layer(x), exact, rtol=1e-13, atol=1e-13)
+
+
+def test_functional_transforms():
+    for training in (True, False):
+        layer = randomise(DoRALinear(nn.Linear(7, 5), 2)).train(training)
+        parameters, x = dict(layer.named_parameters()), torch.randn(4, 7)
+
+        def loss(parameters, x, layer=layer):
+            return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+        grads = torch.func.grad(loss)(parameters, x)
+        layer(x).square().sum().backward()
+        for name, parameter in layer.adapter_parameters().items():
+            # float32: the same sums in another order
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_over_an_adapter_the_weight_below_is_made_once(monkeypatch):
+    layer, calls = DoRALinear(LoRALinear(nn.Linear(7, 5), 2), 2), []
+    made = LoRALinear.exact_parameters
+    monkeypatch.setattr(LoRALinear, "exact_parameters", lambda s: calls.append(1) or made(s))
+    layer(torch.randn(2, 7))
+    assert len(calls) == 1
+
+
 def test_norms_by_the_identity_equal_those_of_the_sum():
     w, a, b = torch.randn(33, 65), torch.randn(4, 65), torch.randn(33, 4)
     found = row_norms(w.square().sum(1), w @ a.T, a, b, 0.7)
@@ -130,7 +174,7 @@ def test_norms_are_kept_in_eval_only(monkeypatch):
     layer, x = randomise(DoRALinear(nn.Linear(64, 33), 4)), torch.randn(3, 64)
     calls = []
     product = DoRALinear._product
-    monkeypatch.setattr(DoRALinear, "_product", lambda s, a: calls.append(1) or product(s, a))
+    monkeypatch.setattr(DoRALinear, "_product", lambda s, *a: calls.append(1) or product(s, *a))
     for _ in range(3):
         layer(x)
     assert len(calls) == 3
@@ -218,6 +262,8 @@ from torch import nn
 for make, x in (
     (lambda: mp.DoRALinear(nn.Linear(16, 8), 2), torch.randn(3, 16)),
     (lambda: mp.DoRALinear(mp.NF4Linear.from_linear(nn.Linear(64, 8)), 2), torch.randn(3, 64)),
+    (lambda: mp.DoRALinear(mp.NF4Linear.from_linear(nn.Linear(64, 8).bfloat16()), 2),
+     torch.randn(3, 64)),
     (lambda: mp.DoRAEmbedding(nn.Embedding(9, 8), 2), torch.arange(9)),
     (lambda: mp.DoRAConv(nn.Conv1d(4, 8, 3), 2), torch.randn(2, 4, 7)),
 ):

@@ -99,3 +99,54 @@ def test_what_does_not_start_at_zero_is_refused(start):
         nn.init.normal_(model.q.lora_b)
     with pytest.raises(ValueError, match="do not start at zero"):
         mp.init_eva(model, batches())
+
+
+def test_inputs_are_taken_in_before_the_model_changes_them_and_also_by_keyword():
+    class Overwriting(Block):
+        def forward(self, x):
+            x = x * 1.0
+            y = self.q(x=x)
+            x.zero_()
+            return y
+
+    model, x = Overwriting(), batches(1)[0]
+    mp.inject_lora(model, ["q"], 3)
+    mp.init_eva(model, [x])
+    _, _, v = torch.linalg.svd(x, full_matrices=False)
+    assert ((model.q.lora_a * v[:3]).sum(1).abs() > 0.9999).all()  # the same float32 rows
+
+
+def test_the_same_tensor_is_decomposed_once(monkeypatch):
+    model, calls, update = Block(), [], IncrementalSVD.update
+    monkeypatch.setattr(IncrementalSVD, "update", lambda s, *a: calls.append(1) or update(s, *a))
+    mp.inject_lora(model, ["q", "k", "out"], 3)
+    mp.init_eva(model, batches(2), tau=1.0)
+    assert len(calls) == 4  # q with k, and out; two batches
+
+
+def test_a_share_is_of_all_the_variance_and_ranks_follow_it():
+    rows = torch.randn(100, 16)
+    svd = IncrementalSVD(4)
+    for part in rows.split(40):
+        svd.update(part, tau=1.0)
+    assert svd.total == pytest.approx(float(rows.double().square().sum()), rel=1e-6)
+
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.narrow, self.wide = nn.Linear(16, 4), nn.Linear(16, 4)
+
+        def forward(self, narrow, wide):
+            return self.narrow(narrow) + self.wide(wide)
+
+    model = Apart()
+    mp.inject_lora(model, ["narrow", "wide"], 3)
+    narrow, wide = torch.randn(40, 6) @ torch.randn(6, 16), torch.randn(40, 16)
+    squares = [np.linalg.svd(t.double().numpy(), compute_uv=False) ** 2 for t in (narrow, wide)]
+    shares = [(s / squares[i].sum(), i) for i in (0, 1) for s in squares[i][1:6]]  # one each is set
+    best = sorted(shares, reverse=True)[:4]
+    expected = {name: 1 + sum(i == which for _, i in best)
+                for i, name in enumerate(("narrow", "wide"))
+                for which in [i]}  # fmt: skip
+    assert mp.init_eva(model, [(narrow, wide)]) == expected
+    assert expected["narrow"] > expected["wide"]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class _Collected:
     saved: list[str] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     tied: bool = False
+    own_bases: list[str] = field(default_factory=list)  # LoftQ gave them other codes
 
 
 def _collect(model: nn.Module, name: str) -> _Collected:
@@ -66,6 +68,8 @@ def _collect(model: nn.Module, name: str) -> _Collected:
                 found.tied = True
                 found.tensors |= written(place, layer)
             else:
+                if isinstance(layer, nn.Module) and "codes_before" in layer.__dict__:
+                    found.own_bases.append(place)
                 found.tensors |= written(place, layer)  # type: ignore[arg-type]
                 if place in found.low_rank:
                     raise ValueError(f"save_peft: two layers of {name!r} over {place}")
@@ -202,6 +206,13 @@ def save_peft(
         tensors = {f"{PREFIX}{key}": gathered.get(id(value), value)
                    for key, value in found.tensors.items()}  # fmt: skip
         collected[adapter] = found, _config(model, found), tensors
+        if found.own_bases:
+            warnings.warn(
+                f"save_peft: LoftQ gave {found.own_bases[0]} ({len(found.own_bases)} layers) other "
+                "codes, which an adapter file does not hold; it fits this base only: keep it with "
+                "io.bitsandbytes.save_quantized",
+                stacklevel=2,
+            )
     touched: list[str] = []
     for adapter, (found, config, tensors) in collected.items():
         alone = name is not None or adapter == DEFAULT
