@@ -180,7 +180,7 @@ def tie_lora(model: nn.Module, *, name: str = DEFAULT) -> Names:
     Without this the adapter acts on the input side only.  Returns the names of the heads.
 
     Raises:
-        ValueError: no such head, or one that has an adapter of its own.
+        ValueError: no such adapter or head, or a head that has an adapter of this name.
     """
     check_model("tie_lora", model)
     called = adapters_called("tie_lora", model, name)

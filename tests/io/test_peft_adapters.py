@@ -247,6 +247,15 @@ CHANGES = {
         "LLaMA, embeddings",
         lambda t: t["base_model.model.model.embed_tokens.base_layer.weight"].add_(1), "unexpected",
     ),
+    "a kernel without axes": (
+        "grouped convolution",
+        lambda t: t.update({"base_model.model.grouped.lora_A.weight": torch.zeros(4)}), r"\(4,\)",
+    ),
+    "a pointwise kernel of two axes": (
+        "grouped convolution",
+        lambda t: t.update({"base_model.model.grouped.lora_B.weight": torch.zeros(8, 2)}),
+        r"\(8, 2\)",
+    ),
     "two names for one tensor": (
         "grouped convolution",
         lambda t: t.update({"base_model.model.grouped.lora_A.x.weight":

@@ -164,8 +164,11 @@ class _Builder:
         buffers = {f"copy.{key}": value for key, value in layer.copy.named_buffers()}
         given = {key: own.pop(key) for key in list(own) if key in buffers}
         for key, value in given.items():  # running means: older files lack them
-            if value.shape != buffers[key].shape:
-                raise ValueError(f"{where}: {key} has shape {tuple(value.shape)}")
+            if value.shape != buffers[key].shape or not bool(value.isfinite().all()):
+                raise ValueError(
+                    f"{where}: {key} has shape {tuple(value.shape)}, expected "
+                    f"{tuple(buffers[key].shape)} and finite numbers"
+                )
         if unknown := own.keys() - layer.adapter_parameters().keys():
             raise ValueError(f"{where}: {sorted(unknown)[0]} is no parameter of the module")
         if lost := layer.adapter_parameters().keys() - own.keys():

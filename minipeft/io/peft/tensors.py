@@ -96,6 +96,9 @@ def reaches_across_groups(module: nn.Module, found: Mapping[Key, Tensor]) -> boo
     roles = {key.role: value for key, value in found.items()}
     if groups == 1 or not {"lora_A", "lora_B"} <= roles.keys():
         return False
+    axes = len(getattr(innermost(module), "kernel_size", ())) + 2
+    if any(roles[role].dim() != axes for role in ("lora_A", "lora_B")):
+        return False  # of another shape altogether, which is for `copy_into` to say
     try:
         grouped_from_full(roles["lora_A"], roles["lora_B"], groups)
     except ValueError:
@@ -132,7 +135,8 @@ def parameters(where: str, layer: nn.Module, found: Mapping[Key, Tensor]) -> Ten
     made = {own: roles[role] for own, role in wanted.items()}
     if isinstance(layer, LoRAConv):
         kernel = made["lora_a"].dim() - 2
-        if not layer.across_groups and made["lora_a"].dim() == layer.lora_a.dim():
+        same_axes = made["lora_a"].dim() == made["lora_b"].dim() == layer.lora_a.dim()
+        if not layer.across_groups and same_axes:
             made["lora_a"], made["lora_b"] = grouped_from_full(
                 made["lora_a"], made["lora_b"], layer.groups
             )
