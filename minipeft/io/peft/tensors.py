@@ -135,8 +135,13 @@ def parameters(where: str, layer: nn.Module, found: Mapping[Key, Tensor]) -> Ten
     made = {own: roles[role] for own, role in wanted.items()}
     if isinstance(layer, LoRAConv):
         kernel = made["lora_a"].dim() - 2
-        same_axes = made["lora_a"].dim() == made["lora_b"].dim() == layer.lora_a.dim()
-        if not layer.across_groups and same_axes:
+        shapes = [tuple(made[own].shape) for own in ("lora_a", "lora_b")]
+        if any(len(shape) != layer.lora_a.dim() for shape in shapes):
+            raise ValueError(
+                f"{where}: lora_A {shapes[0]}, lora_B {shapes[1]}; expected "
+                f"{layer.lora_a.dim()} axes each"
+            )
+        if not layer.across_groups:
             made["lora_a"], made["lora_b"] = grouped_from_full(
                 made["lora_a"], made["lora_b"], layer.groups
             )
