@@ -164,7 +164,8 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
 
     Called again with as many rows it changes tensors in place, and takes over factors and scales
     as they are then.  The first axis of what the layers get must be the batch, flattened with
-    later axes at most.  Returns the names of the modules.
+    later axes at most.  A module that has `serve_rows` of its own (the prefixes of a model) is told
+    of its adapters.  Returns the names of the modules.
 
     Raises:
         ValueError: no rows, no such adapter, a merged model, NaN or Inf in an adapter, or one that
@@ -180,12 +181,16 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
         raise ValueError(
             f"use_adapters: the model has no adapter {unknown}; it has {sorted(everything)}"
         )
+    owners = [module for module in model.modules() if _serves_rows(module)]
+    own = {id(part): part for owner in owners for part in owner.modules()}
     names = list(everything)  # all of them: other rows may want others
-    places = _places(everything, used)
+    places = _places(everything, used, own)
     present = {n: s[0] for n, s in stacks(model).items() if isinstance(s[0], LoRABank)}
-    banks = _banks(model, names, places, present, len(wanted))
-    gate = next(iter(banks.values())).gate
+    banks = _banks(model, names, places, present, len(wanted)) if places else {}
+    for owner in owners:
+        owner.serve_rows(wanted)  # type: ignore[operator]
     with torch.no_grad():
+        gate = next((bank.gate for bank in banks.values()), torch.zeros(len(wanted), len(names)))
         gate.zero_()
         for i, row in enumerate(wanted):
             for name in row:
@@ -199,16 +204,23 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
                 else:
                     a, b = layer.factors()
                     bank.load(slot, a, b * (layer.scaling * layer.scale))
-    return list(places)
+    found = [place for name in used for place in everything[name]]
+    return list(dict.fromkeys([*places, *found]))
+
+
+def _serves_rows(module: nn.Module) -> bool:
+    return callable(getattr(type(module), "serve_rows", None))
 
 
 def _places(
-    everything: dict[str, dict[str, list[Adapter]]], used: list[str]
+    everything: dict[str, dict[str, list[Adapter]]], used: list[str], own: dict[int, nn.Module]
 ) -> dict[str, dict[str, LoRALinear]]:
     """{module name: {adapter name: its layer}}, for adapters that are LoRALinear throughout."""
     places: dict[str, dict[str, LoRALinear]] = {}
     for name, adapters in everything.items():
         for place, stack in adapters.items():
+            if all(id(layer) in own for layer in stack):
+                continue
             plain = [layer for layer in stack if type(layer) is LoRALinear]
             if len(plain) != len(stack) or len(plain) != 1:
                 if name not in used and not any(layer.enabled for layer in stack):
@@ -271,6 +283,9 @@ def stop_rows(model: nn.Module) -> None:
     }
     if banks:
         swap(model, banks)
+    for module in model.modules():
+        if _serves_rows(module):
+            module.stop_rows()  # type: ignore[operator]
 
 
 def refuse_rows(caller: str, model: nn.Module) -> None:

@@ -68,12 +68,17 @@ class PrefixEncoder(nn.Module):
     per layer, scaled so that the prefix starts near N(0, init_std) too; `embedding_dim` is
     `hidden` unless given.  `dropout` acts on the prefix while training.
 
+    The first `frozen` positions are not trained: an attention sink, say, from load_kv.  With
+    `gated` each layer has a gate per key/value head, which starts at 0: attention without the
+    prefix, and on the way to it with tanh(gate) (see `gated_attention`); then the model starts
+    exactly where it was.
+
     `forward()` returns (k, v) per layer, each (kv_heads, prefix_length, dim).  Set `enabled` to
     False, or use minipeft.disable_adapters, and they have length 0: attention as without prefix.
 
     Raises:
         ValueError: no layers, sizes or prefix_length below 1, dropout outside [0, 1), init_std
-            not above 0.
+            not above 0, frozen not below prefix_length.
 
     >>> encoder = PrefixEncoder([(2, 8, 8)] * 3, prefix_length=5)
     >>> k, v = encoder()[0]
@@ -90,6 +95,8 @@ class PrefixEncoder(nn.Module):
         embedding_dim: int | None = None,
         dropout: float = 0.0,
         init_std: float = 0.02,
+        frozen: int = 0,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.kv_shapes = [KVShape(*shape) for shape in kv_shapes]
@@ -108,16 +115,35 @@ class PrefixEncoder(nn.Module):
             raise ValueError(f"PrefixEncoder: dropout={dropout!r}; expected 0 <= dropout < 1")
         if not 0 < init_std < math.inf:
             raise ValueError(f"PrefixEncoder: init_std={init_std!r}; expected a number above 0")
+        if (
+            isinstance(frozen, bool)
+            or not isinstance(frozen, int)
+            or not 0 <= frozen < prefix_length
+        ):
+            raise ValueError(
+                f"PrefixEncoder: frozen={frozen!r}; expected 0 <= frozen < {prefix_length}, the "
+                "positions that are not trained"
+            )
         self.prefix_length, self.hidden, self.dropout = prefix_length, hidden, dropout
+        self.frozen, self.gated = frozen, gated
         self.enabled = True
         widths = [shape.width for shape in self.kv_shapes]
-        if hidden is None:
-            self.tables = nn.ParameterList(
-                torch.randn(prefix_length, width, dtype=torch.float32) * init_std
-                for width in widths
+        trained = prefix_length - frozen
+
+        def table(length: int, width: int) -> Tensor:
+            return torch.randn(length, width, dtype=torch.float32) * init_std
+
+        if frozen:
+            self.sinks = nn.ParameterList(table(frozen, width) for width in widths)
+            self.sinks.requires_grad_(False)
+        if gated:
+            self.gates = nn.ParameterList(
+                torch.zeros(shape.kv_heads, dtype=torch.float32) for shape in self.kv_shapes
             )
+        if hidden is None:
+            self.tables = nn.ParameterList(table(trained, width) for width in widths)
         else:
-            rows = torch.randn(prefix_length, embedding_dim or hidden, dtype=torch.float32)
+            rows = torch.randn(trained, embedding_dim or hidden, dtype=torch.float32)
             self.embedding = nn.Parameter(rows)
             self.inner = nn.Linear(embedding_dim or hidden, hidden, dtype=torch.float32)
             outer = [nn.Linear(hidden, width, dtype=torch.float32) for width in widths]
@@ -139,23 +165,25 @@ class PrefixEncoder(nn.Module):
                 "disable_adapters)"
             )
 
-    def _rows(self, layer: int) -> Float[Tensor, "prefix width"]:
+    def _rows(self, layer: int, dropout: float = 0.0) -> Float[Tensor, "prefix width"]:
         if self.hidden is None:
-            table: Tensor = self.tables[layer]
-            return table
-        # recomputed for each layer: graphs of layers share nothing, as re-entrant checkpointing
-        # needs, and the inner product is small
-        out: Tensor = self.outer[layer](torch.tanh(self.inner(self.embedding)))
-        return out
+            rows: Tensor = self.tables[layer]
+        else:
+            # recomputed for each layer: graphs of layers share nothing, as re-entrant
+            # checkpointing needs, and the inner product is small
+            rows = self.outer[layer](torch.tanh(self.inner(self.embedding)))
+        if dropout:
+            rows = F.dropout(rows, dropout)
+        return torch.cat([self.sinks[layer], rows]) if self.frozen else rows
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """k and v of one layer, (kv_heads, prefix_length, dim); of length 0 while not enabled."""
-        rows = self._rows(layer)
-        if not self.enabled:
-            rows = rows[:0]
-        if self.dropout and self.training:
-            rows = F.dropout(rows, self.dropout)
-        return split_kv(rows, self.kv_shapes[layer])
+        rows = self._rows(layer, self.dropout if self.training else 0.0)
+        return split_kv(rows if self.enabled else rows[:0], self.kv_shapes[layer])
+
+    def gate(self, layer: int) -> Float[Tensor, " kv_heads"] | None:
+        """tanh of the gates of one layer; None without gates."""
+        return torch.tanh(self.gates[layer]) if self.gated else None
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         return [self.layer(index) for index in range(len(self.kv_shapes))]
@@ -166,10 +194,15 @@ class PrefixEncoder(nn.Module):
 
     def bake(self) -> "PrefixEncoder":
         """A new encoder with the same prefix as plain tables: what to keep after training."""
-        baked = PrefixEncoder(self.kv_shapes, self.prefix_length, dropout=self.dropout)
+        baked = PrefixEncoder(
+            self.kv_shapes, self.prefix_length,
+            dropout=self.dropout, frozen=self.frozen, gated=self.gated,
+        )  # fmt: skip
         baked.to(self.flat().device).train(self.training)
         baked.enabled = self.enabled
         baked.load_flat(self.flat().detach())
+        if self.gated:
+            baked.gates.load_state_dict(self.gates.state_dict())
         return baked
 
     def load_flat(self, flat: Float[Tensor, "prefix total"]) -> None:
@@ -189,8 +222,10 @@ class PrefixEncoder(nn.Module):
         if not bool(flat.isfinite().all()):
             raise ValueError("PrefixEncoder: the table holds NaN or Inf")
         with torch.no_grad():
-            for table, columns in zip(self.tables, torch.split(flat, widths, dim=1), strict=True):
-                table.copy_(columns)
+            for layer, columns in enumerate(torch.split(flat, widths, dim=1)):
+                if self.frozen:
+                    self.sinks[layer].copy_(columns[: self.frozen])
+                self.tables[layer].copy_(columns[self.frozen :])
 
     def load_kv(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Copy keys and values per layer, each (kv_heads, prefix_length, dim): a cache's content.
@@ -222,8 +257,9 @@ class PrefixEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         how = "table" if self.hidden is None else f"hidden={self.hidden}"
-        off = "" if self.enabled else ", disabled"
-        return f"prefix_length={self.prefix_length}, layers={len(self.kv_shapes)}, {how}{off}"
+        frozen = f", frozen={self.frozen}" if self.frozen else ""
+        rest = f"{frozen}{', gated' if self.gated else ''}{'' if self.enabled else ', disabled'}"
+        return f"prefix_length={self.prefix_length}, layers={len(self.kv_shapes)}, {how}{rest}"
 
 
 def prefix_attention(
@@ -236,6 +272,8 @@ def prefix_attention(
     mask: Tensor | None = None,
     is_causal: bool = True,
     scale: float | None = None,
+    dropout: float = 0.0,
+    gate: Tensor | None = None,
 ) -> Float[Tensor, "b h t dv"]:
     """Attention with a prefix that every query sees, for attention of your own.
 
@@ -244,8 +282,10 @@ def prefix_attention(
     `mask` is over the tokens, broadcastable to (b, h, t, s): bool (True attends) or added to the
     scores, and combined with `is_causal`.  `prefix_k` (g, p, dk) and
     `prefix_v` (g, p, dv) are for all rows, (b, g, p, ...) for each its own; p = 0 is attention
-    without prefix.  Both are cast to k's dtype.  `scale`
-    None: 1 / sqrt(dk).
+    without prefix.  Both are cast to k's dtype.  `scale` None: 1 / sqrt(dk).  `dropout` acts on
+    the attention weights, whatever the mode: pass 0 outside training.  `gate` (g,), or one number
+    for all heads, takes that share of the way from attention without the prefix (0) to attention
+    with it (1): `PrefixEncoder.gate`.
 
     Raises:
         ValueError: shapes that do not belong together, a mask whose last size is not s.
@@ -258,6 +298,15 @@ def prefix_attention(
         )
     if is_causal and t > s:
         raise ValueError(f"prefix_attention: {t} queries over {s} keys cannot be causal")
+    if gate is not None:
+        whole, alone = (
+            prefix_attention(
+                q, k, v, prefix_k[..., :p, :], prefix_v[..., :p, :],
+                mask=mask, is_causal=is_causal, scale=scale, dropout=dropout,
+            )
+            for p in (prefix_k.shape[-2], 0)
+        )  # fmt: skip
+        return gated_attention(alone, whole, gate)
     k, v, p = with_prefix(k, v, prefix_k, prefix_v)
     if mask is not None and mask.shape[-1] != s:
         raise ValueError(
@@ -275,8 +324,20 @@ def prefix_attention(
     if mask is not None:
         mask = pad_mask(mask, p)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=heads != groups
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=heads != groups
     )
+
+
+def gated_attention(
+    alone: Float[Tensor, "b h t dv"], whole: Float[Tensor, "b h t dv"], gate: Tensor
+) -> Float[Tensor, "b h t dv"]:
+    """From attention without a prefix towards attention with it: alone + gate * (whole - alone).
+
+    Attention over prefix and tokens together is a mean of attention over each, weighted by their
+    sums of exponentials; so this is the prefix's part times `gate`, per key/value head (g,).
+    """
+    gate = gate.to(alone.dtype).reshape(-1).repeat_interleave(alone.shape[1] // gate.numel())
+    return alone + gate[:, None, None] * (whole - alone)
 
 
 def with_prefix(

@@ -1,7 +1,8 @@
 """Hugging Face models: deep prefixes, saving, and models without weights."""
 
 from minipeft.integrations.transformers import saving
-from minipeft.integrations.transformers.deep_prefix import Prefix, attach_prefix
+from minipeft.integrations.transformers.attached import Prefix
+from minipeft.integrations.transformers.deep_prefix import attach_prefix
 from minipeft.integrations.transformers.meta import meta_model
 
 __all__ = ["Prefix", "attach_prefix", "meta_model", "saving"]

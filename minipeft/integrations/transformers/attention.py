@@ -1,32 +1,77 @@
-"""The attention that transformers calls where a prefix is attached.
+"""Route B: the attention that transformers calls where a prefix is attached.
 
-A model whose config says "minipeft_sdpa" calls `sdpa` with the prefix in front of the keys and
-values and in front of the mask, and nothing else changed: soft caps, sinks, dropout and scaling
-reach the implementation that the model had.  The mask function is the model's own too, told to
-build a mask even where sdpa could do without: a causal flag would hide the prefix.
+A model whose config says "minipeft3_sdpa" calls `sdpa` with the keys and values of prefix number 3
+in front, and nothing else changed: soft caps, sinks, dropout and scaling reach the implementation
+that the model had.  The mask function is the model's own too, told to build a mask even where sdpa
+could do without (a causal flag would hide the prefix), with the prefix's columns put in front.
+
+The mask is the only place that says who sees what.  It is made once in a forward and handed to
+each layer, so that a layer computed again by gradient checkpointing sees the same as before.
 """
 
-import functools
+import itertools
+import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.prefix import KVShape, pad_mask, with_prefix
+from minipeft.integrations.transformers.columns import Query, put_in_front
+from minipeft.prefix import KVShape, gated_attention, with_prefix
 
-MARK = "minipeft_"
-ATTRIBUTE = "_minipeft_prefix"  # on an attention module: (what has the encoder, layer number)
+MARK = re.compile(r"minipeft(\d+)_")
+ATTRIBUTE = "_minipeft_prefix"  # on an attention module: (owner of the prefix, layer number)
+COVERED = "_minipeft_covered"  # on a mask whose first columns are the prefix's
+_numbers = itertools.count()
+
+
+@runtime_checkable
+class Owner(Protocol):
+    """What the registered functions ask of a Prefix."""
+
+    def is_on(self) -> bool:
+        """Whether any prefix takes part."""
+        ...
+
+    def columns(self) -> int:
+        """The number of all prefix positions that take part, in whatever row."""
+        ...
+
+    def layer(self, layer: int) -> list["Part"]:
+        """Keys and values of one layer, a part for each prefix, in the order of the columns."""
+        ...
+
+    def visible(self, query: Query) -> Tensor | None:
+        """Which columns each query sees, (batch, 1, 1 or queries, columns); None: all."""
+        ...
+
+
+class Part(NamedTuple):
+    """One prefix in one layer."""
+
+    k: Tensor  # (kv_heads, prefix, key_dim)
+    v: Tensor
+    gate: Tensor | None  # (kv_heads,)
 
 
 class Call(NamedTuple):
     """What one attention module handed over."""
 
     module: nn.Module
-    shape: KVShape
-    device: Any
+    queries: int
+    k: Tensor  # (batch, kv_heads, tokens, key_dim)
+    v: Tensor
+
+    @property
+    def shape(self) -> KVShape:
+        """Heads and sizes."""
+        return KVShape(self.k.shape[1], self.k.shape[3], self.v.shape[3])
 
 
 _calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
@@ -43,13 +88,18 @@ def recording() -> Iterator[list[Call]]:
         _calls.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether calls are collected right now: the configs name what does it."""
+    return not torch.compiler.is_compiling() and _calls.get() is not None
+
+
 def own_implementation(name: str) -> str:
-    """The implementation below ours: "sdpa" for "minipeft_sdpa", any other name as it is."""
-    return name.removeprefix(MARK)
+    """The implementation below ours: "sdpa" for "minipeft3_sdpa", any other name as it is."""
+    return MARK.sub("", name, count=1) if MARK.match(name) else name
 
 
 def bind(module: nn.Module, owner: nn.Module, layer: int) -> None:
-    """Let `module` attend to that layer of `owner.encoder`; in its __dict__, not as a submodule."""
+    """Let `module` attend to that layer of `owner`; in its __dict__, not as a submodule."""
     module.__dict__[ATTRIBUTE] = (owner, layer)
 
 
@@ -58,13 +108,8 @@ def unbind(module: nn.Module) -> None:
     module.__dict__.pop(ATTRIBUTE, None)
 
 
-@functools.cache
-def register(name: str) -> str:
-    """Make "minipeft_<name>" known to transformers, and return that.
-
-    Raises:
-        ValueError: `name` builds its masks in a form that no prefix can be put in front of.
-    """
+def check_implementation(name: str) -> None:
+    """Raise ValueError where masks are built in a form that no prefix can be put in front of."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if name != "eager" and (
@@ -76,11 +121,35 @@ def register(name: str) -> str:
             f"attach_prefix: attention implementation {name!r}; a prefix works with 'sdpa' and "
             "'eager': call model.set_attn_implementation('sdpa') first"
         )
+
+
+def register(name: str, owner: nn.Module | None, number: int | None = None) -> str:
+    """Make "minipeft<number>_<name>" known to transformers for one prefix, and return that.
+
+    It is known until the prefix is gone.  Without an owner it only serves `recording`.
+
+    Raises:
+        ValueError: `name` builds its masks in a form that no prefix can be put in front of.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    check_implementation(name)
+    known = f"minipeft{next(_numbers) if number is None else number}_{name}"
+    if known in AttentionInterface._global_mapping:
+        return known
     build_mask: Any = AttentionMaskInterface._global_mapping[name]
+    reference: Callable[[], Any] = (lambda: None) if owner is None else weakref.ref(owner)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
+        found: Owner | None = reference()
+        if found is None or not found.is_on():
+            return build_mask(*args, **kwargs)
         kwargs["allow_is_causal_skip"] = kwargs["allow_is_bidirectional_skip"] = False
-        return build_mask(*args, **kwargs)
+        built = build_mask(*args, **kwargs)
+        covered = put_in_front(built, found.visible(Query.of(kwargs)), found.columns())
+        if covered is not None:  # generate builds masks ahead and hands them to the model
+            setattr(covered, COVERED, True)
+        return covered
 
     def attend(
         module: nn.Module,
@@ -90,30 +159,84 @@ def register(name: str) -> str:
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        if (calls := _calls.get()) is not None:
-            calls.append(
-                Call(module, KVShape(key.shape[1], key.shape[3], value.shape[3]), key.device)
-            )
-        if ATTRIBUTE in module.__dict__:
-            owner, layer = module.__dict__[ATTRIBUTE]
-            tokens = key.shape[2]
-            key, value, length = with_prefix(key, value, *owner.encoder.layer(layer))
-            if attention_mask is None:
-                raise ValueError(
-                    f"{type(module).__name__}: the model gave attention no mask; a prefix needs one"
-                )
-            if attention_mask.shape[-1] != tokens:
-                raise ValueError(
-                    f"{type(module).__name__}: the mask covers {attention_mask.shape[-1]} of "
-                    f"{tokens} keys (the prefix takes no part in it)"
-                )
-            attention_mask = pad_mask(attention_mask, length)
+        # tracing cannot read context variables, and a probe is never compiled
+        if not torch.compiler.is_compiling() and (calls := _calls.get()) is not None:
+            calls.append(Call(module, query.shape[2], key.detach(), value.detach()))
         function = _function(name, module)
-        return function(module, query, key, value, attention_mask, **kwargs)
+        found: Owner | None = reference()
+        if found is None or not found.is_on():
+            return function(module, query, key, value, attention_mask, **kwargs)
+        columns = found.columns()
+        attention_mask = _checked(module, attention_mask, key.shape[2], columns)
+        if ATTRIBUTE not in module.__dict__:  # a location without a prefix
+            own = None if attention_mask is None else attention_mask[..., columns:]
+            return function(module, query, key, value, own, **kwargs)
 
-    AttentionInterface.register(MARK + name, attend)
-    AttentionMaskInterface.register(MARK + name, mask)
-    return MARK + name
+        def with_parts(chosen: list[bool]) -> Any:
+            """The implementation, over the chosen prefixes and the tokens."""
+            return _over(function, module, query, key, value, attention_mask, kwargs, parts, chosen)
+
+        parts = found.layer(module.__dict__[ATTRIBUTE][1])
+        plain = [part.gate is None for part in parts]
+        out, *rest = with_parts(plain)
+        for number, part in enumerate(parts):
+            if part.gate is not None:
+                whole = with_parts([p or i == number for i, p in enumerate(plain)])[0]
+                heads = (out.transpose(1, 2), whole.transpose(1, 2))  # (batch, heads, queries, dim)
+                out = gated_attention(*heads, part.gate).transpose(1, 2)
+        return (out, *rest)
+
+    AttentionInterface.register(known, attend)
+    AttentionMaskInterface.register(known, mask)
+    if owner is not None:
+        weakref.finalize(owner, forget, known)
+    return known
+
+
+def number_of_new() -> int:
+    """A number that no other prefix has."""
+    return next(_numbers)
+
+
+def forget(known: str) -> None:
+    """Take a registered name out again."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface._global_mapping.pop(known, None)
+    AttentionMaskInterface._global_mapping.pop(known, None)
+
+
+def _checked(module: nn.Module, mask: Tensor | None, tokens: int, columns: int) -> Tensor | None:
+    """The mask, if it covers prefix and tokens."""
+    name = type(module).__name__
+    if mask is None:
+        if ATTRIBUTE in module.__dict__:
+            raise ValueError(f"{name}: the model gave attention no mask; a prefix needs one")
+        return None
+    if mask.shape[-1] != columns + tokens:
+        raise ValueError(
+            f"{name}: the mask covers {mask.shape[-1] - columns} of {tokens} keys (the prefix of "
+            f"{columns} takes no part in it); was a prefix switched between forward and backward?"
+        )
+    return mask
+
+
+def _over(
+    function: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+    mask: Tensor | None, kwargs: dict[str, Any], parts: list[Part], chosen: list[bool],
+) -> Any:  # fmt: skip
+    """`function` over the chosen parts and the tokens."""
+    taken = [part for part, take in zip(parts, chosen, strict=True) if take]
+    if mask is not None and not all(chosen):
+        sizes = [part.k.shape[1] for part in parts]
+        pieces = torch.split(mask, [*sizes, key.shape[2]], dim=-1)
+        mask = torch.cat([p for p, take in zip(pieces, [*chosen, True], strict=True) if take], -1)
+    if taken:
+        k, v = (torch.cat([part[i] for part in taken], dim=1) for i in (0, 1))  # type: ignore[misc]
+        key, value, length = with_prefix(key, value, k, v)
+        if isinstance(kwargs.get("position_bias"), Tensor):  # T5's, of tokens: a prefix has none
+            kwargs = {**kwargs, "position_bias": F.pad(kwargs["position_bias"], (length, 0))}
+    return function(module, query, key, value, mask, **kwargs)
 
 
 def _function(name: str, module: nn.Module) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """Positions and masks of a transformers model that has a prefix."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,25 +12,25 @@ from minipeft.integrations.transformers.arguments import Arguments, names_of
 TABLES = ("wpe", "embed_positions", "position_embeddings")  # learned absolute positions
 
 
-def _seen(given: Arguments) -> Any:
+def seen(given: Arguments) -> Any:
     """How many tokens the cache holds; a tensor where the cache is static."""
     cache = given["past_key_values"]
     return 0 if cache is None else cache.get_seq_length()
 
 
-def _tokens(given: Arguments) -> Tensor:
+def tokens(given: Arguments) -> Tensor:
     """A tensor (batch, tokens, ...) of the call."""
     ids = given["input_ids"]
-    tokens: Tensor = given["inputs_embeds"] if ids is None else ids
-    return tokens
+    found: Tensor = given["inputs_embeds"] if ids is None else ids
+    return found
 
 
 def check_mask(given: Arguments) -> None:
     """Raise ValueError unless a 2-D mask covers the cached and the new tokens, and them alone."""
-    mask, seen = given["attention_mask"], _seen(given)
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not isinstance(seen, int):
+    mask, held = given["attention_mask"], seen(given)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not isinstance(held, int):
         return
-    expected = seen + _tokens(given).shape[1]
+    expected = held + tokens(given).shape[1]
     if mask.shape[1] != expected:
         raise ValueError(
             f"attention_mask covers {mask.shape[1]} tokens; expected {expected}, cached and new "
@@ -38,33 +38,63 @@ def check_mask(given: Arguments) -> None:
         )
 
 
-def shift(given: Arguments, prefix_length: int) -> None:
-    """Number the tokens from prefix_length on, or from the given positions plus that."""
+def _counted(given: Arguments, pad: int | None) -> Tensor:
+    """0, 1, 2, ... after what the cache holds: most models."""
+    found = tokens(given)
+    counted: Tensor = torch.arange(found.shape[1], device=found.device) + seen(given)
+    return counted[None]
+
+
+def _unpadded(given: Arguments, pad: int | None) -> Tensor:
+    """The number of tokens before that are no padding, -1 for padding: OPT."""
+    mask = given["attention_mask"]
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return _counted(given, pad)
+    return (mask.cumsum(1) * mask - 1).long()[:, -tokens(given).shape[1] :]
+
+
+def _behind_padding_id(given: Arguments, pad: int | None) -> Tensor:
+    """From the id of the padding token on, which padding itself gets: RoBERTa."""
+    ids = given["input_ids"]
+    if pad is None or ids is None:
+        return _counted(given, pad) + 1 + (pad or 0)
+    real = (ids != pad).long()
+    numbered: Tensor = real.cumsum(1) * real + pad
+    return numbered
+
+
+RULES: dict[str, Callable[[Arguments, int | None], Tensor]] = {
+    "counted": _counted, "unpadded": _unpadded, "behind the padding id": _behind_padding_id,
+}  # fmt: skip
+
+
+def renumber(given: Arguments, rule: str, pad: int | None, by: int | Tensor) -> None:
+    """Give the positions that the caller or the rule says, plus `by` (a number, or (batch, 1))."""
     positions = given["position_ids"]
     if positions is None:
-        tokens = _tokens(given)
-        count = torch.arange(tokens.shape[1], device=tokens.device)
-        positions = (count + _seen(given))[None]
-    given["position_ids"] = positions + prefix_length
+        positions = RULES[rule](given, pad)
+    given["position_ids"] = positions + by
 
 
 def table_rows(base: nn.Module) -> int | None:
-    """How many positions a learned table holds; None where positions are computed."""
+    """How many positions a table holds, learned or not; None where positions are computed."""
     for name, module in base.named_modules():
         if name.rpartition(".")[2] in TABLES and isinstance(module, nn.Embedding):
             return module.num_embeddings - int(getattr(module, "offset", 0))
+        table = getattr(module, "embed_positions", None)  # sines and cosines: CodeGen, GPT-J
+        if isinstance(table, Tensor) and table.dim() == 2:
+            return len(table)
     return None
 
 
-def check_table(given: Arguments, rows: int | None) -> None:
-    """Raise ValueError if a position lies beyond a learned table of `rows`."""
-    if rows is None:
+def check_table(given: Arguments, rule: str | None, pad: int | None, rows: int | None) -> None:
+    """Raise ValueError if a position lies beyond a table of `rows`."""
+    if rows is None or torch.compiler.is_compiling():  # a compiled lookup checks its own bounds
         return
     positions = given["position_ids"]
     if positions is None:
-        last = int(_seen(given)) + _tokens(given).shape[1] - 1
-    else:
-        last = int(positions.max()) if positions.numel() else -1
+        positions = RULES[rule or "counted"](given, pad)
+    last = int(positions.max()) if positions.numel() else -1
     if last >= rows:
         raise ValueError(
             f"position {last} is beyond the model's table of {rows} positions; prefix and text "
@@ -85,40 +115,69 @@ def _quietly(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def run_tokens(model: nn.Module, count: int, **arguments: Any) -> Any:
-    """The model's output for the tokens 0, 1, 2, ...
+def run(model: nn.Module, *, use_cache: bool = False, **arguments: Any) -> Any:
+    """The model's output for these arguments, in eval mode and without gradients.
 
     Raises:
         ValueError: the model cannot be run like this.
     """
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    ids = torch.arange(count, device=device)[None]
+    if "use_cache" in names_of(model) and "past_key_values" in names_of(model):
+        arguments["use_cache"] = use_cache
     with _quietly(model):
         try:
-            return model(input_ids=ids, use_cache=False, **arguments)
+            return model(**arguments)
         except Exception as error:
             raise ValueError(
-                f"attach_prefix: {type(model).__name__} could not be run on {count} tokens: {error}"
+                f"attach_prefix: {type(model).__name__} could not be run on a few tokens: {error}"
             ) from error
 
 
-def check_rule(base: nn.Module) -> None:
-    """Raise ValueError unless the model numbers its tokens 0, 1, 2, ..., padded or not.
+def find_rule(base: nn.Module) -> str | None:
+    """By which of RULES the model numbers its tokens; None if by none, or if it takes no numbers.
 
-    That is what `shift` adds to.  Looked at with three tokens of which the middle one is padding:
-    a model that counts what the mask keeps would see the outer two side by side.
+    Looked at with three tokens of which the middle one is padding: a model that counts what the
+    mask keeps sees the outer two side by side.  So does one whose numbers make no difference.
     """
     if "position_ids" not in names_of(base):
-        raise ValueError(
-            f"attach_prefix: {type(base).__name__} takes no position_ids; use position='none'"
-        )
+        return None
+    ids, pad = _with_padding(base)
+    mask = torch.tensor([[1, 0, 1]], device=ids.device)
+    own = _last(run(base, input_ids=ids, attention_mask=mask))
+    given = Arguments([], (), {"input_ids": ids, "attention_mask": mask})
+    for name, rule in RULES.items():
+        there = rule(given, pad)
+        if torch.equal(own, _last(run(base, input_ids=ids, attention_mask=mask,
+                                      position_ids=there.clamp(min=0)))):  # fmt: skip
+            return name
+    return None
+
+
+def matter(base: nn.Module) -> bool:
+    """Whether other position_ids make another output."""
+    if "position_ids" not in names_of(base):
+        return False
+    ids, _ = _with_padding(base)
+    near = torch.tensor([[0, 1, 2]], device=ids.device)
+    far = torch.tensor([[0, 2, 5]], device=ids.device)
+    return not torch.equal(*(_last(run(base, input_ids=ids, position_ids=p)) for p in (near, far)))
+
+
+def is_causal(base: nn.Module) -> bool:
+    """Whether the first token's output is independent of the second token."""
     device = base.get_input_embeddings().weight.device  # type: ignore[operator]
-    mask = torch.tensor([[1, 0, 1]], device=device)
-    counted = torch.arange(3, device=device)[None]
-    own = run_tokens(base, 3, attention_mask=mask)
-    same = run_tokens(base, 3, attention_mask=mask, position_ids=counted)
-    if not torch.equal(own.last_hidden_state[:, -1], same.last_hidden_state[:, -1]):
-        raise ValueError(
-            f"attach_prefix: {type(base).__name__} does not number its tokens 0, 1, 2, ... by "
-            "itself, so they cannot be shifted; use position='none'"
-        )
+    texts = (torch.tensor([[3, second]], device=device) for second in (4, 5))
+    first, other = (run(base, input_ids=text).last_hidden_state[:, 0] for text in texts)
+    return torch.equal(first, other)
+
+
+def _last(output: Any) -> Tensor:
+    states: Tensor = output.last_hidden_state
+    return states[:, -1]
+
+
+def _with_padding(base: nn.Module) -> tuple[Tensor, int | None]:
+    """Three token ids of which the middle one is padding where the model knows such an id."""
+    device = base.get_input_embeddings().weight.device  # type: ignore[operator]
+    pad = getattr(base.config, "pad_token_id", None)
+    real = [i for i in range(4) if i != pad][:2]
+    return torch.tensor([[real[0], 0 if pad is None else pad, real[1]]], device=device), pad

@@ -1,0 +1,256 @@
+"""Prefix: the prefixes of one model, which of them are on, and for which rows of a batch."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.integrations.transformers import probe, saving
+from minipeft.integrations.transformers.attention import Part
+from minipeft.integrations.transformers.columns import Query, of_rows, within_window
+from minipeft.integrations.transformers.hooks import Hooks
+from minipeft.prefix import KVShape, PrefixEncoder
+from minipeft.registry import DEFAULT, forget
+
+NAME = "minipeft_prefix"  # of the submodule in the model
+
+
+class Prefix(nn.Module):
+    """The prefixes attached to a model, registered in it as the submodule `minipeft_prefix`.
+
+    `encoders` has a PrefixEncoder for each name, `encoder` is the one called "default", or the
+    first.  `position` and `window` say how the model counts the prefix (see attach_prefix),
+    `route` how it reaches attention, `locations` where each layer of an encoder is.  Which are on
+    is for minipeft.use_adapters, disable_adapters or the context `use` to say.
+    """
+
+    model: nn.Module
+    row_columns: Tensor | None  # (rows, columns) while rows use prefixes of their own
+
+    def __init__(
+        self, model: nn.Module, reach: probe.Reach, *, position: str, window: str,
+        rule: str | None, by_slot: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.encoders = nn.ModuleDict()
+        self.position, self.window, self.route = position, window, reach.route
+        self.kv_shapes: list[KVShape] = reach.shapes
+        self.locations = reach.locations
+        self.rows: list[tuple[str, ...]] | None = None  # None: all rows use what is on
+        self.served: tuple[str, ...] = ()  # the names in rows, in the order of encoders
+        self.register_buffer("row_columns", None, persistent=False)
+        # in __dict__: as a submodule, the model would contain itself
+        self.__dict__["model"] = model
+        self.hooks = Hooks(self, reach, rule, by_slot=by_slot)
+
+    # --- what attention asks (attention.Owner) ---
+
+    def taking_part(self) -> list[PrefixEncoder]:
+        """The encoders whose columns are in the mask, in their order."""
+        if self.rows is None:
+            return [encoder for encoder in self._all() if encoder.enabled]
+        found = [self._by_name()[name] for name in self.served]
+        return found if any(encoder.enabled for encoder in found) else []
+
+    def is_on(self) -> bool:
+        """Whether any prefix takes part."""
+        return bool(self.taking_part())
+
+    def columns(self) -> int:
+        """The number of their positions."""
+        return sum(encoder.prefix_length for encoder in self.taking_part())
+
+    def layer(self, layer: int) -> list[Part]:
+        """Their keys, values and gates in one layer."""
+        return [Part(*e.layer(layer), e.gate(layer)) for e in self.taking_part()]
+
+    def visible(self, query: Query) -> Tensor | None:
+        """Which columns each query sees, (batch, 1, 1 or queries, columns); None: all."""
+        like_token = self.window == "like_token" and query.window is not None
+        if self.rows is None and not like_token:
+            return None
+        if self.rows is None:
+            seen = torch.ones(query.batch, self.columns(), dtype=torch.bool, device=query.device)
+        else:
+            assert self.row_columns is not None
+            seen = of_rows(self.row_columns.to(query.device), query.batch)
+        if like_token:
+            assert query.window is not None
+            return within_window(seen, query.token_index(), query.window)[:, None]
+        return seen[:, None, None]
+
+    def shift(self, batch: int) -> int | Tensor:
+        """By how much tokens are numbered higher: a number, or (batch, 1) by row."""
+        if self.rows is None:
+            return self.columns()
+        assert self.row_columns is not None
+        return of_rows(self.row_columns, batch).sum(1, keepdim=True)
+
+    # --- switching ---
+
+    @property
+    def encoder(self) -> PrefixEncoder:
+        """The encoder called "default", or the first one."""
+        return self.encoders[DEFAULT] if DEFAULT in self.encoders else self._all()[0]  # type: ignore[return-value]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the model sees a prefix; setting it switches all of them."""
+        return self.is_on()
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        for encoder in self._all():
+            encoder.enabled = value
+
+    def serve_rows(self, rows: Sequence[tuple[str, ...]]) -> None:
+        """Let row i of every batch use the prefixes named in rows[i] and no others.
+
+        A batch of a multiple of as many rows repeats each: beams, several answers.  Names of
+        other adapters are passed over: `use_adapters(model, rows=...)` calls this.
+        """
+        rows = [tuple(name for name in row if name in self.encoders) for row in rows]
+        used = set(itertools.chain.from_iterable(rows))
+        parts = [
+            torch.tensor([[name in row] for row in rows]).expand(-1, encoder.prefix_length)
+            for name, encoder in self._by_name().items()
+            if name in used
+        ]
+        device = next(self.parameters()).device
+        columns = torch.cat(parts, dim=1).to(device) if parts else None
+        if (
+            columns is not None
+            and self.row_columns is not None
+            and (columns.shape == self.row_columns.shape)
+        ):
+            self.row_columns.copy_(columns)  # in place: a compiled model stays compiled
+        else:
+            self.row_columns = columns
+        self.rows, self.served = rows, tuple(name for name in self.encoders if name in used)
+        for name, encoder in self._by_name().items():
+            encoder.enabled = name in used
+
+    def stop_rows(self) -> None:
+        """All rows use what is on again."""
+        self.rows, self.row_columns, self.served = None, None, ()
+
+    @contextmanager
+    def use(self, rows: str | Iterable[str | Iterable[str] | None] | None) -> Iterator[None]:
+        """Within this context: one prefix by its name, none (None), or one entry for each row.
+
+        `use("poet")`, `use(None)`, `use(["poet", None, ["poet", "lawyer"]])`.
+
+        Raises:
+            ValueError: a name that no prefix has; nothing has changed then.
+        """
+        before = self.rows, self.served, [e.enabled for e in self._all()]
+        columns = None if self.row_columns is None else self.row_columns.clone()
+        try:
+            if rows is None or isinstance(rows, str):
+                if rows is not None:
+                    self._check(rows)
+                self.stop_rows()
+                for name, encoder in self._by_name().items():
+                    encoder.enabled = name == rows
+            else:
+                wanted = [(r,) if isinstance(r, str) else tuple(r or ()) for r in rows]
+                for name in itertools.chain.from_iterable(wanted):
+                    self._check(name)
+                if not wanted:
+                    raise ValueError("use: rows is empty; expected an entry for each row")
+                self.serve_rows(wanted)
+            yield
+        finally:
+            self.rows, self.served, self.row_columns = before[0], before[1], columns
+            for encoder, enabled in zip(self._all(), before[2], strict=True):
+                encoder.enabled = enabled
+
+    def _check(self, name: str) -> None:
+        if name not in self.encoders:
+            raise ValueError(f"there is no prefix {name!r}; the model has {list(self.encoders)}")
+
+    def _all(self) -> list[PrefixEncoder]:
+        return list(self.encoders.values())  # type: ignore[arg-type]
+
+    def _by_name(self) -> dict[str, PrefixEncoder]:
+        return dict(self.encoders.items())  # type: ignore[arg-type]
+
+    # --- values ---
+
+    def load_kv(self, pairs: Any, *, name: str | None = None) -> None:
+        """Start from keys and values: pairs per layer, or the cache of a run over real tokens.
+
+        Raises:
+            ValueError: shapes of another model or length, or an encoder with an MLP.
+        """
+        layers: Iterable[Any] | None = getattr(pairs, "layers", None)
+        if pairs is None:
+            raise ValueError("load_kv: got None; was the model run with use_cache=True?")
+        encoder = self._named(name)
+        encoder.load_kv(pairs if layers is None else [(c.keys, c.values) for c in layers])
+
+    def load_tokens(self, input_ids: Tensor, *, name: str | None = None, **inputs: Tensor) -> None:
+        """Start from the keys and values of real tokens, without any prefix before them.
+
+        `input_ids` is (1, prefix_length): tokenizer(text, return_tensors="pt").input_ids, cut to
+        the length.  An encoder-decoder needs `decoder_input_ids` (1, prefix_length) too.
+
+        Raises:
+            ValueError: another number of tokens, or an encoder with an MLP.
+        """
+        encoder = self._named(name)
+        expected = (1, encoder.prefix_length)
+        for what, ids in {"input_ids": input_ids, **inputs}.items():
+            if tuple(ids.shape) != expected:
+                raise ValueError(
+                    f"load_tokens: {what} has shape {tuple(ids.shape)}; the prefix takes {expected}"
+                )
+        if probe.is_encoder_decoder(self.model) and "decoder_input_ids" not in inputs:
+            raise ValueError("load_tokens: an encoder-decoder needs decoder_input_ids too")
+        with self.use(None):
+            seen = probe.look(self.model, input_ids=input_ids, **inputs)
+        if self.route == "cache":
+            encoder.load_kv(seen.pairs)
+        else:
+            by_module = {id(m): pair for m, pair in zip(seen.modules, seen.pairs, strict=True)}
+            encoder.load_kv([by_module[id(module)] for module in self.hooks.modules])
+
+    def bake(self, *, name: str | None = None) -> None:
+        """Replace an MLP by the tables it produces, for good; optimisers must be built anew."""
+        encoder = self._named(name)
+        key = next(n for n, e in self.encoders.items() if e is encoder)
+        baked = encoder.bake()
+        for module in self.model.modules():  # names live on the model
+            for layers in module.__dict__.get("_minipeft_adapters", {}).values():
+                layers[:] = [baked if layer is encoder else layer for layer in layers]
+        self.encoders[key] = baked
+
+    def _named(self, name: str | None) -> PrefixEncoder:
+        if name is None:
+            return self.encoder
+        self._check(name)
+        return self.encoders[name]  # type: ignore[return-value]
+
+    def remove(self, *, name: str | None = None) -> None:
+        """Take one prefix off, or all: then the model computes as before, bit for bit."""
+        if name is not None:
+            self._check(name)
+            if self.rows is not None:
+                raise ValueError(
+                    "rows use prefixes of their own; call use_adapters with names first"
+                )
+            del self.encoders[name]
+        if name is None or not self.encoders:
+            self.hooks.remove()
+            delattr(self.model, NAME)
+        forget(self.model)
+        saving.adopt(self.model)
+
+    def extra_repr(self) -> str:
+        where = (
+            "" if set(self.locations) == {"self"} else f", locations={sorted(set(self.locations))}"
+        )
+        return f"position={self.position!r}, window={self.window!r}, route={self.route!r}{where}"

@@ -1,0 +1,129 @@
+"""The columns of a mask that belong to prefixes: which query of which row sees which.
+
+    keys        | prefix A: 3 | prefix B: 2 | tokens |
+    row 0, of A | 1  1  1     | 0  0        | its own mask
+    row 1, none | 0  0  0     | 0  0        | ...
+    row 2, of B | 0  0  0     | 1  1        |
+
+All rows share the keys and values of all prefixes; only the mask differs.  So rows may use
+prefixes of different lengths, several, or none, and another choice compiles nothing again.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from minipeft.prefix import pad_mask
+
+
+class Query(NamedTuple):
+    """For whom a mask is built: the arguments of a mask function that matter here."""
+
+    batch: int
+    length: int
+    offset: Any  # slots before the first query: a number, or a tensor where the cache is static
+    mask: Tensor | None  # (batch, slots): True where there is a token and no padding
+    window: int | None  # of sliding-window attention
+    device: torch.device
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "Query":
+        """From the keyword arguments that transformers gives a mask function."""
+        return cls(
+            arguments["batch_size"], arguments["q_length"], arguments.get("q_offset", 0),
+            arguments.get("attention_mask"), arguments.get("local_size"),
+            torch.device(arguments.get("device", "cpu")),
+        )  # fmt: skip
+
+    def token_index(self) -> Int[Tensor, "batch queries"]:
+        """How many tokens of its row come before each query, padding not counted."""
+        slots: Tensor = torch.arange(self.length, device=self.device) + self.offset
+        slots = slots.expand(self.batch, -1)
+        if self.mask is None:
+            return slots
+        count = self.mask.to(self.device).long().cumsum(1) - 1
+        return count.gather(1, slots).clamp(min=0)
+
+
+def of_rows(rows: Bool[Tensor, "rows columns"], batch: int) -> Bool[Tensor, "batch columns"]:
+    """The rows' columns for a batch that repeats each row: beams, several answers to one prompt.
+
+    Raises:
+        ValueError: the batch is no multiple of the rows.
+    """
+    if batch % len(rows):
+        raise ValueError(
+            f"a batch of {batch} rows, but use_adapters was told which prefix each of {len(rows)} "
+            "rows uses"
+        )
+    return rows.repeat_interleave(batch // len(rows), 0)
+
+
+def within_window(
+    visible: Bool[Tensor, "batch columns"], token_index: Int[Tensor, "batch queries"], window: int
+) -> Bool[Tensor, "batch queries columns"]:
+    """Of these columns those that a sliding window reaches, as if the prefix were tokens.
+
+    A row's visible columns are its first tokens, one after the other; a query sees the last
+    `window` tokens up to itself.
+    """
+    position = visible.long().cumsum(1) - 1
+    query = token_index + visible.sum(1, keepdim=True)
+    near = query[:, :, None] - position[:, None, :] < window
+    return near & visible[:, None, :]
+
+
+def put_in_front(mask: Any, visible: Tensor | None, columns: int) -> Any:
+    """The mask (batch or 1, 1, queries, keys) with the prefix columns in front.
+
+    `visible` broadcasts to (batch, 1, queries, columns); None: all are.  Bool masks say who sees
+    whom, others are added to the scores.
+    """
+    if mask is None:
+        return None
+    if visible is None:
+        return pad_mask(mask, columns)
+    batch, queries = max(len(mask), len(visible)), mask.shape[-2]
+    visible = visible.to(mask.device).expand(batch, mask.shape[1], queries, columns)
+    if mask.dtype != torch.bool:
+        hidden = torch.finfo(mask.dtype).min
+        visible = torch.zeros_like(visible, dtype=mask.dtype).masked_fill(~visible, hidden)
+    return torch.cat([visible, mask.expand(batch, -1, -1, -1)], dim=-1)
+
+
+def before_tokens(
+    mask: Tensor, visible: Bool[Tensor, "batch columns"]
+) -> tuple[Tensor, Int[Tensor, "batch slots"]]:
+    """A row's prefix right before its first token, padding and others' columns before that.
+
+    For attention that counts distance in slots (ALiBi): returns the mask (batch, columns + slots)
+    and the order in which to take keys [prefix columns, slots].
+    """
+    whole = torch.cat([visible.to(mask.device, mask.dtype), mask], dim=1)
+    columns, slots = visible.shape[1], mask.shape[1]
+    leading = mask.bool().long().cumsum(1) == 0  # left padding
+    rank = torch.full_like(whole, 2, dtype=torch.long)  # 0: hidden, 1: prefix, 2: text
+    rank[:, :columns] = visible.long()
+    rank[:, columns:][leading] = 0
+    order = torch.argsort(rank, dim=1, stable=True)
+    assert order.shape[1] == columns + slots
+    return whole.gather(1, order), order
+
+
+def reorder(x: Tensor, order: Int[Tensor, "batch slots"]) -> Tensor:
+    """Keys or values (batch, heads, slots', dim) with their first slots in this order."""
+    tail = x.shape[2] - order.shape[1]
+    if tail > 0:  # a static cache has slots that no mask covers yet
+        more = torch.arange(order.shape[1], x.shape[2], device=order.device)
+        order = torch.cat([order, more.expand(len(order), -1)], 1)
+    index = order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, index)
+
+
+def pad_front(mask: Tensor, columns: int) -> Tensor:
+    """A 2-D mask with ones for the prefix in front."""
+    return F.pad(mask, (columns, 0), value=1)

@@ -1,0 +1,240 @@
+"""What happens before and after each forward of a model that has a prefix.
+
+Before: the config names the attention with the prefix, tokens are numbered, masks that the caller
+built get the prefix's columns, and on route A a view takes the cache's place.  After: the caller's
+cache is back in its place.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.integrations.transformers import attention, positions
+from minipeft.integrations.transformers.arguments import Arguments, names_of
+from minipeft.integrations.transformers.cache import PrefixedCache
+from minipeft.integrations.transformers.columns import (
+    Query,
+    before_tokens,
+    pad_front,
+    put_in_front,
+)
+from minipeft.integrations.transformers.probe import Reach
+
+READS_ONLY = "_can_checkpoint_with_cache"  # of transformers' layers: see `allow_checkpointing`
+
+
+class Hooks:
+    """The hooks of one Prefix on the models that make the masks (`holders`)."""
+
+    def __init__(self, prefix: Any, reach: Reach, rule: str | None, *, by_slot: bool) -> None:
+        self.route, self.holders, self.modules = reach.route, reach.holders, reach.modules
+        self.rule, self.by_slot = rule, by_slot
+        self.names = [names_of(holder) for holder in reach.holders]
+        self.rows = [positions.table_rows(holder) for holder in reach.holders]
+        self.number: int | None = None  # of the registered functions; a copy gets its own
+        self.prefix = prefix
+        self.allowed: list[nn.Module] = []
+        for layer, module in enumerate(reach.modules):
+            attention.bind(module, prefix, layer)
+        self.handles = []
+        for index, holder in enumerate(reach.holders):
+            before = _Before(self, index)
+            self.handles += [
+                holder.register_forward_pre_hook(before, with_kwargs=True),
+                holder.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
+                    _Embedded(self, index)
+                ),
+            ]
+            if self.route == "cache":
+                self.handles.append(holder.register_forward_hook(_after, with_kwargs=True))
+        if self.route == "cache":
+            self.allowed = allow_checkpointing(reach.holders)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "number": None}
+
+    def remove(self) -> None:
+        """Take the hooks off; the configs name what they named before."""
+        for handle in self.handles:
+            handle.remove()
+        for module in self.modules:
+            attention.unbind(module)
+        for module in self.allowed:
+            module.__dict__.pop(READS_ONLY, None)
+        if self.route == "attention":
+            for config in self.configs():
+                own = attention.own_implementation(config._attn_implementation)
+                config._attn_implementation_internal = own
+
+    def name_attention(self) -> None:
+        """Let the configs name the attention with the prefix, over whatever they name now.
+
+        It stays while the prefix is off: then it hands everything on as it is.
+        """
+        if self.number is None:
+            self.number = attention.number_of_new()
+        for config in self.configs():
+            own = attention.own_implementation(config._attn_implementation)
+            wanted = f"minipeft{self.number}_{own}"
+            if config._attn_implementation != wanted:
+                attention.register(own, self.prefix, self.number)
+                config._attn_implementation_internal = wanted
+
+    def configs(self) -> list[Any]:
+        """Those of the holders and of the attention modules, each once."""
+        configs = [module.config for module in (*self.holders, *self.modules)]
+        return list({id(config): config for config in configs}.values())
+
+    def checkpointing(self, holder: nn.Module) -> bool:
+        """Whether layers are computed again in backward."""
+        if not holder.training or not torch.is_grad_enabled():
+            return False
+        return any(getattr(m, "gradient_checkpointing", False) for m in holder.modules())
+
+
+class _Before:
+    """The pre-forward hook of one holder: a class, so that it can be copied and pickled."""
+
+    def __init__(self, hooks: Hooks, index: int) -> None:
+        self.hooks, self.index = hooks, index
+
+    def __call__(
+        self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        hooks, prefix = self.hooks, self.hooks.prefix
+        if hooks.route == "attention" and not attention.is_recording():
+            hooks.name_attention()
+        if not prefix.is_on():
+            return None
+        given = Arguments(hooks.names[self.index], args, kwargs)
+        pad = getattr(holder.config, "pad_token_id", None)
+        positions.check_mask(given)
+        batch = positions.tokens(given).shape[0]
+        takes_numbers = "position_ids" in hooks.names[self.index]
+        if hooks.rule is not None and takes_numbers:
+            shift = prefix.shift(batch) if prefix.position == "shift" else 0
+            if hooks.route == "cache" or prefix.position == "shift":
+                positions.renumber(given, hooks.rule, pad, shift)
+        positions.check_table(given, hooks.rule, pad, hooks.rows[self.index])
+        if hooks.route == "attention":
+            _cover(given, prefix, batch)
+        else:
+            _view_cache(given, hooks, holder, batch)
+        embeddings = given["inputs_embeds"]
+        if (
+            embeddings is not None and not embeddings.requires_grad and hooks.checkpointing(holder)
+        ):  # re-entrant checkpointing passes gradients on only where an input asks for one
+            given["inputs_embeds"] = embeddings.detach().requires_grad_(True)
+        return given.args, given.kwargs
+
+
+class _Embedded:
+    """After the embedding of a holder: its output asks for a gradient where that is needed."""
+
+    def __init__(self, hooks: Hooks, index: int) -> None:
+        self.hooks, self.index = hooks, index
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        holder = self.hooks.holders[self.index]
+        if (
+            self.hooks.prefix.is_on()
+            and not output.requires_grad
+            and self.hooks.checkpointing(holder)
+        ):
+            output.requires_grad_(True)
+
+
+def _cover(given: Arguments, prefix: Any, batch: int) -> None:
+    """Put the prefix's columns in front of masks that the caller built, which are taken as is."""
+    for name in ("attention_mask", "encoder_attention_mask"):
+        mask = given[name]
+        if isinstance(mask, dict):
+            given[name] = {
+                kind: _covered(name, m, given, prefix, batch) for kind, m in mask.items()
+            }
+        elif mask is not None:
+            given[name] = _covered(name, mask, given, prefix, batch)
+
+
+def _covered(name: str, mask: Any, given: Arguments, prefix: Any, batch: int) -> Any:
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or hasattr(mask, attention.COVERED):
+        return mask
+    if prefix.window == "like_token":
+        raise ValueError(
+            f"{name} has 4 dimensions, which say who sees whom; a prefix that is seen like_token "
+            "needs a 2-D mask"
+        )
+    tokens = positions.tokens(given)
+    visible = prefix.visible(Query(batch, tokens.shape[1], 0, None, None, tokens.device))
+    return put_in_front(mask, visible, prefix.columns())
+
+
+def _view_cache(given: Arguments, hooks: Hooks, holder: Any, batch: int) -> None:
+    """Route A: a view in the place of the cache, and a mask that covers the prefix."""
+    prefix, cache = hooks.prefix, given["past_key_values"]
+    use_cache = given["use_cache"]
+    if use_cache is None:
+        use_cache = getattr(holder.config, "use_cache", False)
+    if hooks.checkpointing(holder):
+        _check_checkpointing(holder, positions.seen(given))
+        cache = None
+    elif cache is None and use_cache:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=holder.config)
+    tokens, mask, order = positions.tokens(given), given["attention_mask"], None
+    device, columns = tokens.device, prefix.columns()
+    visible = prefix.visible(Query(batch, tokens.shape[1], 0, None, None, device))
+    if mask is None and visible is not None:
+        slots = positions.seen(given) + tokens.shape[1]
+        mask = torch.ones(batch, slots, dtype=torch.long, device=device)
+    if mask is not None:
+        if mask.dim() == 4:
+            mask = put_in_front(mask, visible, columns)
+        elif hooks.by_slot:
+            if visible is None:
+                visible = torch.ones(batch, 1, 1, columns, dtype=torch.bool, device=device)
+            mask, order = before_tokens(mask, visible[:, 0, 0])
+        elif visible is None:
+            mask = pad_front(mask, columns)
+        else:
+            mask = torch.cat([visible[:, 0, 0].to(mask.dtype), mask], dim=1)
+    given["attention_mask"] = mask
+    given["past_key_values"] = PrefixedCache(prefix, cache, order)
+
+
+def _after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """The caller's cache in the output, in the place of the view of it."""
+    if isinstance(output, tuple):
+        found = (o.inner if isinstance(o, PrefixedCache) else o for o in output)
+        return tuple(o for o in found if o is not None)
+    if isinstance(output.get("past_key_values"), PrefixedCache):
+        inner = output["past_key_values"].inner
+        return type(output)(**{**output, "past_key_values": inner})
+    return output
+
+
+def allow_checkpointing(holders: list[nn.Module]) -> list[nn.Module]:
+    """Tell transformers' checkpointed layers to keep the cache: the view only reads.
+
+    transformers takes the cache, and with it the prefix, from layers that are checkpointed unless
+    the layer says that it only reads.  Returns the layers.
+    """
+    layers = [m for holder in holders for m in holder.modules() if hasattr(type(m), READS_ONLY)]
+    for layer in layers:
+        layer.__dict__[READS_ONLY] = True
+    return layers
+
+
+def _check_checkpointing(holder: nn.Module, seen: int) -> None:
+    if not any(hasattr(type(module), READS_ONLY) for module in holder.modules()):
+        raise ValueError(
+            f"{type(holder).__name__}: gradient checkpointing would take the prefix from its "
+            "layers; this needs a transformers whose layers can be checkpointed with a cache"
+        )
+    if seen:
+        raise ValueError(
+            f"{type(holder).__name__}: gradient checkpointing while training on a cache of {seen} "
+            "tokens, which transformers would drop; pass the whole text, or call eval()"
+        )

@@ -1,0 +1,193 @@
+"""Where a model's attention is, and how a prefix can get there: found by running a token or two.
+
+Route B: the model looks up its attention in AttentionInterface; a registered function sees every
+call.  Route A: it does not, but asks its cache for all keys; a view of the cache adds to them.
+No name in the config is trusted for shapes: they are those of the keys and values seen.
+"""
+
+import copy
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.integrations.transformers import attention, positions
+from minipeft.integrations.transformers.arguments import names_of
+from minipeft.prefix import KVShape
+
+LOCATIONS = ("self", "encoder", "decoder", "cross")  # self: of a model that is one stack; cross:
+# from the decoder to what was encoded
+
+
+@dataclass
+class Reach:
+    """What was found: one entry a layer, encoder first, then decoder, then cross-attention."""
+
+    route: str  # "attention" (B) or "cache" (A)
+    shapes: list[KVShape]
+    locations: list[str]
+    modules: list[nn.Module] = field(default_factory=list)  # of route B
+    holders: list[nn.Module] = field(default_factory=list)  # the models that make the masks
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values seen
+
+    def only(self, wanted: tuple[str, ...]) -> "Reach":
+        """The layers in these locations."""
+        keep = [i for i, location in enumerate(self.locations) if location in wanted]
+        return Reach(
+            self.route, [self.shapes[i] for i in keep], [self.locations[i] for i in keep],
+            [self.modules[i] for i in keep] if self.modules else [], self.holders,
+            [self.pairs[i] for i in keep],
+        )  # fmt: skip
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has an encoder whose output its decoder attends to."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def look(model: nn.Module, **tokens: Tensor) -> Reach:
+    """Run the model on these tokens (or on one) and see what reaches attention.
+
+    Raises:
+        ValueError: neither route reaches every layer; it says what was tried.
+    """
+    try:
+        return _through_attention(model, tokens)
+    except _NotReached as by_attention:
+        if is_encoder_decoder(model):
+            raise ValueError(f"attach_prefix: {by_attention}") from None
+        try:
+            return _through_cache(model, tokens)
+        except _NotReached as by_cache:
+            raise ValueError(
+                f"attach_prefix: the attention of {type(model).__name__} cannot be reached. "
+                f"Tried its attention function: {by_attention}.  Tried its cache: {by_cache}"
+            ) from None
+
+
+class _NotReached(Exception):
+    """Why a route does not reach all layers."""
+
+
+def _inputs(model: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Any]:
+    if tokens:
+        return tokens
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    one = torch.zeros(1, 1, dtype=torch.long, device=device)
+    if is_encoder_decoder(model):
+        return {"input_ids": one.expand(1, 3), "decoder_input_ids": one}
+    return {"input_ids": one}
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configs of all modules, each once."""
+    from transformers import PreTrainedConfig
+
+    found = (module.__dict__.get("config") for module in model.modules())
+    return list({id(c): c for c in found if isinstance(c, PreTrainedConfig)}.values())
+
+
+def own_configs(model: nn.Module, undo: ExitStack) -> None:
+    """Give the model's modules copies of their configs, shared among them as before."""
+    from transformers import PreTrainedConfig
+
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig):
+            undo.callback(setattr, module, "config", config)
+            module.__dict__["config"] = copy.deepcopy(config, memo)
+
+
+def _through_attention(model: Any, tokens: dict[str, Tensor]) -> Reach:
+    text = model.config.get_text_config()
+    current = text._attn_implementation
+    own = attention.own_implementation(current)
+    seen_by_us = attention.register(own, None)
+    changed = [c for c in configs_of(model) if c._attn_implementation == current]
+    try:
+        for config in changed:
+            config._attn_implementation_internal = seen_by_us
+        with attention.recording() as calls:
+            positions.run(model, **_inputs(model, tokens))
+    finally:
+        for config in changed:
+            config._attn_implementation_internal = current
+        attention.forget(seen_by_us)
+    modules = {id(call.module) for call in calls}
+    name = type(model).__name__
+    if not calls:
+        raise _NotReached(f"{name} called none from AttentionInterface on one token")
+    locations = [_location(model, call) for call in calls]
+    kinds = {type(call.module) for call in calls}
+    all_of_kind = sum(type(module) in kinds for module in model.modules())
+    layers = getattr(text, "num_hidden_layers", None)
+    if (
+        len(modules) != len(calls)
+        or len(calls) != all_of_kind
+        or not (layers is None or is_encoder_decoder(model) or len(calls) == layers)
+        or locations.count("cross") not in (0, locations.count("decoder"))
+    ):
+        raise _NotReached(
+            f"{name} called attention {len(calls)} times from {len(modules)} modules on one "
+            f"token; expected one call from each of {all_of_kind} modules for its {layers} layers"
+        )
+    order = sorted(range(len(calls)), key=lambda i: LOCATIONS.index(locations[i]))
+    found = [calls[i] for i in order]
+    return Reach(
+        "attention", [call.shape for call in found], [locations[i] for i in order],
+        [call.module for call in found], _holders(model, [call.module for call in found]),
+        [(call.k, call.v) for call in found],
+    )  # fmt: skip
+
+
+def _location(model: nn.Module, call: attention.Call) -> str:
+    if not is_encoder_decoder(model):
+        return "self"
+    encoder = model.get_encoder()  # type: ignore[operator]
+    if any(module is call.module for module in encoder.modules()):
+        return "encoder"
+    return "cross" if call.k.shape[2] != call.queries else "decoder"
+
+
+def _holders(model: nn.Module, attentions: list[nn.Module]) -> list[nn.Module]:
+    """The innermost transformers models around these modules: they make the masks."""
+    from transformers import PreTrainedModel
+
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    inside = {id(m): {id(part) for part in m.modules()} for m in models}
+    found: dict[int, nn.Module] = {}
+    for module in attentions:
+        around = [m for m in models if id(module) in inside[id(m)]]
+        holder = min(around, key=lambda m: len(inside[id(m)]))
+        found[id(holder)] = holder
+    return list(found.values())
+
+
+def _through_cache(model: Any, tokens: dict[str, Tensor]) -> Reach:
+    name = type(model).__name__
+    from transformers import PreTrainedModel
+
+    takers = [
+        module for module in model.modules()
+        if isinstance(module, PreTrainedModel) and "past_key_values" in names_of(module)
+    ]  # fmt: skip
+    if not takers:
+        raise _NotReached(f"{name} takes no cache (past_key_values)")
+    holder = min(takers, key=lambda module: sum(1 for _ in module.modules()))
+    cache = getattr(
+        positions.run(model, use_cache=True, **_inputs(model, tokens)), "past_key_values", None
+    )
+    layers = getattr(cache, "layers", [])
+    pairs = [
+        (layer.keys, layer.values) for layer in layers if getattr(layer, "keys", None) is not None
+    ]
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if not pairs or len(pairs) != (expected or len(pairs)):
+        raise _NotReached(f"{len(pairs)} of its {expected} layers put keys and values into a cache")
+    if any(getattr(layer, "is_sliding", False) for layer in layers):
+        raise _NotReached("its cache forgets what lies outside a sliding window")
+    shapes = [KVShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
+    return Reach("cache", shapes, ["self"] * len(pairs), [], [holder], pairs)

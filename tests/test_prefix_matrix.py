@@ -1,0 +1,49 @@
+"""Every behaviour with a prefix attached on every architecture: benchmarks.prefix_behaviours."""
+
+import pytest
+
+pytest.importorskip("transformers")
+from benchmarks.prefix_behaviours import BEHAVIOURS
+from benchmarks.prefix_families import FAMILIES
+
+# logits around 1 in float32, summed in another order; equal tokens and bits where 0
+LIMITS = dict.fromkeys(BEHAVIOURS, 1e-5) | {
+    "generate": 0.0, "static cache": 0.0, "off": 0.0, "window": 0.0, "copy": 0.0,
+    "bf16, fp16": 0.05,  # bf16 has 8 bits: 0.4 % in each of some twenty roundings on the way
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("behaviour", [name for name in BEHAVIOURS if name != "compiled"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeps_working(family, behaviour):
+    found = BEHAVIOURS[behaviour](family)
+    if found is None:
+        pytest.skip(f"{family} has no such behaviour")
+    assert found <= LIMITS[behaviour], f"{family}, {behaviour}: {found:.1e}"
+
+
+@pytest.mark.slow  # two minutes of tracing
+def test_compiled_models_compute_the_same_in_one_graph(plain_python):
+    printed = plain_python(
+        """
+import warnings
+warnings.simplefilter("ignore")
+import torch
+from benchmarks.prefix_behaviours import BEHAVIOURS, Case
+from benchmarks.prefix_families import FAMILIES
+for family in FAMILIES:
+    print(family, BEHAVIOURS["compiled"](family), sep="; ")
+for family in ("LLaMA", "BERT", "BLOOM", "T5"):
+    case = Case(family)
+    case.attach()
+    case.model.config.use_cache = False
+    torch._dynamo.reset()
+    with torch.no_grad():
+        found = torch._dynamo.explain(lambda: case.model(**case.inputs()).logits)()
+    print("graphs", found.graph_count, sep="; ")
+"""
+    )
+    rows = [line.split("; ") for line in printed.splitlines() if "; " in line]
+    assert len(rows) == len(FAMILIES) + 4
+    for name, value in rows:
+        assert float(value) <= (1.0 if name == "graphs" else 1e-5), (name, value)
