@@ -256,6 +256,12 @@ def _gradients(case: Case, prefix: nn.Module) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in prefix.named_parameters() if p.grad is not None}
 
 
+def enable_checkpointing(model: Any, *, reentrant: bool) -> None:
+    """Under the name that this version of transformers has for it."""
+    enable = next(name for name in CHECKPOINTING if hasattr(model, name))
+    getattr(model, enable)({"use_reentrant": reentrant})
+
+
 def checkpointed(family: str) -> float:
     """Gradients with checkpointing, re-entrant and not, of a table and an MLP, against without."""
     worst = 0.0
@@ -270,8 +276,7 @@ def checkpointed(family: str) -> float:
         if not plain or not all(g.abs().max() > 0 for g in plain.values()):
             return float("inf")
         for reentrant in (False, True):
-            enable = next(n for n in CHECKPOINTING if hasattr(case.model, n))
-            getattr(case.model, enable)({"use_reentrant": reentrant})
+            enable_checkpointing(case.model, reentrant=reentrant)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 again = _gradients(case, prefix)

@@ -26,7 +26,7 @@ from minipeft.extras import tie_lora, train_biases, train_modules, train_tokens
 from minipeft.gradients import check_gradients
 from minipeft.hotswap import swap_adapter
 from minipeft.inject import inject, inject_lora
-from minipeft.integrations.transformers import attach_prefix
+from minipeft.integrations.transformers import attach_prefix, attach_prompt, attach_zero_gated
 from minipeft.io.peft import load_peft, save_peft
 from minipeft.layers.conv1d import NF4Conv1D
 from minipeft.layers.embedding import NF4Embedding
@@ -45,6 +45,14 @@ from minipeft.ops import backend, use_kernels
 from minipeft.optim.lora_fa import LoRAFA, freeze_a
 from minipeft.optim.lora_plus import lora_plus_groups
 from minipeft.prefix import PrefixEncoder, prefix_attention
+from minipeft.prompt import (
+    PromptEmbedding,
+    PromptEncoder,
+    ZeroGatedPrompt,
+    rows_from_tokens,
+    rows_from_vocabulary,
+    zero_gated_attention,
+)
 from minipeft.qlora import NF4Linear
 from minipeft.quantize import dequantize_model, inject_qlora, quantize_model
 from minipeft.switch import add_adapter, use_adapters
@@ -83,11 +91,16 @@ __all__ = [
     "NF4Experts",
     "NF4Linear",
     "PrefixEncoder",
+    "PromptEmbedding",
+    "PromptEncoder",
+    "ZeroGatedPrompt",
     "__version__",
     "adapter_parameters",
     "adapter_state_dict",
     "add_adapter",
     "attach_prefix",
+    "attach_prompt",
+    "attach_zero_gated",
     "backend",
     "base_state_dict",
     "check_gradients",
@@ -129,6 +142,8 @@ __all__ = [
     "quantize_model",
     "quantize_nf4",
     "remove",
+    "rows_from_tokens",
+    "rows_from_vocabulary",
     "save_peft",
     "scale_adapters",
     "swap_adapter",
@@ -139,4 +154,5 @@ __all__ = [
     "unmerge",
     "use_adapters",
     "use_kernels",
+    "zero_gated_attention",
 ]

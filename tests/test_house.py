@@ -18,7 +18,7 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 LEVELS = [
     {"ops", "protocol"},
     {"wrapper"},
-    {"lora", "nf4", "codebooks", "double_quant", "prefix", "prompt"},
+    {"lora", "nf4", "codebooks", "double_quant", "prefix", "prefix_merge", "prompt"},
     {"packed", "qlora"},
     {"layers", "variants", "optim"},
     {

@@ -12,6 +12,7 @@ from minipeft.integrations.transformers import probe, saving
 from minipeft.integrations.transformers.attention import Part
 from minipeft.integrations.transformers.columns import Query, of_rows, within_window
 from minipeft.integrations.transformers.hooks import Hooks
+from minipeft.integrations.transformers.prompted import Prompted, RunPrompt
 from minipeft.prefix import KVShape, PrefixEncoder
 from minipeft.registry import DEFAULT, forget
 
@@ -32,14 +33,16 @@ class Prefix(nn.Module):
 
     def __init__(
         self, model: nn.Module, reach: probe.Reach, *, position: str, window: str,
-        rule: str | None, by_slot: bool,
+        rule: str | None, by_slot: bool, causal: bool,
     ) -> None:  # fmt: skip
         super().__init__()
         self.encoders = nn.ModuleDict()
         self.position, self.window, self.route = position, window, reach.route
         self.kv_shapes: list[KVShape] = reach.shapes
-        self.locations = reach.locations
+        self.locations, self.query_heads = reach.locations, reach.query_heads
+        self.causal, self.has_windows = causal, reach.has_windows
         self.rows: list[tuple[str, ...]] | None = None  # None: all rows use what is on
+        self.paused = False  # while prompts run through the model
         self.served: tuple[str, ...] = ()  # the names in rows, in the order of encoders
         self.register_buffer("row_columns", None, persistent=False)
         # in __dict__: as a submodule, the model would contain itself
@@ -48,8 +51,10 @@ class Prefix(nn.Module):
 
     # --- what attention asks (attention.Owner) ---
 
-    def taking_part(self) -> list[PrefixEncoder]:
+    def taking_part(self) -> list[Any]:
         """The encoders whose columns are in the mask, in their order."""
+        if self.paused:
+            return []
         if self.rows is None:
             return [encoder for encoder in self._all() if encoder.enabled]
         found = [self._by_name()[name] for name in self.served]
@@ -65,7 +70,13 @@ class Prefix(nn.Module):
 
     def layer(self, layer: int) -> list[Part]:
         """Their keys, values and gates in one layer."""
-        return [Part(*e.layer(layer), e.gate(layer)) for e in self.taking_part()]
+        return [self._part(encoder, layer) for encoder in self.taking_part()]
+
+    def _part(self, encoder: Any, layer: int) -> Part:
+        if isinstance(encoder, Prompted):
+            return encoder.part(layer, self)
+        k, v = encoder.layer(layer)
+        return Part(k, v, encoder.gate(layer), encoder.prefix_length)
 
     def visible(self, query: Query) -> Tensor | None:
         """Which columns each query sees, (batch, 1, 1 or queries, columns); None: all."""
@@ -84,17 +95,34 @@ class Prefix(nn.Module):
 
     def shift(self, batch: int) -> int | Tensor:
         """By how much tokens are numbered higher: a number, or (batch, 1) by row."""
+        counted = [e.prefix_length if getattr(e, "shifts", True) else 0 for e in self.taking_part()]
         if self.rows is None:
-            return self.columns()
+            return sum(counted)
         assert self.row_columns is not None
-        return of_rows(self.row_columns, batch).sum(1, keepdim=True)
+        columns = of_rows(self.row_columns, batch)
+        parts = torch.split(columns, [e.prefix_length for e in self.taking_part()], dim=1)
+        return torch.stack(
+            [part[:, :n].sum(1) for part, n in zip(parts, counted, strict=True)]
+        ).sum(0)[:, None]
+
+    def before_forward(self, holder: nn.Module, seen: Any) -> None:
+        """Let prompts run: their keys and values come from the model itself."""
+        running = [e for e in self.taking_part() if isinstance(e, Prompted)]
+        if not running:
+            return
+        self.paused = True
+        try:
+            for encoder in running:
+                encoder.before_forward(holder, seen=seen)
+        finally:
+            self.paused = False
 
     # --- switching ---
 
     @property
-    def encoder(self) -> PrefixEncoder:
+    def encoder(self) -> Any:
         """The encoder called "default", or the first one."""
-        return self.encoders[DEFAULT] if DEFAULT in self.encoders else self._all()[0]  # type: ignore[return-value]
+        return self.encoders[DEFAULT] if DEFAULT in self.encoders else self._all()[0]
 
     @property
     def enabled(self) -> bool:
@@ -172,11 +200,11 @@ class Prefix(nn.Module):
         if name not in self.encoders:
             raise ValueError(f"there is no prefix {name!r}; the model has {list(self.encoders)}")
 
-    def _all(self) -> list[PrefixEncoder]:
-        return list(self.encoders.values())  # type: ignore[arg-type]
+    def _all(self) -> list[Any]:
+        return list(self.encoders.values())
 
-    def _by_name(self) -> dict[str, PrefixEncoder]:
-        return dict(self.encoders.items())  # type: ignore[arg-type]
+    def _by_name(self) -> dict[str, Any]:
+        return dict(self.encoders.items())
 
     # --- values ---
 
@@ -189,7 +217,7 @@ class Prefix(nn.Module):
         layers: Iterable[Any] | None = getattr(pairs, "layers", None)
         if pairs is None:
             raise ValueError("load_kv: got None; was the model run with use_cache=True?")
-        encoder = self._named(name)
+        encoder = self._table_of("load_kv", name)
         encoder.load_kv(pairs if layers is None else [(c.keys, c.values) for c in layers])
 
     def load_tokens(self, input_ids: Tensor, *, name: str | None = None, **inputs: Tensor) -> None:
@@ -201,7 +229,7 @@ class Prefix(nn.Module):
         Raises:
             ValueError: another number of tokens, or an encoder with an MLP.
         """
-        encoder = self._named(name)
+        encoder = self._table_of("load_tokens", name)
         expected = (1, encoder.prefix_length)
         for what, ids in {"input_ids": input_ids, **inputs}.items():
             if tuple(ids.shape) != expected:
@@ -219,20 +247,38 @@ class Prefix(nn.Module):
             encoder.load_kv([by_module[id(module)] for module in self.hooks.modules])
 
     def bake(self, *, name: str | None = None) -> None:
-        """Replace an MLP by the tables it produces, for good; optimisers must be built anew."""
-        encoder = self._named(name)
-        key = next(n for n, e in self.encoders.items() if e is encoder)
-        baked = encoder.bake()
+        """Replace an MLP or a prompt by the tables it produces, for good.
+
+        Optimisers must be built anew.
+
+        Raises:
+            ValueError: LLaMA-Adapter's prompts, which are no prefix.
+        """
+        old = self._named(name)
+        key = next(n for n, e in self.encoders.items() if e is old)
+        if isinstance(old, RunPrompt):
+            baked = old.bake(self)
+        elif isinstance(old, PrefixEncoder):
+            baked = old.bake()
+        else:
+            raise ValueError("bake: zero-gated prompts have a softmax of their own; keep them")
+        replaced = {id(part) for part in old.modules()}
         for module in self.model.modules():  # names live on the model
             for layers in module.__dict__.get("_minipeft_adapters", {}).values():
-                layers[:] = [baked if layer is encoder else layer for layer in layers]
+                layers[:] = [baked if id(layer) in replaced else layer for layer in layers]
         self.encoders[key] = baked
 
-    def _named(self, name: str | None) -> PrefixEncoder:
+    def _named(self, name: str | None) -> Any:
         if name is None:
             return self.encoder
         self._check(name)
-        return self.encoders[name]  # type: ignore[return-value]
+        return self.encoders[name]
+
+    def _table_of(self, caller: str, name: str | None) -> PrefixEncoder:
+        encoder = self._named(name)
+        if not isinstance(encoder, PrefixEncoder):
+            raise ValueError(f"{caller}: a {type(encoder).__name__} makes its keys and values")
+        return encoder
 
     def remove(self, *, name: str | None = None) -> None:
         """Take one prefix off, or all: then the model computes as before, bit for bit."""

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from minipeft.integrations.transformers.columns import Query, put_in_front
 from minipeft.prefix import KVShape, gated_attention, with_prefix
+from minipeft.prompt import zero_gated_attention
 
 MARK = re.compile(r"minipeft(\d+)_")
 ATTRIBUTE = "_minipeft_prefix"  # on an attention module: (owner of the prefix, layer number)
@@ -53,18 +54,26 @@ class Owner(Protocol):
 
 
 class Part(NamedTuple):
-    """One prefix in one layer."""
+    """One prefix in one layer, whose columns in the mask are `columns`.
+
+    With a softmax of its own (`apart`) it is added to attention, times its gate, in the rows that
+    the mask lets see it; if not, it is in front of the tokens, with a gate as `gated_attention`
+    says.
+    """
 
     k: Tensor  # (kv_heads, prefix, key_dim)
     v: Tensor
-    gate: Tensor | None  # (kv_heads,)
+    gate: Tensor | None  # (kv_heads,), or (heads,) if apart
+    columns: int
+    apart: bool = False
 
 
 class Call(NamedTuple):
     """What one attention module handed over."""
 
     module: nn.Module
-    queries: int
+    query: Tensor  # (batch, heads, queries, key_dim)
+    window: int | None  # of sliding-window attention
     k: Tensor  # (batch, kv_heads, tokens, key_dim)
     v: Tensor
 
@@ -161,7 +170,8 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
     ) -> Any:
         # tracing cannot read context variables, and a probe is never compiled
         if not torch.compiler.is_compiling() and (calls := _calls.get()) is not None:
-            calls.append(Call(module, query.shape[2], key.detach(), value.detach()))
+            window = kwargs.get("sliding_window")
+            calls.append(Call(module, query, window, key.detach(), value.detach()))
         function = _function(name, module)
         found: Owner | None = reference()
         if found is None or not found.is_on():
@@ -180,7 +190,13 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
         plain = [part.gate is None for part in parts]
         out, *rest = with_parts(plain)
         for number, part in enumerate(parts):
-            if part.gate is not None:
+            if part.apart:
+                seen = _rows_that_see(attention_mask, parts, number)
+                scale = kwargs.get("scaling")
+                gate = seen * part.gate  # type: ignore[operator]
+                own = zero_gated_attention(query, part.k, part.v, gate, scale=scale)
+                out = out + own.transpose(1, 2)
+            elif part.gate is not None:
                 whole = with_parts([p or i == number for i, p in enumerate(plain)])[0]
                 heads = (out.transpose(1, 2), whole.transpose(1, 2))  # (batch, heads, queries, dim)
                 out = gated_attention(*heads, part.gate).transpose(1, 2)
@@ -228,7 +244,7 @@ def _over(
     """`function` over the chosen parts and the tokens."""
     taken = [part for part, take in zip(parts, chosen, strict=True) if take]
     if mask is not None and not all(chosen):
-        sizes = [part.k.shape[1] for part in parts]
+        sizes = [part.columns for part in parts]
         pieces = torch.split(mask, [*sizes, key.shape[2]], dim=-1)
         mask = torch.cat([p for p, take in zip(pieces, [*chosen, True], strict=True) if take], -1)
     if taken:
@@ -237,6 +253,14 @@ def _over(
         if isinstance(kwargs.get("position_bias"), Tensor):  # T5's, of tokens: a prefix has none
             kwargs = {**kwargs, "position_bias": F.pad(kwargs["position_bias"], (length, 0))}
     return function(module, query, key, value, mask, **kwargs)
+
+
+def _rows_that_see(mask: Tensor | None, parts: list[Part], number: int) -> Tensor:
+    """Which rows of the batch see part `number`, (batch, 1), as 1 or 0."""
+    assert mask is not None
+    first = mask[:, 0, -1, sum(part.columns for part in parts[:number])]
+    seen = first if first.dtype == torch.bool else first == 0
+    return seen[:, None].to(parts[number].k.dtype)
 
 
 def _function(name: str, module: nn.Module) -> Callable[..., Any]:

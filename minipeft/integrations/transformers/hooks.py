@@ -116,6 +116,7 @@ class _Before:
             shift = prefix.shift(batch) if prefix.position == "shift" else 0
             if hooks.route == "cache" or prefix.position == "shift":
                 positions.renumber(given, hooks.rule, pad, shift)
+        prefix.before_forward(holder, positions.seen(given))
         positions.check_table(given, hooks.rule, pad, hooks.rows[self.index])
         if hooks.route == "attention":
             _cover(given, prefix, batch)

@@ -103,7 +103,7 @@ def check_table(given: Arguments, rule: str | None, pad: int | None, rows: int |
 
 
 @contextmanager
-def _quietly(model: nn.Module) -> Iterator[None]:
+def quietly(model: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -123,7 +123,7 @@ def run(model: nn.Module, *, use_cache: bool = False, **arguments: Any) -> Any:
     """
     if "use_cache" in names_of(model) and "past_key_values" in names_of(model):
         arguments["use_cache"] = use_cache
-    with _quietly(model):
+    with quietly(model):
         try:
             return model(**arguments)
         except Exception as error:

@@ -31,6 +31,8 @@ class Reach:
     modules: list[nn.Module] = field(default_factory=list)  # of route B
     holders: list[nn.Module] = field(default_factory=list)  # the models that make the masks
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values seen
+    query_heads: list[int] = field(default_factory=list)  # of route B
+    has_windows: bool = False  # whether a layer attends within a sliding window
 
     def only(self, wanted: tuple[str, ...]) -> "Reach":
         """The layers in these locations."""
@@ -39,6 +41,7 @@ class Reach:
             self.route, [self.shapes[i] for i in keep], [self.locations[i] for i in keep],
             [self.modules[i] for i in keep] if self.modules else [], self.holders,
             [self.pairs[i] for i in keep],
+            [self.query_heads[i] for i in keep] if self.query_heads else [], self.has_windows,
         )  # fmt: skip
 
 
@@ -139,7 +142,8 @@ def _through_attention(model: Any, tokens: dict[str, Tensor]) -> Reach:
     return Reach(
         "attention", [call.shape for call in found], [locations[i] for i in order],
         [call.module for call in found], _holders(model, [call.module for call in found]),
-        [(call.k, call.v) for call in found],
+        [(call.k, call.v) for call in found], [call.query.shape[1] for call in found],
+        any(call.window is not None for call in found),
     )  # fmt: skip
 
 
@@ -149,7 +153,7 @@ def _location(model: nn.Module, call: attention.Call) -> str:
     encoder = model.get_encoder()  # type: ignore[operator]
     if any(module is call.module for module in encoder.modules()):
         return "encoder"
-    return "cross" if call.k.shape[2] != call.queries else "decoder"
+    return "cross" if call.k.shape[2] != call.query.shape[2] else "decoder"
 
 
 def _holders(model: nn.Module, attentions: list[nn.Module]) -> list[nn.Module]:

@@ -1,0 +1,162 @@
+"""What attaching has in common, whatever makes the keys and values: find, check, hook, name."""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from minipeft.adapters import freeze
+from minipeft.extras import train_modules
+from minipeft.integrations.transformers import positions, probe, saving
+from minipeft.integrations.transformers.attached import NAME, Prefix
+from minipeft.protocol import is_adapter
+from minipeft.registry import DEFAULT, check_new_name, give_name
+from minipeft.targets import NEW_HEADS
+
+POSITIONS, WINDOWS = ("shift", "none"), ("always", "like_token")
+
+
+def attach(
+    model: nn.Module,
+    length: int,
+    make: Callable[[Prefix], nn.Module],
+    *,
+    name: str,
+    position: str | None = None,
+    window: str | None = None,
+    locations: Iterable[str] | None = None,
+    train_head: bool = True,
+) -> Prefix:
+    """Put what `make` returns among the model's prefixes; the model is as it was if it raises."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"attach_prefix: expected a transformers model, got {type(model).__name__}; for "
+            "attention of your own use PrefixEncoder and prefix_attention"
+        )
+    for what, value, known in (("position", position, POSITIONS), ("window", window, WINDOWS)):
+        if value is not None and value not in known:
+            raise ValueError(f"attach_prefix: {what}={value!r}; choose one of {known}")
+    prefix = _present(model, name, position, window, locations)
+    with ExitStack() as undo:
+        if prefix is None:
+            probe.own_configs(model, undo)
+            prefix = _prepare(model, length, position, window, locations, undo)
+        encoder = make(prefix)
+        undo.pop_all()
+    table: Any = model.get_input_embeddings()
+    encoder.to(table.weight.device).train(model.training)
+    if prefix.rows is not None:
+        encoder.enabled = False  # type: ignore[assignment]
+    prefix.encoders[name] = encoder
+    if not hasattr(model, NAME):
+        model.add_module(NAME, prefix)
+    adapters: list[Any] = [part for part in encoder.modules() if is_adapter(part)]
+    give_name(model, name, adapters)
+    heads = [part for part in NEW_HEADS if part != "lm_head" and _is_plain_head(model, part)]
+    if train_head and heads:
+        train_modules(model, heads, name=name)
+    saving.adopt(model)
+    freeze(model)
+    if prefix.route == "attention":
+        prefix.hooks.name_attention()
+    return prefix
+
+
+def _is_plain_head(model: nn.Module, part: str) -> bool:
+    module = getattr(model, part, None)
+    if not isinstance(module, nn.Module) or module is model.get_output_embeddings():  # type: ignore[operator]
+        return False
+    return not any(is_adapter(inner) for inner in module.modules())
+
+
+def _present(
+    model: nn.Module, name: str, position: str | None, window: str | None,
+    locations: Iterable[str] | None,
+) -> Prefix | None:  # fmt: skip
+    """The Prefix that the model has, if a further encoder can join it."""
+    found: list[Prefix] = [part for part in model.modules() if isinstance(part, Prefix)]
+    if not found:
+        if name != DEFAULT:
+            check_new_name("attach_prefix", model, name)
+        return None
+    prefix = found[0]
+    if name in prefix.encoders:
+        raise ValueError(
+            f"attach_prefix: the model has a prefix called {name!r} already; give this one another "
+            "name=, or call its remove() first"
+        )
+    check_new_name("attach_prefix", model, name)
+    if not any(part is prefix for part in model.children()):
+        raise ValueError("attach_prefix: a part of the model has a prefix; attach it there")
+    wanted = None if locations is None else sorted(set(locations))
+    for what, given, own in (
+        ("position", position, prefix.position), ("window", window, prefix.window),
+        ("locations", wanted, sorted(set(prefix.locations))),
+    ):  # fmt: skip
+        if given is not None and given != own:
+            raise ValueError(f"attach_prefix: {what}={given!r}, but the first prefix has {own!r}")
+    return prefix
+
+
+def _prepare(
+    model: Any, prefix_length: int, position: str | None, window: str | None,
+    locations: Iterable[str] | None, undo: ExitStack,
+) -> Prefix:  # fmt: skip
+    """A Prefix without encoders, hooked into the model; `undo` takes it off again."""
+    reach = probe.look(model)
+    there = list(dict.fromkeys(reach.locations))
+    chosen = tuple(there if locations is None else locations)
+    if not chosen or not set(chosen) <= set(there):
+        raise ValueError(f"attach_prefix: locations={chosen}; {type(model).__name__} has {there}")
+    reach = reach.only(chosen)
+    rule, by_slot = None, False
+    if probe.is_encoder_decoder(model):
+        causal = False
+    else:
+        base = reach.holders[0]
+        rule = positions.find_rule(base)
+        causal = reach.route == "cache" or positions.is_causal(base)
+        by_slot = reach.route == "cache" and not positions.matter(base)
+    if position is None:
+        position = "shift" if causal and (rule is not None or reach.route == "cache") else "none"
+    _check_position(model, reach, position, rule, prefix_length, by_slot=by_slot)
+    if window == "like_token" and (not causal or position != "shift"):
+        raise ValueError(
+            "attach_prefix: window='like_token' counts the prefix as tokens before the text, which "
+            "only a decoder with position='shift' has"
+        )
+    text = model.config.get_text_config()
+    if window == "like_token" and getattr(text, "attention_chunk_size", None):
+        raise ValueError("attach_prefix: window='like_token' is not for attention in chunks")
+    prefix = Prefix(
+        model, reach, position=position, window=window or "always", rule=rule, by_slot=by_slot,
+        causal=causal,
+    )  # fmt: skip
+    undo.callback(prefix.hooks.remove)
+    return prefix
+
+
+def _check_position(
+    model: nn.Module, reach: probe.Reach, position: str, rule: str | None, prefix_length: int,
+    *, by_slot: bool,
+) -> None:  # fmt: skip
+    name = type(model).__name__
+    if position == "none" and by_slot:
+        raise ValueError(
+            f"attach_prefix: {name} sees how far away a key is by counting what lies between "
+            "(ALiBi), so the prefix is counted too; use position='shift'"
+        )
+    if position == "shift" and rule is None and reach.route == "attention":
+        raise ValueError(
+            f"attach_prefix: {name} numbers its tokens in a way that cannot be shifted from "
+            "outside; use position='none'"
+        )
+    table = positions.table_rows(reach.holders[0])
+    if table is not None and position == "shift" and prefix_length >= table:
+        raise ValueError(
+            f"attach_prefix: prefix_length={prefix_length} leaves no room in the position table of "
+            f"{table} rows"
+        )

@@ -1,0 +1,206 @@
+"""attach_prompt and attach_zero_gated on small random models of the real classes."""
+
+import copy
+
+import pytest
+import torch
+
+import minipeft as mp
+
+pytest.importorskip("transformers")
+from benchmarks.prefix_behaviours import Case, P, T, difference, enable_checkpointing
+from benchmarks.prefix_families import FAMILIES
+
+DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
+TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
+
+
+def with_rows_in_front(case: Case, rows: torch.Tensor) -> torch.Tensor:
+    """Logits of the text with these embeddings really in front of its own."""
+    embedded = case.model.get_input_embeddings()(case.text)
+    whole = torch.cat([rows.expand(2, -1, -1), embedded], 1)
+    return case.model(inputs_embeds=whole).logits[:, len(rows) :]
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_prompt_is_embeddings_in_front_with_their_gradients(family):
+    case = Case(family)
+    prefix = mp.attach_prompt(case.model, P, init_std=0.5, window=case.window())
+    case.model(**case.inputs()).logits.square().mean().backward()
+    gradient = prefix.encoder.source.table.grad.clone()
+    seen = case.logits()
+    rows = prefix.encoder.source.table.detach().clone().requires_grad_()
+    with mp.disable_adapters(case.model):
+        expected = with_rows_in_front(case, rows)
+        expected.square().mean().backward()
+    assert difference(seen, expected) <= TOLERANCE
+    assert difference(gradient, rows.grad) <= TOLERANCE * float(gradient.abs().max())
+
+
+@pytest.mark.parametrize("family", ["LLaMA", "Gemma", "Gemma3, window", "BLOOM", "OPT"])
+def test_a_prompt_from_the_ids_of_a_text_equals_the_text(family):
+    case = Case(family)
+    with torch.no_grad():
+        whole = torch.cat([case.prompt.expand(2, -1), case.text], 1)
+        expected = case.model(whole).logits[:, P:]
+    mp.attach_prompt(case.model, P, init=case.prompt, window=case.window())
+    assert difference(case.logits(), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+def test_p_tuning_trains_its_network_and_bakes_it_away(kind):
+    case = Case("LLaMA")
+    case.model.train()
+    prefix = mp.attach_prompt(case.model, P, kind=kind, hidden=12)
+    optimizer = torch.optim.AdamW(mp.adapter_parameters(case.model), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = case.model(case.text, labels=case.text).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.95 * losses[0]
+    before = case.model.eval()(case.text).logits
+    prefix.bake()
+    assert difference(case.model(case.text).logits, before) <= TOLERANCE
+    shapes = {tuple(p.shape) for p in mp.adapter_parameters(case.model)}
+    assert shapes == {(P, 2 * 2 * 8)}
+
+
+def test_generation_follows_the_prompt_and_a_conversation_keeps_it():
+    case = Case("LLaMA")
+    settings = {"max_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    whole = torch.cat([case.prompt.expand(2, -1), case.text], 1)
+    expected = case.model.generate(whole, **settings)[:, P:]
+    prefix = mp.attach_prompt(case.model, P, init=case.prompt)
+    runs = []
+    run, holder = prefix.encoder.source.forward, prefix.encoder.source
+    holder.forward = lambda: (runs.append(1), run())[1]
+    assert torch.equal(case.model.generate(case.text, **settings), expected)
+    assert len(runs) == 1  # at the first turn; the next tokens go on from it
+    assert torch.equal(case.model.generate(case.text, use_cache=False, **settings), expected)
+
+
+def test_checkpointing_leaves_the_gradients_and_re_entrant_is_refused():
+    case = Case("LLaMA")
+    case.model.train()
+    prefix = mp.attach_prompt(case.model, P, init=case.prompt)
+
+    def gradient():
+        case.model.zero_grad()
+        case.model(case.text, labels=case.text).loss.backward()
+        return prefix.encoder.source.table.grad.clone()
+
+    plain = gradient()
+    enable_checkpointing(case.model, reentrant=False)
+    assert difference(gradient(), plain) <= TOLERANCE * float(plain.abs().max())
+    enable_checkpointing(case.model, reentrant=True)
+    with pytest.raises(ValueError, match="use_reentrant': False"):
+        gradient()
+
+
+def test_rows_of_a_batch_use_prompts_prefixes_or_none():
+    case = Case("LLaMA")
+    case.text = case.text[:1].expand(4, -1)
+    bare = case.logits()[0]
+    mp.attach_prompt(case.model, P, init=case.prompt)
+    mp.attach_prefix(case.model, 3, name="deep", init_std=0.5)
+    alone = {}
+    for name in ("default", "deep"):
+        mp.use_adapters(case.model, name)
+        alone[name] = case.logits()[0]
+    mp.use_adapters(case.model, rows=["deep", None, "default", "deep"])
+    rows = case.logits()
+    for row, expected in zip(
+        rows, [alone["deep"], bare, alone["default"], alone["deep"]], strict=True
+    ):
+        assert difference(row, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["LLaMA", "Qwen3", "OPT", "Mistral, window"])
+def test_a_zero_gated_prompt_starts_as_nothing_and_learns(family):
+    case = Case(family)
+    before = case.logits()
+    prefix = mp.attach_zero_gated(case.model, P, n_layers=2)
+    # the same kernels over the same keys: an explicit mask in the place of a flag
+    assert difference(case.logits(), before) <= TOLERANCE
+    source = prefix.encoder.source
+    case.model(case.text, labels=case.text).loss.backward()
+    assert all(gate.grad.abs().max() > 0 for gate in source.gates)
+    assert all(table.grad.abs().max() == 0 for table in source.tables)
+    optimizer = torch.optim.AdamW(mp.adapter_parameters(case.model), lr=3e-2)
+    first = case.model(case.text, labels=case.text).loss.item()
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = case.model(case.text, labels=case.text).loss
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.99 * first
+    assert difference(case.logits(), before) > 1e-3
+
+
+@torch.no_grad()
+def test_zero_gated_prompts_are_the_layers_own_projections_in_a_softmax_of_their_own():
+    case = Case("LLaMA", num_hidden_layers=1)
+    prefix = mp.attach_zero_gated(case.model, P, n_layers=1, init_std=0.5)
+    source = prefix.encoder.source
+    source.gates[0].copy_(torch.tensor([0.3, -0.5, 1.0, 0.0]))
+    layer = case.model.model.layers[0]
+    hidden = layer.input_layernorm(case.model.get_input_embeddings()(case.text)).double()
+    weights = {n: p.double() for n, p in layer.self_attn.named_parameters()}
+    seen = []
+    layer.self_attn.register_forward_hook(lambda m, a, out: seen.append(out[0]))
+    case.logits()
+    with prefix.use(None):
+        case.logits()
+    cos, sin = case.model.model.rotary_emb(hidden.float(), torch.arange(T)[None])
+    q = (hidden @ weights["q_proj.weight"].T).view(2, T, 4, 8).transpose(1, 2)
+    half = torch.cat([-q[..., 4:], q[..., :4]], -1)
+    q = q * cos.double()[:, None] + half * sin.double()[:, None]
+    rows = source.tables[0].double()
+    k = (rows @ weights["k_proj.weight"].T).view(P, 2, 8)
+    v = (rows @ weights["v_proj.weight"].T).view(P, 2, 8)
+    added = torch.zeros(2, T, 4, 8, dtype=torch.float64)
+    for head in range(4):
+        scores = q[:, head] @ k[:, head // 2].T / 8**0.5
+        gate = torch.tanh(source.gates[0][head].double())
+        added[:, :, head] = gate * scores.softmax(-1) @ v[:, head // 2]
+    expected = added.reshape(2, T, 32) @ weights["o_proj.weight"].T
+    assert difference(seen[0].double() - seen[1].double(), expected) <= 1e-6  # float32 sums
+
+
+def test_a_copy_keeps_its_own_prompt():
+    case = Case("LLaMA")
+    prefix = mp.attach_prompt(case.model, P, init=case.prompt)
+    before = case.logits()
+    case.model(case.text)  # a graph hangs on it
+    twin = copy.deepcopy(case.model)
+    with torch.no_grad():
+        prefix.encoder.source.table.add_(1.0)
+    assert torch.equal(twin(case.text).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("family", "call", "message"),
+    [
+        ("BERT", lambda m: mp.attach_prompt(m, P), "is no decoder"),
+        ("T5", lambda m: mp.attach_prompt(m, P), "is no decoder"),
+        ("LLaMA", lambda m: mp.attach_prompt(m, P, kind="gru"), "kind='gru'"),
+        ("LLaMA", lambda m: mp.attach_prompt(m, P, init="text"), "init='text'"),
+        ("LLaMA", lambda m: mp.attach_prompt(m, P, init=torch.randn(3)), "token ids"),
+        ("LLaMA", lambda m: mp.attach_prompt(m, 0), "prompt_length=0"),
+        ("LLaMA", lambda m: mp.attach_prompt(m, P, kind="mlp", init="vocabulary"), "kind='table'"),
+        ("BLOOM", lambda m: mp.attach_zero_gated(m, P), "no attention with k_proj"),
+        ("GPT-2", lambda m: mp.attach_zero_gated(m, P), "no attention with k_proj"),
+        ("LLaMA", lambda m: mp.attach_zero_gated(m, P, n_layers=4), "n_layers=4"),
+    ],
+)
+def test_refusals_leave_the_model_as_it_was(family, call, message):
+    case = Case(family)
+    before, names = case.logits(), set(case.model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        call(case.model)
+    assert set(case.model.state_dict()) == names
+    assert all(p.requires_grad for p in case.model.parameters())
+    assert torch.equal(case.logits(), before)
