@@ -237,10 +237,3 @@ def test_a_cache_of_another_model():
         prefix.load_kv(cache)
     with pytest.raises(ValueError, match="use_cache"):
         prefix.load_kv(None)
-
-
-def test_save_peft_says_that_it_cannot_yet(tmp_path):
-    model = build("LLaMA")
-    mp.attach_prefix(model, P)
-    with pytest.raises(ValueError, match="prefix"):
-        mp.save_peft(model, tmp_path / "adapter")

@@ -1,5 +1,5 @@
 """Other people's files, read and written without their packages."""
 
-from minipeft.io import bitsandbytes, peft
+from minipeft.io import bitsandbytes, peft, ptuning
 
-__all__ = ["bitsandbytes", "peft"]
+__all__ = ["bitsandbytes", "peft", "ptuning"]

@@ -26,9 +26,12 @@ def attach(
     position: str | None = None,
     window: str | None = None,
     locations: Iterable[str] | None = None,
-    train_head: bool = True,
+    train_head: bool | list[str] = True,
 ) -> Prefix:
-    """Put what `make` returns among the model's prefixes; the model is as it was if it raises."""
+    """Put what `make` returns among the model's prefixes; the model is as it was if it raises.
+
+    `train_head` True: new heads that do not train yet train too; a list: these modules.
+    """
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -55,8 +58,10 @@ def attach(
         model.add_module(NAME, prefix)
     adapters: list[Any] = [part for part in encoder.modules() if is_adapter(part)]
     give_name(model, name, adapters)
-    heads = [part for part in NEW_HEADS if part != "lm_head" and _is_plain_head(model, part)]
-    if train_head and heads:
+    heads = train_head if isinstance(train_head, list) else []
+    if train_head is True:
+        heads = [part for part in NEW_HEADS if part != "lm_head" and _is_plain_head(model, part)]
+    if heads:
         train_modules(model, heads, name=name)
     saving.adopt(model)
     freeze(model)

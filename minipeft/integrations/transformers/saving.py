@@ -7,13 +7,14 @@ The method as it was would write base weights under names such as `q_proj.base.w
 import functools
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from minipeft import inject
 from minipeft.adapters import named_adapters
-from minipeft.io.peft import save_peft
 from minipeft.protocol import is_adapter, is_packed
+from minipeft.registry import DEFAULT, named
 
 
 def save_adapters(
@@ -24,6 +25,9 @@ def save_adapters(
     **arguments: object,
 ) -> None:
     """In the place of `model.save_pretrained`: save the adapter files, never base weights.
+
+    Each adapter in PEFT's format; a prefix that it cannot express, or one that shares its name with
+    LoRA, in the format of io.ptuning.save_prefix, in the same directory.
 
     Sharding, variants and serialisation options have no meaning for an adapter and are accepted.
 
@@ -38,8 +42,21 @@ def save_adapters(
             "load; save model.state_dict() with safetensors, and load it into a model that "
             "quantize_model has prepared"
         )
-    if is_main_process:
-        save_peft(model, save_directory, state_dict=state_dict)
+    from minipeft.io.peft import save_peft  # io builds on integrations
+    from minipeft.io.ptuning import has_more_than_prefix, has_prefix, save_prefix
+
+    if not is_main_process:
+        return
+    for name in named(model):
+        directory = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
+        try:
+            save_peft(model, directory, name=name, state_dict=state_dict)
+        except ValueError:
+            if not has_prefix(model, name):
+                raise
+            save_prefix(model, directory, name=name, reparametrization=True)
+            if has_more_than_prefix(model, name):
+                save_peft(model, directory, name=name, state_dict=state_dict, beside_prefix=True)
 
 
 def adopt(model: nn.Module) -> None:

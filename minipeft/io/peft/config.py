@@ -19,7 +19,7 @@ Number = TypeVar("Number", int, float)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-_LARGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
+LARGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
 _LARGEST_NUMBER = 2**31
 
 # Fields that change what is computed or saved in ways that no layer here has.  They may be absent
@@ -209,11 +209,14 @@ def read_config(path: Path) -> LoRAConfig:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a directory that PEFT or minipeft wrote")
-    if path.stat().st_size > _LARGEST_CONFIG:
+    if path.stat().st_size > LARGEST_CONFIG:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a configuration")
     config, where = parse_object(path.read_bytes(), str(path)), path.name
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+        raise ValueError(
+            f"{where}: peft_type is {config.get('peft_type')!r}; expected 'LORA', or one of the "
+            "prompt-learning kinds"
+        )
     known = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
              "use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "bias", "modules_to_save",
              "target_parameters", "trainable_token_indices", "ensure_weight_tying",

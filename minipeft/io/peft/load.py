@@ -13,6 +13,7 @@ from minipeft.bank import refuse_rows
 from minipeft.inject import check_model, restoring, swap
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, MatchedConfig, read_config
 from minipeft.io.peft.contents import Contents, sort_out
+from minipeft.io.peft.prompts import kind_in, load_prompts
 from minipeft.io.peft.tensors import (
     copy_into,
     experts_parameters,
@@ -190,10 +191,11 @@ class _Builder:
 def load_peft(
     model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT, strict: bool = True
 ) -> Loaded:
-    """Inject and load the LoRA adapter that PEFT or minipeft saved in directory `path`; trainable.
+    """Inject and load the adapter that PEFT or minipeft saved in directory `path`; trainable.
 
     LoRA and DoRA on linear layers, embeddings, convolutions, attention and expert weights; trained
-    biases, modules saved whole, trained tokens.  Every key must belong to a module of the model,
+    biases, modules saved whole, trained tokens; on transformers models prefix tuning, prompt tuning
+    and P-tuning with their heads.  Every key must belong to a module of the model,
     with or without PEFT's "base_model.model." before it, and every module that the configuration
     targets must have its keys.  Values take the dtype of the layers, float32.  With a `name` it is
     one more adapter, over those that are there.  Freezes every parameter that no adapter owns.
@@ -210,6 +212,8 @@ def load_peft(
         check_new_name("load_peft", model, name)
     refuse_merged("load_peft", named_adapters(model))
     refuse_rows("load_peft", model)
+    if kind_in(directory) is not None:
+        return _prompts(model, directory, name)
     plain = read_config(directory / CONFIG_NAME)
     modules = visible_modules(model)
     config = plain.of_model([*modules, *expert_weights(model)], CONFIG_NAME)
@@ -236,6 +240,12 @@ def load_peft(
     order = {name: number for number, name in enumerate(modules)}
     result = Loaded(sorted(made, key=lambda name: order.get(name, len(order))))
     result.missing, result.unexpected = contents.missing, contents.unexpected
+    return result
+
+
+def _prompts(model: nn.Module, directory: Path, name: str) -> Loaded:
+    result = Loaded(load_prompts(model, directory, name))
+    result.missing, result.unexpected = [], []
     return result
 
 

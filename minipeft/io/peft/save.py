@@ -1,4 +1,4 @@
-"""A model's LoRA adapters as directories that PEFT and minipeft load."""
+"""A model's adapters as directories that PEFT and minipeft load."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
+from minipeft.io.peft.prompts import describe_prompts, is_prompt, prompt_in, write_prompts
 from minipeft.io.peft.tensors import written, written_experts
 from minipeft.io.tensors import write_atomically, write_tensors
 from minipeft.layers.lora_experts import LoRAExperts
@@ -40,10 +41,12 @@ class _Collected:
     own_bases: list[str] = field(default_factory=list)  # LoftQ gave them other codes
 
 
-def _collect(model: nn.Module, name: str) -> _Collected:
+def _collect(model: nn.Module, name: str, *, beside_prefix: bool = False) -> _Collected:
     found = _Collected()
     by_module: dict[str, list[LoRAExperts]] = {}
     for place, stack in adapters_called("save_peft", model, name).items():
+        if beside_prefix and is_prompt(place):
+            continue
         if not place or (isinstance(stack[0], LoRAExperts) and "." not in place):
             raise ValueError(
                 "save_peft: the model is the adapter layer itself, which has no name in PEFT's "
@@ -179,6 +182,7 @@ def save_peft(
     *,
     name: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
+    beside_prefix: bool = False,
 ) -> list[str]:
     """Save the model's adapters in PEFT's format; returns the names of their modules.
 
@@ -188,10 +192,12 @@ def save_peft(
     merged or not; the runtime factor of `scale_adapters` is not part of an adapter and is not
     saved.  An initialisation that subtracts its start is written as the plain LoRA of twice the
     rank that it is.  `state_dict` gives values gathered elsewhere (a sharded model's), under the
-    model's own names.
+    model's own names.  `beside_prefix` leaves out prefixes and prompts: they are written by
+    io.ptuning.save_prefix.
 
     Raises:
-        ValueError: no adapter, one that PEFT's LoRA format cannot express, or parameters whose
+        ValueError: no adapter, one that PEFT's format cannot express (prompts.py says which
+            prefixes; io.ptuning.save_prefix writes all), or parameters whose
             values are not here.  Nothing is written then.
     """
     if not isinstance(model, nn.Module):
@@ -201,8 +207,12 @@ def save_peft(
         raise ValueError("save_peft: the model has no adapter; inject one first")
     collected = {}
     gathered = _gathered(model, state_dict or {})
+    prompts = {n: describe_prompts(model, n) for n in names
+               if not beside_prefix and prompt_in(model, n) is not None}  # fmt: skip
     for adapter in names:
-        found = _collect(model, adapter)
+        if adapter in prompts:
+            continue
+        found = _collect(model, adapter, beside_prefix=beside_prefix)
         tensors = {f"{PREFIX}{key}": gathered.get(id(value), value)
                    for key, value in found.tensors.items()}  # fmt: skip
         collected[adapter] = found, _config(model, found), tensors
@@ -214,6 +224,10 @@ def save_peft(
                 stacklevel=2,
             )
     touched: list[str] = []
+    for adapter, (config, tensors) in prompts.items():
+        alone = name is not None or adapter == DEFAULT
+        write_prompts(Path(path) if alone else Path(path) / adapter, config, tensors)
+        touched += adapters_called("save_peft", model, adapter)
     for adapter, (found, config, tensors) in collected.items():
         alone = name is not None or adapter == DEFAULT
         directory = Path(path) if alone else Path(path) / adapter

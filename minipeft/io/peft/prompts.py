@@ -1,0 +1,235 @@
+"""PEFT's prompt-learning adapters: prefix tuning, prompt tuning and P-tuning, both ways.
+
+Source: PEFT 0.21.  All three store one tensor `prompt_embeddings`: prefix tuning the flat table
+(tokens, layers * 2 * token_dim), the others (tokens, token_dim); networks are folded into it.
+PEFT counts a prefix as tokens: it shifts positions, and a sliding window leaves it behind.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipeft.integrations.transformers.attached import NAME, Prefix
+from minipeft.integrations.transformers.attaching import attach
+from minipeft.integrations.transformers.prompted import RunPrompt
+from minipeft.io.heads import check_heads, fill_heads, head_tensors
+from minipeft.io.peft.config import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME
+from minipeft.io.tensors import parse_object, read_tensors, write_atomically, write_tensors
+from minipeft.prefix import PrefixEncoder
+from minipeft.prompt import PromptEmbedding, PromptEncoder
+from minipeft.registry import named
+
+KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+_KEY, _HEADS = "prompt_embeddings", ("base_model.model.", "base_model.")
+_LARGEST_LENGTH = 2**24
+# Of the configuration nothing else says what to compute: the values are in the table.
+_KNOWN = {
+    "peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers",
+    "num_transformer_submodules", "encoder_hidden_size", "prefix_projection", "init_weights",
+    "encoder_dropout", "encoder_num_layers", "encoder_reparameterization_type",
+    "prompt_tuning_init", "prompt_tuning_init_text", "prompt_tuning_init_state_dict_path",
+    "tokenizer_name_or_path", "tokenizer_kwargs", "modules_to_save", "auto_mapping",
+    "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
+}  # fmt: skip
+
+
+def kind_in(directory: Path) -> str | None:
+    """The kind that a directory's configuration names, if it is one of KINDS.
+
+    Whether the rest is right is for the reader of that kind to say.
+    """
+    path = directory / CONFIG_NAME
+    if not path.is_file() or path.stat().st_size > LARGEST_CONFIG:
+        return None
+    kind = parse_object(path.read_bytes(), str(path)).get("peft_type")
+    return kind if isinstance(kind, str) and kind in KINDS else None
+
+
+def load_prompts(model: nn.Module, directory: Path, name: str) -> list[str]:
+    """Attach what a directory of one of KINDS holds; returns the names of the modules.
+
+    Raises:
+        ValueError: a file missing or damaged, an adapter of another model, an encoder-decoder.
+            The model is then as it was.
+    """
+    config = parse_object((directory / CONFIG_NAME).read_bytes(), str(directory / CONFIG_NAME))
+    for key, value in config.items():
+        if key not in _KNOWN and value not in (None, False, [], {}, ""):
+            raise ValueError(f"{CONFIG_NAME}: {key} = {value!r} is no field known here")
+    length = config.get("num_virtual_tokens")
+    if type(length) is not int or not 0 < length < _LARGEST_LENGTH:
+        raise ValueError(f"{CONFIG_NAME}: num_virtual_tokens is {length!r}, expected a number")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"load_peft: PEFT counts a prefix of an encoder-decoder as tokens of the decoder; on "
+            f"{type(model).__name__} that cannot be said by attach_prefix"
+        )
+    where = directory / WEIGHTS_NAME
+    tensors = read_tensors(where)
+    table = tensors.pop(_KEY, None)
+    if table is None or table.dim() != 2 or not table.is_floating_point():
+        raise ValueError(f"{where}: no floating-point {_KEY!r} of two dimensions")
+    if len(table) != length:
+        raise ValueError(f"{where}: {len(table)} rows; {CONFIG_NAME} says {length}")
+    heads = {_without_prefix(key): value for key, value in tensors.items()}
+    if len(heads) < len(tensors):
+        raise ValueError(f"{where}: the same key with and without {_HEADS[0]!r}")
+    modules = check_heads("load_peft", model, heads)
+    deep = config["peft_type"] == "PREFIX_TUNING"
+
+    def make(prefix: Prefix) -> nn.Module:
+        if prefix.has_windows and prefix.causal:
+            if len(prefix.encoders) and prefix.window != "like_token":
+                raise ValueError(
+                    "load_peft: PEFT's prefix is left behind by a sliding window; the model's "
+                    "first prefix is not (window='always')"
+                )
+            prefix.window = "like_token"
+        if deep:
+            total = sum(shape.width for shape in prefix.kv_shapes)
+            if table.shape[1] != total:
+                raise ValueError(
+                    f"{where}: {table.shape[1]} columns; the {len(prefix.kv_shapes)} layers of "
+                    f"{type(model).__name__} take {total}"
+                )
+            encoder = PrefixEncoder(prefix.kv_shapes, length)
+            encoder.load_flat(table.float())
+            return encoder
+        if set(prefix.locations) != {"self"} or not prefix.causal:
+            raise ValueError(
+                f"load_peft: {type(model).__name__} is no decoder, so its text and a prompt see "
+                "each other; use a prefix"
+            )
+        size = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        if table.shape[1] != size:
+            raise ValueError(
+                f"{where}: {table.shape[1]} columns; the model's embeddings have {size}"
+            )
+        source = PromptEmbedding(length, size)
+        source.load_table(table.float())
+        return RunPrompt(source)
+
+    attach(model, length, make, name=name, position="shift", train_head=modules)
+    fill_heads(model, name, heads)
+    return [f"{NAME}.encoders.{name}", *modules]
+
+
+def _without_prefix(key: str) -> str:
+    for prefix in _HEADS:
+        if key.startswith(prefix):
+            return key[len(prefix) :]
+    return key
+
+
+def is_prompt(place: str) -> bool:
+    """Whether an adapter at this place of the model is a prefix or prompt."""
+    return place.startswith(f"{NAME}.")
+
+
+def prompt_in(model: nn.Module, name: str) -> Any:
+    """The prefix or prompt of the adapter called `name`, None if it has none.
+
+    Raises:
+        ValueError: it has LoRA layers too, for which PEFT's format has no place.
+    """
+    prefix = getattr(model, NAME, None)
+    if not isinstance(prefix, Prefix) or name not in prefix.encoders:
+        return None
+    others = [
+        type(layer).__name__ for place, stack in named(model).get(name, {}).items()
+        for layer in stack
+        if not is_prompt(place) and type(layer).__name__ != "TrainedModule"
+    ]  # fmt: skip
+    if others:
+        raise ValueError(
+            f"save_peft: the adapter {name!r} is a prefix and {others[0]} ({len(others)} layers); "
+            "PEFT's format holds one kind: attach the prefix under a name of its own"
+        )
+    return prefix.encoders[name]
+
+
+def describe_prompts(model: Any, name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The configuration and the tensors of the prefix or prompt called `name`.
+
+    Raises:
+        ValueError: what PEFT's format cannot say: positions that are not shifted, a prefix that a
+            sliding window does not hide, gates, layers of different shapes, an encoder-decoder.
+    """
+    prefix, encoder = getattr(model, NAME), prompt_in(model, name)
+
+    def refuse(why: str) -> ValueError:
+        return ValueError(
+            f"save_peft: {why}, which PEFT's format cannot say; use io.ptuning.save_prefix"
+        )
+
+    if set(prefix.locations) != {"self"}:
+        raise refuse(f"a prefix in {sorted(set(prefix.locations))}")
+    if prefix.position != "shift":
+        raise refuse("tokens are not numbered behind the prefix (position='none')")
+    if prefix.has_windows and prefix.window != "like_token":
+        raise refuse("the prefix is seen from outside the sliding window (window='always')")
+    heads = {f"{_HEADS[1]}{key}": value for key, value in head_tensors(model, name).items()}
+    text = model.config.get_text_config()
+    config: dict[str, object] = {
+        "inference_mode": True, "num_layers": len(prefix.kv_shapes),
+        "num_transformer_submodules": 1, "num_virtual_tokens": encoder.prefix_length,
+        "base_model_name_or_path": getattr(model.config, "name_or_path", None) or None,
+        "modules_to_save": sorted({key.split(".")[1] for key in heads}) or None,
+        "task_type": _task_type(model),
+    }  # fmt: skip
+    if isinstance(encoder, PrefixEncoder):
+        if encoder.gated:
+            raise refuse("a gated prefix")
+        if len(set(prefix.kv_shapes)) != 1 or prefix.kv_shapes[0][1] != prefix.kv_shapes[0][2]:
+            raise refuse("layers of different shapes")
+        kv_heads, size, _ = prefix.kv_shapes[0]
+        config |= {
+            "peft_type": "PREFIX_TUNING", "token_dim": kv_heads * size,
+            "num_attention_heads": kv_heads, "encoder_hidden_size": kv_heads * size,
+            "prefix_projection": False,
+        }  # fmt: skip
+        return config, {_KEY: encoder.flat().detach(), **heads}
+    if not isinstance(encoder, RunPrompt):
+        raise refuse("zero-gated prompts")
+    source = encoder.source
+    config |= {
+        "token_dim": source.embedding_dim, "num_attention_heads": text.num_attention_heads,
+    }  # fmt: skip
+    if isinstance(source, PromptEncoder):
+        lstm = getattr(source, "lstm", None)
+        config |= {
+            "peft_type": "P_TUNING", "encoder_hidden_size": source.hidden,
+            "encoder_reparameterization_type": source.kind.upper(),
+            "encoder_num_layers": 2 if lstm is None else lstm.num_layers,
+            "encoder_dropout": 0.0 if lstm is None else lstm.dropout,
+        }  # fmt: skip
+        source = source.bake()
+    else:
+        config |= {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
+    return config, {_KEY: source.table.detach(), **heads}
+
+
+def _task_type(model: nn.Module) -> str:
+    """PEFT's name for what the model's class does, by which PEFT chooses how to call it."""
+    name = type(model).__name__
+    for ending, task in (
+        ("SequenceClassification", "SEQ_CLS"), ("TokenClassification", "TOKEN_CLS"),
+        ("QuestionAnswering", "QUESTION_ANS"), ("ForCausalLM", "CAUSAL_LM"),
+        ("LMHeadModel", "CAUSAL_LM"),
+    ):  # fmt: skip
+        if name.endswith(ending):
+            return task
+    return "FEATURE_EXTRACTION"
+
+
+def write_prompts(
+    directory: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write both files, each under a temporary name first."""
+    os.makedirs(directory, exist_ok=True)
+    write_tensors(directory / WEIGHTS_NAME, tensors)
+    write_atomically(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode())
