@@ -246,3 +246,80 @@ def test_two_encoders_with_one_seed_are_equal():
     first = PrefixEncoder(UNEQUAL, 4).flat()
     torch.manual_seed(3)
     assert torch.equal(PrefixEncoder(UNEQUAL, 4).flat(), first)
+
+
+@pytest.mark.parametrize("hidden", [None, 12])
+def test_frozen_positions_stay_and_the_others_train(hidden):
+    encoder = PrefixEncoder(UNEQUAL, 5, hidden=hidden, frozen=2)
+    before = encoder.flat().detach().clone()
+    assert before.shape == PrefixEncoder(UNEQUAL, 5).flat().shape
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.5)
+    sum(k.sum() + v.square().sum() for k, v in encoder()).backward()
+    optimizer.step()
+    after = encoder.flat().detach()
+    assert torch.equal(after[:2], before[:2])
+    assert (after[2:] != before[2:]).any(1).all()
+    if hidden is None:
+        other = PrefixEncoder(UNEQUAL, 5, frozen=1)
+        other.load_flat(after)
+        assert torch.equal(other.flat(), after)
+    assert torch.equal(encoder.bake().flat(), encoder.flat()) and encoder.bake().frozen == 2
+    module = nn.Sequential(encoder)
+    mp.freeze(module)
+    assert not any(p.requires_grad for p in encoder.sinks)
+    assert {n for n, _ in encoder.named_parameters()} == set(encoder.adapter_parameters())
+
+
+@given(
+    t=st.integers(1, 4), p=st.integers(0, 4), groups=st.sampled_from([1, 2]),
+    repeats=st.sampled_from([1, 3]), gate=st.floats(-1, 1),
+)  # fmt: skip
+def test_a_gate_is_that_share_of_the_prefixs_part(t, p, groups, repeats, gate):
+    heads = groups * repeats
+    q, k, v = (
+        torch.randn(2, heads, t, 6),
+        torch.randn(2, groups, t, 6),
+        torch.randn(2, groups, t, 5),
+    )
+    pk, pv = torch.randn(groups, p, 6), torch.randn(groups, p, 5)
+    gates = torch.tensor([gate, -gate / 2])[:groups]
+    y = prefix_attention(q, k, v, pk, pv, gate=gates)
+    scale = 1 / math.sqrt(6)
+    whole, alone = (
+        slow_attention(q, k, v, pk[:, :n], pv[:, :n], mask=None, is_causal=True, scale=scale)
+        for n in (p, 0)
+    )
+    share = gates.double().repeat_interleave(repeats)[:, None, None]
+    # float32 scores of sums of 6 products of numbers up to 5
+    torch.testing.assert_close(y.double(), alone + share * (whole - alone), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gated_prefix_starts_as_none_and_its_gates_have_gradients():
+    encoder = PrefixEncoder([(2, 8, 8)], 3, gated=True)
+    q, k, v = (torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8))
+    none = torch.zeros(2, 0, 8)
+    y = prefix_attention(q, k, v, *encoder.layer(0), gate=encoder.gate(0))
+    assert torch.equal(y, prefix_attention(q, k, v, none, none))
+    y.square().sum().backward()
+    assert encoder.gates[0].grad.abs().min() > 0
+    assert encoder.tables[0].grad.abs().max() == 0
+    with torch.no_grad():
+        encoder.gates[0].fill_(20.0)  # tanh is 1 in float32
+    opened = prefix_attention(q, k, v, *encoder.layer(0), gate=encoder.gate(0))
+    torch.testing.assert_close(opened, prefix_attention(q, k, v, *encoder.layer(0)))
+    assert encoder.bake().gate(0) is not None and PrefixEncoder([(1, 2, 2)], 3).gate(0) is None
+
+
+def test_dropout_of_the_weights_keeps_their_mean():
+    q, k = torch.zeros(1, 1, 2000, 4), torch.zeros(1, 1, 2, 4)
+    v, pv = torch.ones(1, 1, 2, 1), torch.ones(1, 6, 1)
+    y = prefix_attention(q, k, v, torch.zeros(1, 6, 4), pv, is_causal=False, dropout=0.5)
+    # 8 weights of 1/8, each kept with 1/2 and doubled: variance 1/8; 2,000 rows
+    assert abs(float(y.mean()) - 1) < 5 * math.sqrt(1 / 8 / 2000) and float(y.std()) > 0.2
+
+
+@pytest.mark.parametrize("frozen", [-1, 4, True, 1.5])
+def test_impossible_numbers_of_frozen_positions(frozen):
+    with pytest.raises((ValueError, TypeError), match="frozen"):
+        PrefixEncoder([(1, 2, 3)], 4, frozen=frozen)
