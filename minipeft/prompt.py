@@ -76,7 +76,7 @@ class PromptEmbedding(_Prompt):
 
     `forward()` returns it; the caller casts it to the dtype of the embedded tokens and puts it in
     front of them.  While `enabled` is False it has length 0.  Rows of real tokens are often the
-    better start (Lester et al. 2021, fig. 3b): see `rows_from_vocabulary`, `rows_from_tokens`.
+    better start (Lester et al. 2021): see `rows_from_vocabulary`, `rows_from_tokens`.
 
     Raises:
         ValueError: a size below 1, init_std not above 0.
@@ -131,9 +131,8 @@ def rows_from_vocabulary(
     """Embeddings of random tokens, each at most once, as float32: a start for a prompt.
 
     `weight` (vocabulary, embedding_dim) is the model's embedding.  `among` takes them from the
-    first ids alone, which many tokenizers give to frequent tokens (Lester et al. 2021 take the
-    5,000 most common); it also keeps out rows past the tokenizer's length, which some models pad
-    their embedding with.  Drawn on the generator's device, without one on the CPU.
+    first ids alone, which many tokenizers give to frequent tokens; it also keeps out rows past the
+    tokenizer's length, which some models pad their embedding with.  Drawn on the generator's device, without one on the CPU.
 
     Raises:
         ValueError: not a weight, `among` above the vocabulary, fewer tokens than prompt_length.
@@ -201,6 +200,7 @@ class PromptEncoder(_Prompt):
     the layers, and their order, of PEFT's P_TUNING.  `hidden` is `embedding_dim` unless given.
     `dropout` acts between the layers of the LSTM while training, and nowhere else.  While
     `enabled` is False the prompt has length 0.  `bake` keeps the rows and drops the network.
+    torch.compile breaks its graph at an LSTM; an MLP and a baked prompt compile whole.
 
     Raises:
         ValueError: a size below 1, another kind, dropout outside [0, 1), settings of the LSTM for

@@ -2,6 +2,7 @@
 
     inject_lora(model, "all-linear", rank=8)             the first one is called "default"
     add_adapter(model, "fr", "all-linear", rank=4)       one more, over the same layers or others
+    add_adapter(model, "poet", PrefixEncoder(...))       or a further prefix
     use_adapters(model, "fr")                            only this one; or a list of names
     use_adapters(model, rows=["fr", None, "default"])    one for each row of a batch (bank.py)
 
@@ -16,6 +17,7 @@ from torch import nn
 from minipeft.adapters import named_adapters, refuse_merged, require_adapters
 from minipeft.bank import Row, refuse_rows, serve_rows, stop_rows
 from minipeft.inject import check_model, inject_over
+from minipeft.prefix import PrefixEncoder
 from minipeft.registry import adapters_called, check_new_name, give_name, named
 from minipeft.targets import Names, Target
 
@@ -23,8 +25,8 @@ from minipeft.targets import Names, Target
 def add_adapter(
     model: nn.Module,
     name: str,
-    target: Target,
-    rank: int | Mapping[str, int],
+    target: Target | PrefixEncoder,
+    rank: int | Mapping[str, int] | None = None,
     alpha: float | Mapping[str, float] | None = None,
     *,
     exclude: Target | None = None,
@@ -35,17 +37,35 @@ def add_adapter(
     Layers stack: each adds to what those below compute.  The new adapter is on and trainable; the
     others stay as they are, on or off, trainable or not.  Returns the names of the modules.
 
+    A PrefixEncoder in the place of `target` joins the prefixes of a model that has one
+    (attach_prefix): of the same shapes, of any length.
+
     Raises:
-        ValueError: the name is taken or none; otherwise as `inject_lora`.  The model is then as
-            it was.
+        ValueError: the name is taken or none, no rank; otherwise as `inject_lora`.  The model is
+            then as it was.
     """
     check_model("add_adapter", model)
     check_new_name("add_adapter", model, name)
+    if isinstance(target, PrefixEncoder):
+        return _add_prefix(model, name, target)
+    if rank is None:
+        raise ValueError("add_adapter: expected a rank")
     refuse_rows("add_adapter", model)
     refuse_merged("add_adapter", named_adapters(model))
     names = inject_over(model, target, rank, alpha, exclude, lora, {}, stack=True)
     give_name(model, name, [model.get_submodule(place) for place in names])
     return names
+
+
+def _add_prefix(model: nn.Module, name: str, encoder: PrefixEncoder) -> Names:
+    for place, module in model.named_modules():
+        if callable(getattr(type(module), "add_encoder", None)):
+            module.add_encoder(name, encoder)
+            give_name(model, name, [encoder])
+            return Names([f"{place}.encoders.{name}"])
+    raise ValueError(
+        "add_adapter: the model has no prefix that this could join; attach_prefix first"
+    )
 
 
 def use_adapters(

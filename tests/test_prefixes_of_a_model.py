@@ -86,6 +86,26 @@ def test_use_restores_what_was_on_also_after_an_error():
     assert torch.equal(case.logits(), before)
 
 
+def test_an_encoder_of_ones_own_joins_with_add_adapter():
+    case = Case("LLaMA")
+    with pytest.raises(ValueError, match="attach_prefix first"):
+        mp.add_adapter(case.model, "own", mp.PrefixEncoder([(2, 8, 8)] * 3, 4))
+    prefix = case.attach()
+    encoder = mp.PrefixEncoder(prefix.kv_shapes, 4, init_std=1.0)
+    assert mp.add_adapter(case.model, "own", encoder) == ["minipeft_prefix.encoders.own"]
+    mp.use_adapters(case.model, "own")
+    assert list(mp.adapter_parameters(case.model, name="own")) == list(encoder.parameters())
+    on = case.logits()
+    with prefix.use(None):
+        assert difference(on, case.logits()) > 1e-3
+    with pytest.raises(ValueError, match="the encoder has layers"):
+        mp.add_adapter(case.model, "other", mp.PrefixEncoder([(2, 8, 8)] * 2, 4))
+    with pytest.raises(ValueError, match="already"):
+        mp.add_adapter(case.model, "own", encoder)
+    with pytest.raises(ValueError, match="expected a rank"):
+        mp.add_adapter(case.model, "lora", "all-linear")
+
+
 def test_taking_one_of_two_off():
     case = Case("LLaMA")
     bare = case.logits()
