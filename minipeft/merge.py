@@ -16,7 +16,7 @@ from minipeft.adapters import require_adapters
 from minipeft.bank import refuse_rows
 from minipeft.inject import swap
 from minipeft.protocol import Adapter, AdapterLayer, is_adapter_layer, is_packed
-from minipeft.registry import adapters_called, forget, stacks
+from minipeft.registry import adapters_called, forget, named, stacks
 from minipeft.wrapper import innermost
 
 
@@ -92,8 +92,9 @@ def remove(
 
     All of them, or with `name` those of one adapter.  With `merge`, a dense base's weights are
     overwritten by the merged ones (of the adapters that are on), layer by layer, and an NF4 base
-    becomes dense; `requantize` keeps NF4 and warns of the error that this adds.  Adapters that
-    wrap nothing (prefixes) stay.  Returns the names of the modules.
+    becomes dense; `requantize` keeps NF4 and warns of the error that this adds.  Prefixes and
+    prompts go too, with the heads that came with them, but with `merge` they stay: they are no
+    weights.  Returns the names of the modules.
 
     Raises:
         ValueError: nothing to remove; a merged weight that is not finite or belongs to two
@@ -102,9 +103,12 @@ def remove(
     """
     if not isinstance(merge, bool) or not isinstance(requantize, bool):
         raise TypeError("remove: merge and requantize are True or False")
+    gone = [] if merge else _take_off_prefixes(model, name)
+    if gone and not _has_more(model, name):
+        return gone
     found = _layer_stacks("remove", model)
     if name is not None:
-        return _remove_one(model, name, found, merge)
+        return gone + _remove_one(model, name, found, merge)
     every_name: dict[str, AdapterLayer] = {
         place: module
         for place, module in model.named_modules(remove_duplicate=False)
@@ -117,7 +121,30 @@ def remove(
         swap(model, {place: original(layer) for place, layer in every_name.items()})
         _restore([layer for stack in found.values() for layer in stack])
     forget(model)
-    return list(found)
+    return gone + list(found)
+
+
+def _take_off_prefixes(model: nn.Module, name: str | None) -> list[str]:
+    """Let what holds prefixes take off those of this name, or all; returns their names."""
+    gone: list[str] = []
+    for place, holder in list(model.named_modules()):
+        if callable(getattr(type(holder), "add_encoder", None)):
+            encoders: dict[str, nn.Module] = dict(holder.encoders)
+            chosen = [own for own in encoders if name in (None, own)]
+            for own in chosen:
+                holder.remove(name=own)
+            gone += [f"{place}.encoders.{own}" for own in chosen]
+    return gone
+
+
+def _has_more(model: nn.Module, name: str | None) -> bool:
+    """Whether layers are left to take off."""
+    return any(
+        is_adapter_layer(layer)
+        for own, places in named(model).items() if name in (None, own)
+        for stack in places.values()
+        for layer in stack
+    )  # fmt: skip
 
 
 def original(layer: nn.Module | AdapterLayer) -> nn.Module | nn.Parameter:

@@ -132,7 +132,8 @@ def rows_from_vocabulary(
 
     `weight` (vocabulary, embedding_dim) is the model's embedding.  `among` takes them from the
     first ids alone, which many tokenizers give to frequent tokens; it also keeps out rows past the
-    tokenizer's length, which some models pad their embedding with.  Drawn on the generator's device, without one on the CPU.
+    tokenizer's length, which some models pad their embedding with.  Drawn on the generator's
+    device, without one on the CPU.
 
     Raises:
         ValueError: not a weight, `among` above the vocabulary, fewer tokens than prompt_length.

@@ -119,6 +119,22 @@ def test_taking_one_of_two_off():
     assert torch.equal(case.logits(), bare) and not hasattr(case.model, "minipeft_prefix")
 
 
+def test_remove_takes_prefixes_off_by_name_and_with_all_else():
+    case = Case("LLaMA")
+    before, names = case.logits(), set(case.model.state_dict())
+    mp.inject_lora(case.model, "all-linear", rank=2)
+    case.attach()
+    mp.attach_prefix(case.model, 3, name="deep", init_std=1.0)
+    assert mp.remove(case.model, name="deep") == ["minipeft_prefix.encoders.deep"]
+    with pytest.raises(ValueError, match="no adapter 'deep'"):
+        mp.remove(case.model, name="deep")
+    assert len(mp.remove(case.model)) == 1 + 21
+    assert torch.equal(case.logits(), before) and set(case.model.state_dict()) == names
+    case.attach()
+    mp.remove(case.model, name="default")
+    assert torch.equal(case.logits(), before) and set(case.model.state_dict()) == names
+
+
 @pytest.mark.parametrize("family", ["T5", "BART"])
 @pytest.mark.parametrize("locations", [["encoder"], ["decoder"], ["cross"], ["encoder", "cross"]])
 def test_locations_of_an_encoder_decoder_are_chosen(family, locations):
@@ -301,6 +317,8 @@ def test_new_heads_train_with_the_prefix_and_go_off_with_it(model, sizes, tmp_pa
     again = make()
     mp.io.ptuning.load_prefix(again, tmp_path)
     assert torch.equal(out(again), trained)
+    mp.remove(built)
+    assert torch.equal(out(built), before) and set(built.state_dict()) == set(make().state_dict())
     frozen = make()
     mp.attach_prefix(frozen, P, train_head=False)
     assert all("prefix" in n for n, p in frozen.named_parameters() if p.requires_grad)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.inject import swap
 from minipeft.integrations.transformers import probe, saving
 from minipeft.integrations.transformers.attention import Part
 from minipeft.integrations.transformers.columns import Query, of_rows, within_window
 from minipeft.integrations.transformers.hooks import Hooks
 from minipeft.integrations.transformers.prompted import Prompted, RunPrompt
+from minipeft.layers.trained import TrainedModule
 from minipeft.prefix import KVShape, PrefixEncoder
 from minipeft.registry import DEFAULT, forget
 
@@ -45,6 +47,7 @@ class Prefix(nn.Module):
         self.paused = False  # while prompts run through the model
         self.served: tuple[str, ...] = ()  # the names in rows, in the order of encoders
         self.register_buffer("row_columns", None, persistent=False)
+        self.heads: dict[str, list[str]] = {}  # by prefix: modules that train with it
         # in __dict__: as a submodule, the model would contain itself
         self.__dict__["model"] = model
         self.hooks = Hooks(self, reach, rule, by_slot=by_slot)
@@ -299,14 +302,24 @@ class Prefix(nn.Module):
         return encoder
 
     def remove(self, *, name: str | None = None) -> None:
-        """Take one prefix off, or all: then the model computes as before, bit for bit."""
+        """Take one prefix off, or all, with the heads that train with it.
+
+        Without any, the model computes as before, bit for bit.
+        """
         if name is not None:
             self._check(name)
             if self.rows is not None:
                 raise ValueError(
                     "rows use prefixes of their own; call use_adapters with names first"
                 )
-            del self.encoders[name]
+        for own in list(self.encoders) if name is None else [name]:
+            heads: dict[str, Any] = {
+                place: self.model.get_submodule(place) for place in self.heads.pop(own, [])
+            }
+            kept = {p: h.base for p, h in heads.items() if isinstance(h, TrainedModule)}
+            if kept:
+                swap(self.model, kept)
+            del self.encoders[own]
         if name is None or not self.encoders:
             self.hooks.remove()
             delattr(self.model, NAME)

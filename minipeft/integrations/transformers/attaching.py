@@ -62,7 +62,7 @@ def attach(
     if train_head is True:
         heads = [part for part in NEW_HEADS if part != "lm_head" and _is_plain_head(model, part)]
     if heads:
-        train_modules(model, heads, name=name)
+        prefix.heads[name] = list(train_modules(model, heads, name=name))
     saving.adopt(model)
     freeze(model)
     if prefix.route == "attention":
