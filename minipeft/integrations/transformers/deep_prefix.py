@@ -51,8 +51,8 @@ def attach_prefix(
     A second prefix needs a `name`, and follows the first in position, window and locations; see
     use_adapters and Prefix.use.  A new head for a task (score, classifier, qa_outputs) trains too,
     as train_modules does it, unless `train_head` is False or it trains already.  Other arguments
-    as of PrefixEncoder.  Freezes every parameter that no adapter owns.  The model gets a copy of its config, so that
-    others that share the object are unaffected.
+    as of PrefixEncoder.  Freezes every parameter that no adapter owns.  The model gets a copy of
+    its config, so that others that share the object are unaffected.
 
     Warns if an MLP (`hidden`) has more than a tenth of the base's parameters.
 
