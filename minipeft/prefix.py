@@ -26,6 +26,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minipeft.prefix_merge import merge_is_faster, merged_prefix_attention, why_not_merge
+
 
 class KVShape(NamedTuple):
     """What one layer's attention takes: its key/value heads and their sizes."""
@@ -205,8 +207,8 @@ class PrefixEncoder(nn.Module):
             baked.gates.load_state_dict(self.gates.state_dict())
         return baked
 
-    def load_flat(self, flat: Float[Tensor, "prefix total"]) -> None:
-        """Copy a flat table into a prefix without an MLP; checked before anything is copied.
+    def load_flat(self, flat: Tensor) -> None:
+        """Copy a flat table (prefix_length, total) into a prefix without an MLP, all or nothing.
 
         Raises:
             ValueError: another shape, a value that is not finite, or an encoder with an MLP.
@@ -219,8 +221,10 @@ class PrefixEncoder(nn.Module):
                 f"PrefixEncoder: a table of shape {tuple(flat.shape)}; expected "
                 f"{(self.prefix_length, sum(widths))}"
             )
-        if not bool(flat.isfinite().all()):
-            raise ValueError("PrefixEncoder: the table holds NaN or Inf")
+        if not flat.is_floating_point() or not bool(flat.to(torch.float32).isfinite().all()):
+            raise ValueError(
+                "PrefixEncoder: the table holds NaN or Inf, or no floating-point numbers"
+            )
         with torch.no_grad():
             for layer, columns in enumerate(torch.split(flat, widths, dim=1)):
                 if self.frozen:
@@ -274,6 +278,7 @@ def prefix_attention(
     scale: float | None = None,
     dropout: float = 0.0,
     gate: Tensor | None = None,
+    method: str = "auto",
 ) -> Float[Tensor, "b h t dv"]:
     """Attention with a prefix that every query sees, for attention of your own.
 
@@ -287,8 +292,14 @@ def prefix_attention(
     for all heads, takes that share of the way from attention without the prefix (0) to attention
     with it (1): `PrefixEncoder.gate`.
 
+    `method` "concat" joins the prefix to keys and values; "merge" does not copy them (see
+    prefix_merge.py: the CPU, no mask, no dropout, t = s if causal); "auto" merges where that can
+    be done and was measured to be faster.  All are the same function; when torch.compile traces,
+    "concat" is what it gets.
+
     Raises:
-        ValueError: shapes that do not belong together, a mask whose last size is not s.
+        ValueError: shapes that do not belong together, a mask whose last size is not s, another
+            method, or "merge" for arguments it does not take.
     """
     (batch, heads, t, _), (_, groups, s, _) = q.shape, k.shape
     if heads % groups or (k.shape[:3] != v.shape[:3]) or k.shape[0] != batch:
@@ -302,11 +313,23 @@ def prefix_attention(
         whole, alone = (
             prefix_attention(
                 q, k, v, prefix_k[..., :p, :], prefix_v[..., :p, :],
-                mask=mask, is_causal=is_causal, scale=scale, dropout=dropout,
+                mask=mask, is_causal=is_causal, scale=scale, dropout=dropout, method=method,
             )
             for p in (prefix_k.shape[-2], 0)
         )  # fmt: skip
         return gated_attention(alone, whole, gate)
+    if method not in ("auto", "concat", "merge"):
+        raise ValueError(
+            f"prefix_attention: method={method!r}; expected 'auto', 'concat' or 'merge'"
+        )
+    if method != "concat" and not torch.compiler.is_compiling():
+        arguments = (q, k, v, prefix_k, prefix_v)
+        if method == "merge" or merge_is_faster(*arguments, is_causal=is_causal):
+            reason = why_not_merge(*arguments, mask=mask, is_causal=is_causal, dropout=dropout)
+            if reason is None:
+                return merged_prefix_attention(*arguments, is_causal=is_causal, scale=scale)
+            if method == "merge":
+                raise ValueError(f"prefix_attention: method='merge', but {reason}; leave it 'auto'")
     k, v, p = with_prefix(k, v, prefix_k, prefix_v)
     if mask is not None and mask.shape[-1] != s:
         raise ValueError(

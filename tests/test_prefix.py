@@ -323,3 +323,51 @@ def test_dropout_of_the_weights_keeps_their_mean():
 def test_impossible_numbers_of_frozen_positions(frozen):
     with pytest.raises((ValueError, TypeError), match="frozen"):
         PrefixEncoder([(1, 2, 3)], 4, frozen=frozen)
+
+
+@pytest.mark.parametrize("t", [7, 600])
+def test_merged_and_joined_attention_agree_and_auto_is_one_of_them(t):
+    q, k, v = (torch.randn(1, 2, t, 8, requires_grad=True) for _ in range(3))
+    prefix = [torch.randn(2, 5, 8, requires_grad=True) for _ in range(2)]
+    outs = [prefix_attention(q, k, v, *prefix, method=m) for m in ("concat", "merge", "auto")]
+    # float32, sums of up to 605 weights in another order
+    torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(outs[2], outs[1] if t == 600 else outs[0])
+    gradients = [torch.autograd.grad(y.square().sum(), (q, k, v, *prefix)) for y in outs[:2]]
+    for joined, merged in zip(*gradients, strict=True):
+        torch.testing.assert_close(joined, merged, rtol=1e-4, atol=1e-4)
+
+
+def test_a_method_is_refused_where_it_cannot_be_done():
+    q, k, v = (torch.randn(1, 2, 600, 8) for _ in range(3))
+    prefix = torch.randn(2, 5, 8)
+    with pytest.raises(ValueError, match="expected 'auto'"):
+        prefix_attention(q, k, v, prefix, prefix, method="x")
+    mask = torch.ones(1, 1, 1, 600, dtype=torch.bool)
+    with pytest.raises(ValueError, match="there is a mask"):
+        prefix_attention(q, k, v, prefix, prefix, mask=mask, method="merge")
+    gate = torch.tensor([0.3])
+    outs = [prefix_attention(q, k, v, prefix, prefix, gate=gate, method=m)
+            for m in ("merge", "concat")]  # fmt: skip
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
+    for wrong in (torch.randn(3, 5, 8), torch.randn(2, 5, 6), torch.randn(3, 2, 5, 8)):
+        with pytest.raises(ValueError, match="prefix"):
+            prefix_attention(q, k, v, wrong, prefix)
+        with pytest.raises(ValueError, match="prefix"):
+            prefix_attention(q, k, v, prefix, wrong)
+
+
+def test_compiled_and_transformed_attention_is_joined(plain_python):
+    plain_python(
+        """
+import torch
+from minipeft import prefix_attention
+q, k, v = (torch.randn(1, 2, 600, 8, requires_grad=True) for _ in range(3))
+p = torch.randn(2, 5, 8, requires_grad=True)
+compiled = torch.compile(prefix_attention, backend="aot_eager", fullgraph=True)
+a, b = compiled(q, k, v, p, p), prefix_attention(q, k, v, p, p, method="concat")
+assert torch.allclose(a, b, atol=1e-5)
+a.sum().backward()
+torch.func.grad(lambda p: prefix_attention(q, k, v, p, p).sum())(p)
+"""
+    )

@@ -1,6 +1,6 @@
-"""Heads that train with a prefix or prompt: their tensors, by module and parameter."""
+"""Heads that train with a prefix or prompt: their tensors, by module and by parameter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -8,58 +8,102 @@ from torch import Tensor, nn
 from minipeft.layers.trained import TrainedModule
 from minipeft.protocol import is_adapter
 from minipeft.registry import adapters_called
+from minipeft.wrapper import innermost
+
+Heads = dict[str, dict[str, Tensor]]  # module name: its state
 
 
-def head_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The tensors of the modules that train whole with the adapter: '<module>.<parameter>'."""
-    found: dict[str, Tensor] = {}
+def head_tensors(
+    model: nn.Module, name: str, gathered: Mapping[int, Tensor] | None = None
+) -> Heads:
+    """The states of the modules that train whole with the adapter.
+
+    `gathered` has values by the id of the parameter that they are of, in the place of its own.
+    """
+    found: Heads = {}
     for place, stack in adapters_called("save", model, name).items():
         for layer in stack:
             if isinstance(layer, TrainedModule):
-                own = layer.copy.state_dict()
-                found |= {f"{place}.{key}": value.detach() for key, value in own.items()}
+                found[place] = _state(layer.copy, gathered or {})
     return found
 
 
-def _by_module(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The tensors grouped by the outermost module of the model that they are in."""
-    roots: dict[str, dict[str, Tensor]] = {}
+def task_heads(model: nn.Module, endings: Iterable[str], gathered: Mapping[int, Tensor]) -> Heads:
+    """The states of the model's own modules whose names end so, as they compute now."""
+    found: Heads = {}
+    for place, module in model.named_children():
+        if place.endswith(tuple(endings)):
+            on = isinstance(module, TrainedModule) and module.enabled
+            found[place] = _state(module.copy if on else innermost(module), gathered)  # type: ignore[arg-type]
+    return found
+
+
+def _state(module: nn.Module, gathered: Mapping[int, Tensor]) -> dict[str, Tensor]:
+    state = module.state_dict(keep_vars=True)
+    return {key: gathered.get(id(value), value).detach() for key, value in state.items()}
+
+
+def by_module(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> Heads:
+    """Tensors under the modules that they are of: of these names, or one level up."""
+    names = sorted(modules, key=len, reverse=True)
+    grouped: Heads = {}
     for key, value in tensors.items():
-        root = key.split(".")[0]
-        roots.setdefault(root, {})[key[len(root) + 1 :]] = value
-    return roots
+        place = next((n for n in names if key.startswith(f"{n}.")), key.rpartition(".")[0])
+        grouped.setdefault(place, {})[key[len(place) + 1 :]] = value
+    return grouped
 
 
-def check_heads(caller: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+def check_heads(caller: str, model: nn.Module, heads: Heads) -> list[str]:
     """The names of the modules these tensors are of.
 
     Raises:
-        ValueError: a module that the model lacks or that trains already, or other shapes.
+        ValueError: a module that the model lacks, that trains already or that holds layers; other
+            shapes or kinds of numbers, values that it cannot hold, two values for a shared one.
     """
-    grouped = _by_module(model, tensors)
-    for place, own in grouped.items():
-        module = getattr(model, place, None)
-        if not isinstance(module, nn.Module) or is_adapter(module):
-            raise ValueError(
-                f"{caller}: the file has a trained head {place!r}, which the model lacks or trains "
-                f"already; it is a {type(model).__name__}"
-            )
+    for place, own in heads.items():
+        module = _module(caller, model, place)
         state = module.state_dict()
-        wrong = {k for k in state.keys() | own.keys()
-                 if k not in state or k not in own or state[k].shape != own[k].shape}  # fmt: skip
-        if wrong:
-            key = sorted(wrong)[0]
-            found = [tuple(s[key].shape) if key in s else None for s in (own, state)]
-            raise ValueError(f"{caller}: {place}.{key} is {found[0]}; the model's is {found[1]}")
-        if not all(bool(v.isfinite().all()) for v in own.values() if v.is_floating_point()):
-            raise ValueError(f"{caller}: {place} holds NaN or Inf")
-    return list(grouped)
+        if state.keys() != own.keys():
+            wrong = sorted(state.keys() ^ own.keys())
+            raise ValueError(f"{caller}: head {place!r}: missing or unexpected {wrong[:3]}")
+        shared: dict[int, str] = {}
+        for key, value in own.items():
+            mine = state[key]
+            if value.shape != mine.shape or value.is_floating_point() != mine.is_floating_point():
+                raise ValueError(
+                    f"{caller}: {place}.{key} is {value.dtype} {tuple(value.shape)}; the model's "
+                    f"is {mine.dtype} {tuple(mine.shape)}"
+                )
+            if value.is_floating_point() and not bool(value.to(mine.dtype).isfinite().all()):
+                raise ValueError(f"{caller}: {place}.{key} holds NaN or Inf in {mine.dtype}")
+            first = shared.setdefault(mine.data_ptr(), key)
+            if first != key and not torch.equal(own[first], value):
+                raise ValueError(f"{caller}: {place}: {first} and {key} are one, and differ")
+    return list(heads)
 
 
-def fill_heads(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+def _module(caller: str, model: nn.Module, place: str) -> nn.Module:
+    try:
+        module = model.get_submodule(place) if place else None
+    except AttributeError:
+        module = None
+    if module is None or any(is_adapter(part) for part in module.modules()):
+        raise ValueError(
+            f"{caller}: the file has a trained head {place!r:.80}, which the model lacks or trains "
+            f"already; it is a {type(model).__name__}"
+        )
+    # a file must not train or overwrite a base: its layers are in lists
+    if any(isinstance(part, nn.ModuleList) for part in module.modules()):
+        raise ValueError(f"{caller}: {place!r:.80} is no head: it holds layers of the model")
+    return module
+
+
+def fill_heads(model: nn.Module, name: str, heads: Heads) -> None:
     """Copy the tensors, which check_heads has seen, into the modules that train."""
+    if not heads:
+        return
     adapters = adapters_called("load", model, name)
-    for place, own in _by_module(model, tensors).items():
+    for place, own in heads.items():
         layer = next(a for a in adapters[place] if isinstance(a, TrainedModule))
         state = layer.copy.state_dict()
         with torch.no_grad():

@@ -8,6 +8,7 @@ P-tuning v2 (THUDM, model/prefix_encoder.py) and ChatGLM keep `prefix_encoder.em
 that table, or an embedding with `prefix_encoder.trans.0` and `.2`, an MLP with tanh between.
 """
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -20,8 +21,15 @@ from torch import Tensor, nn
 from minipeft.integrations.transformers.attached import NAME, Prefix
 from minipeft.integrations.transformers.attaching import attach
 from minipeft.integrations.transformers.prompted import RunPrompt, ZeroGated
-from minipeft.io.heads import check_heads, fill_heads, head_tensors
-from minipeft.io.tensors import parse_object, read_tensors, write_atomically, write_tensors
+from minipeft.integrations.transformers.prompts import check_decoder, sizes_for_zero_gated
+from minipeft.io.heads import by_module, check_heads, fill_heads, head_tensors
+from minipeft.io.tensors import (
+    check_writable,
+    parse_object,
+    read_tensors,
+    write_atomically,
+    write_tensors,
+)
 from minipeft.layers.trained import TrainedModule
 from minipeft.prefix import PrefixEncoder
 from minipeft.prompt import PromptEmbedding, PromptEncoder, ZeroGatedPrompt
@@ -29,7 +37,7 @@ from minipeft.registry import DEFAULT, adapters_called
 
 CONFIG_NAME, WEIGHTS_NAME = "prefix_config.json", "prefix.safetensors"
 _LARGEST_CONFIG = 2**24  # bytes
-_LARGEST_SIZE = 2**31
+_LARGEST_SIZE, _MOST_LAYERS = 2**24, 2**12
 _SIZES = (
     "prefix_length",
     "hidden",
@@ -62,6 +70,16 @@ def has_prefix(model: nn.Module, name: str) -> bool:
     return isinstance(prefix, Prefix) and name in prefix.encoders
 
 
+def loses_in_peft(model: nn.Module, name: str) -> bool:
+    """Whether the folded table that PEFT keeps is less than what training needs to go on."""
+    if not has_prefix(model, name):
+        return False
+    encoder = prefix_of("save_prefix", model, name)[1]
+    if isinstance(encoder, PrefixEncoder):
+        return encoder.hidden is not None or encoder.frozen > 0
+    return isinstance(encoder.source, PromptEncoder)
+
+
 def has_more_than_prefix(model: nn.Module, name: str) -> bool:
     """Whether it has layers other than that and heads."""
     return any(
@@ -73,36 +91,58 @@ def has_more_than_prefix(model: nn.Module, name: str) -> bool:
 
 def save_prefix(
     model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT,
-    reparametrization: bool = False,
+    reparametrization: bool = False, heads: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Write one prefix or prompt, with the heads that train with it, to directory `path`.
+    """Write one prefix or prompt, with the `heads` that train with it, to directory `path`.
 
     An MLP or a prompt's network is folded into what it produces, unless `reparametrization`: then
-    training can go on from the file.
+    training can go on from the file.  `state_dict` gives values gathered elsewhere (a sharded
+    model's), under the model's own names.
 
     Raises:
-        ValueError: the model has no such prefix.
+        ValueError: the model has no such prefix, or its values are not here or not finite.  Nothing
+            is written then.
     """
     prefix, encoder = prefix_of("save_prefix", model, name)
-    settings, tensors = _described(encoder, prefix, reparametrization)
+    gathered = gathered_by_id(model, state_dict or {})
+    settings, tensors = _described(with_values(encoder, gathered), reparametrization)
+    states = head_tensors(model, name, gathered) if heads else {}
     config = {
         "format": 1, **settings,
         "position": prefix.position, "window": prefix.window, "locations": prefix.locations,
         "kv_shapes": [list(shape) for shape in prefix.kv_shapes],
-        "model": type(model).__name__,
+        "model": type(model).__name__, "heads": sorted(states),
     }  # fmt: skip
-    heads = head_tensors(model, name)
+    for place, state in states.items():
+        tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
+    for key, value in tensors.items():
+        if not value.is_meta and not bool(value.isfinite().all()):
+            raise ValueError(f"save_prefix: {key} holds NaN or Inf; look for a diverged training")
+    check_writable(tensors)
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(
-        directory / WEIGHTS_NAME, {**tensors, **{f"head.{k}": v for k, v in heads.items()}}
-    )
+    write_tensors(directory / WEIGHTS_NAME, tensors)
     write_atomically(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode())
 
 
-def _described(
-    encoder: Any, prefix: Prefix, reparametrization: bool
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def gathered_by_id(model: nn.Module, state: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Values by the id of the parameter that they are of."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return {id(own[key]): value for key, value in state.items() if key in own}
+
+
+def with_values(encoder: Any, gathered: Mapping[int, Tensor]) -> Any:
+    """The encoder, or a copy that has the gathered values."""
+    if not any(id(parameter) in gathered for parameter in encoder.parameters()):
+        return encoder
+    twin = copy.deepcopy(encoder)
+    for own, other in zip(encoder.parameters(), twin.parameters(), strict=True):
+        other.data = gathered.get(id(own), own).detach().to("cpu", torch.float32)
+    return twin
+
+
+def _described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What to write of an encoder: how to build it, and its tensors."""
     if isinstance(encoder, PrefixEncoder):
         settings = {
@@ -148,7 +188,10 @@ def load_prefix(model: nn.Module, path: str | os.PathLike[str], *, name: str = D
     directory = Path(path)
     config = _read_config(directory / CONFIG_NAME)
     tensors = read_tensors(directory / WEIGHTS_NAME)
-    heads = {key[5:]: tensors.pop(key) for key in list(tensors) if key.startswith("head.")}
+    of_heads = {key[5:]: tensors.pop(key) for key in list(tensors) if key.startswith("head.")}
+    heads = by_module(of_heads, config["heads"])
+    if sorted(heads) != sorted(config["heads"]):
+        raise ValueError(f"{directory}: heads {config['heads']!r:.80}, tensors {list(heads)!r:.80}")
     modules = check_heads("load_prefix", model, heads)
 
     def make(prefix: Prefix) -> nn.Module:
@@ -178,69 +221,89 @@ def _few(shapes: list[Any]) -> str:
 def _built(
     config: dict[str, Any], tensors: dict[str, Tensor], prefix: Prefix, where: Path
 ) -> nn.Module:
-    """The encoder that a configuration describes, filled."""
+    """The encoder that a configuration describes, filled; nothing is allocated before it fits."""
+    kind, model = config["kind"], prefix.model
+    if kind == "prefix" and config.get("gated") and prefix.route == "cache":
+        raise ValueError(f"{where}: a gated prefix; {type(model).__name__} takes none")
+    if kind == "zero_gated":
+        found = sizes_for_zero_gated(str(where), model, prefix, config["n_layers"])
+        if found != (config["embedding_dim"], config["n_heads"]):
+            raise ValueError(
+                f"{where}: prompts of (size, heads) {config['embedding_dim'], config['n_heads']}; "
+                f"the model has {found}"
+            )
+    elif kind != "prefix":
+        check_decoder(str(where), model, prefix)
+        table: Any = model.get_input_embeddings()  # type: ignore[operator]
+        if table.embedding_dim != config["embedding_dim"]:
+            raise ValueError(
+                f"{where}: a prompt of size {config['embedding_dim']}; the model's embeddings have "
+                f"{table.embedding_dim}"
+            )
+    if kind == "prefix" and config.get("hidden") is None:
+        total = sum(shape.width for shape in prefix.kv_shapes)
+        shape = (config["prefix_length"], total)
+        if tuple(tensors.get("flat", torch.empty(0)).shape) != shape:
+            raise ValueError(f"{where}: no tensor 'flat'; expected {shape}")
+    else:
+        with torch.device("meta"):
+            _check_state(_empty(config, prefix).state_dict(), tensors, where)
+    encoder = _empty(config, prefix)
+    flat = tensors.pop("flat", None)
+    if flat is not None:
+        encoder.load_flat(flat)  # type: ignore[operator]
+    _fill(encoder, tensors, where, only="gates" if flat is not None else "")
+    if kind == "zero_gated":
+        return ZeroGated(encoder, len(prefix.kv_shapes) - config["n_layers"])  # type: ignore[arg-type]
+    return encoder if kind == "prefix" else RunPrompt(encoder)
+
+
+def _empty(config: dict[str, Any], prefix: Prefix) -> nn.Module:
+    """The module that a configuration describes."""
     length, kind = config["prefix_length"], config["kind"]
     if kind == "prefix":
-        encoder = PrefixEncoder(
+        return PrefixEncoder(
             prefix.kv_shapes, length, hidden=config.get("hidden"),
             embedding_dim=config.get("embedding_dim"), dropout=config.get("dropout", 0.0),
             frozen=config.get("frozen", 0), gated=config.get("gated", False),
         )  # fmt: skip
-        if encoder.hidden is None:
-            flat = tensors.pop("flat", None)
-            if flat is None:
-                raise ValueError(f"{where}: no tensor 'flat'")
-            encoder.load_flat(flat)
-            _fill(encoder, {f"encoder.{k}": v for k, v in tensors.items()}, where, only="gates")
-        else:
-            _fill(encoder, tensors, where)
-        return encoder
-    sizes = {"prompt_length": length, "embedding_dim": config.get("embedding_dim")}
+    size = config["embedding_dim"]
     if kind == "zero_gated":
-        source: nn.Module = ZeroGatedPrompt(
-            n_layers=config["n_layers"], n_heads=config["n_heads"], **sizes
-        )
-        _fill(source, tensors, where)
-        depth = len(prefix.kv_shapes)
-        if config["n_layers"] > depth or not prefix.query_heads:
-            raise ValueError(
-                f"{where}: prompts of {config['n_layers']} layers; the model has {depth}"
-            )
-        return ZeroGated(source, depth - config["n_layers"])  # type: ignore[arg-type]
+        return ZeroGatedPrompt(config["n_layers"], length, size, config["n_heads"])
     if kind == "prompt":
-        source = PromptEmbedding(**sizes)
-    else:
-        source = PromptEncoder(
-            **sizes, hidden=config.get("hidden"), kind=config.get("network", "mlp"),
-            lstm_layers=config.get("lstm_layers", 2), dropout=config.get("dropout", 0.0),
-        )  # fmt: skip
-    _fill(source, tensors, where)
-    table: Any = prefix.model.get_input_embeddings()  # type: ignore[operator]
-    if table.embedding_dim != config.get("embedding_dim"):
-        raise ValueError(
-            f"{where}: a prompt of size {config.get('embedding_dim')}; the model's embeddings have "
-            f"{table.embedding_dim}"
-        )
-    return RunPrompt(source)
+        return PromptEmbedding(length, size)
+    return PromptEncoder(
+        length, size, hidden=config.get("hidden"), kind=config.get("network", "mlp"),
+        lstm_layers=config.get("lstm_layers", 2), dropout=config.get("dropout", 0.0),
+    )  # fmt: skip
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, only: str = "") -> None:
-    """Copy `encoder.*` into a module's state; all are checked before."""
-    own = {f"encoder.{k}": v for k, v in module.state_dict().items() if k.startswith(only)}
-    if own.keys() != tensors.keys():
-        wrong = sorted(own.keys() ^ tensors.keys())
+def _check_state(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path, only: str = ""
+) -> None:
+    """Raise ValueError unless `encoder.*` are values for this state."""
+    expected = {f"encoder.{key}" for key in own if key.startswith(only)}
+    if expected != tensors.keys():
+        wrong = sorted(expected ^ tensors.keys())
         raise ValueError(f"{where}: missing or unexpected {wrong[:3]} ({len(wrong)} in all)")
     for key, value in tensors.items():
-        if value.shape != own[key].shape or not value.is_floating_point():
+        shape = own[key.removeprefix("encoder.")].shape
+        if value.shape != shape or not value.is_floating_point():
             raise ValueError(
-                f"{where}: {key} is {value.dtype} {tuple(value.shape)}; expected "
-                f"{tuple(own[key].shape)}"
+                f"{where}: {key} is {value.dtype} {tuple(value.shape)}; expected {tuple(shape)}"
             )
-        if not bool(value.isfinite().all()):
+        if not bool(value.to(torch.float32).isfinite().all()):
             raise ValueError(f"{where}: {key} holds NaN or Inf")
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *, only: str) -> None:
+    """Copy `encoder.*` into a module's state; gates are named as in the module."""
+    named = {k if k.startswith("encoder.") else f"encoder.{k}": v for k, v in tensors.items()}
+    own = module.state_dict()
+    _check_state(own, named, where, only)
     with torch.no_grad():
-        for key, value in tensors.items():
-            own[key].copy_(value)
+        for key, value in named.items():
+            own[key.removeprefix("encoder.")].copy_(value)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -250,10 +313,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _LARGEST_CONFIG:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a configuration")
     config: dict[str, Any] = parse_object(path.read_bytes(), str(path))
-    if config.get("format") != 1 or config.get("kind") not in _KINDS:
+    if (
+        type(config.get("format")) is not int
+        or config["format"] != 1
+        or (config.get("kind") not in _KINDS)
+    ):
         raise ValueError(
-            f"{path}: format {config.get('format')!r} of kind {config.get('kind')!r}; expected 1 "
-            f"and one of {_KINDS}"
+            f"{path}: format {config.get('format')!r:.40} of kind {config.get('kind')!r:.40}; "
+            f"expected 1 and one of {_KINDS}"
         )
     needed = {"zero_gated": ("n_layers", "n_heads", "embedding_dim"), "prefix": ()}
     for key in _SIZES:
@@ -261,8 +328,11 @@ def _read_config(path: Path) -> dict[str, Any]:
         required = key == "prefix_length" or key in needed.get(config["kind"], ("embedding_dim",))
         if value is None and not required:
             continue
-        if type(value) is not int or not 0 <= value < _LARGEST_SIZE:
-            raise ValueError(f"{path}: {key} is {value!r}, expected a whole number")
+        most = _MOST_LAYERS if key.endswith("layers") else _LARGEST_SIZE
+        if type(value) is not int or not 0 <= value < most:
+            raise ValueError(
+                f"{path}: {key} is {value!r:.40}, expected a whole number below {most}"
+            )
     shapes, locations = config.get("kv_shapes"), config.get("locations")
     if not isinstance(shapes, list) or not all(
         isinstance(s, list)
@@ -271,15 +341,22 @@ def _read_config(path: Path) -> dict[str, Any]:
         for s in shapes
     ):
         raise ValueError(f"{path}: kv_shapes is {str(shapes)[:80]}, expected three sizes a layer")
-    if not isinstance(locations, list) or not all(isinstance(x, str) for x in locations):
-        raise ValueError(f"{path}: locations is {str(locations)[:80]}, expected names")
+    if (
+        not isinstance(locations, list)
+        or len(locations) != len(shapes)
+        or not all(isinstance(x, str) for x in locations)
+    ):
+        raise ValueError(f"{path}: locations is {locations!r:.80}, expected a name for each layer")
+    heads = config.setdefault("heads", [])
+    if not isinstance(heads, list) or not all(isinstance(x, str) for x in heads):
+        raise ValueError(f"{path}: heads is {heads!r:.80}, expected names of modules")
     for key in ("position", "window"):
         if not isinstance(config.get(key), str):
-            raise ValueError(f"{path}: {key}={config.get(key)!r}; expected a word")
+            raise ValueError(f"{path}: {key}={config.get(key)!r:.40}; expected a word")
     for key, default, kinds in (("dropout", 0.0, (int, float)), ("gated", False, bool),
                                 ("model", "", str), ("network", "", str)):  # fmt: skip
         if not isinstance(config.get(key, default), kinds):
-            raise ValueError(f"{path}: {key} is {config[key]!r}")
+            raise ValueError(f"{path}: {key} is {config[key]!r:.40}")
     return config
 
 
@@ -294,10 +371,14 @@ def flat_table(state: Mapping[str, Tensor]) -> Tensor:
     """
     found: dict[str, Tensor] = {}
     for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise TypeError(f"flat_table: {key!r:.40} is no named tensor")
         head, middle, own = key.rpartition("prefix_encoder.")
         if middle and (not head or head.endswith(".")):
             if own in found:
                 raise ValueError(f"flat_table: two tensors called prefix_encoder.{own}")
+            if not value.is_floating_point():
+                raise ValueError(f"flat_table: prefix_encoder.{own} is {value.dtype}")
             found[own] = value.float()
     table = found.pop("embedding.weight", None)
     if table is None or table.dim() != 2:

@@ -67,12 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     from safetensors.torch import save
 
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0 or tensor.device.type == "meta":
-            raise ValueError(
-                f"{path.name}: {name} has no values here ({tuple(tensor.shape)} on "
-                f"{tensor.device}); gather sharded or offloaded parameters before saving"
-            )
+    check_writable(tensors)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     seen: set[int] = set()
     for name, tensor in plain.items():  # the format has no two names for one tensor
@@ -81,6 +76,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         seen.add(tensor.untyped_storage().data_ptr())
     sums = {name: digest(tensor) for name, tensor in plain.items()}
     write_atomically(path, save(plain, metadata=metadata_with(sums)))
+
+
+def check_writable(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor's values are elsewhere (sharded, offloaded)."""
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0 or tensor.device.type == "meta":
+            raise ValueError(
+                f"{name} has no values here ({tuple(tensor.shape)} on "
+                f"{tensor.device}); gather sharded or offloaded parameters before saving"
+            )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

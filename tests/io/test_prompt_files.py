@@ -259,6 +259,10 @@ def test_lora_and_a_prefix_of_one_name_are_refused_and_of_two_names_written(tmp_
         mp.save_peft(third.model, tmp_path / "mixed")
 
 
+ZERO = {"kind": "zero_gated", "n_layers": 2, "n_heads": 4, "embedding_dim": 32}
+LSTM = {"kind": "prompt_encoder", "embedding_dim": 32, "network": "lstm"}
+
+
 def damage(path, change) -> None:
     config = json.loads(path.read_text())
     change(config)
@@ -272,7 +276,8 @@ def damage(path, change) -> None:
         (lambda c: c.update(prefix_length=-1), "prefix_length is -1"),
         (lambda c: c.update(prefix_length=True), "prefix_length is True"),
         (lambda c: c.update(kind="other"), "kind 'other'"),
-        (lambda c: c.update(kv_shapes=[[2, 8, 8]] * 2), "made for layers"),
+        (lambda c: c.update(kv_shapes=[[2, 8, 4]] * 3), "made for layers"),
+        (lambda c: c.update(kv_shapes=[[2, 8, 8]] * 2), "a name for each layer"),
         (lambda c: c.update(kv_shapes="x"), "kv_shapes is x"),
         (lambda c: c.update(position="left"), "position='left'"),
         (lambda c: c.update(window=7), "window=7"),
@@ -281,7 +286,17 @@ def damage(path, change) -> None:
         (lambda c: c.update(dropout="a"), "dropout is 'a'"),
         (lambda c: c.update(hidden=4), "missing or unexpected"),
         (lambda c: c.update(format=2), "format 2"),
-        (lambda c: c.update(locations=["nowhere"]), "nowhere"),
+        (lambda c: c.update(locations=["nowhere"] * 3), "nowhere"),
+        (lambda c: c.update(prefix_length=2**30), "below 16777216"),
+        (lambda c: c.update(prefix_length=2**23), "expected \\(8388608, 96\\)"),
+        (lambda c: c.update(hidden=2**23), "missing or unexpected"),
+        (lambda c: c.update(format=True), "format True"),
+        (lambda c: c.update(heads=["classifier"]), "heads"),
+        (lambda c: c.update(dropout=float("nan")), "dropout"),
+        (lambda c: c.update(kind="prompt", embedding_dim=31), "embeddings have"),
+        (lambda c: c.update(ZERO, n_layers=4), "n_layers=4"),
+        (lambda c: c.update(ZERO, n_heads=3), "the model has"),
+        (lambda c: c.update(LSTM, lstm_layers=10**7), "lstm_layers"),
     ],
 )
 def test_damaged_files_leave_the_model_as_it_was(change, message, tmp_path):
@@ -324,3 +339,195 @@ def test_save_pretrained_writes_what_it_can_and_the_rest_beside_it(tmp_path):
     mp.load_peft(other.model, tmp_path)
     ptuning.load_prefix(other.model, tmp_path)
     assert torch.equal(other.logits(), case.logits())
+
+
+@pytest.mark.parametrize("first", ["peft", "own"])
+def test_a_checkpoint_of_lora_prefix_and_head_of_one_name_comes_back(first, tmp_path):
+    case, other = Case("BERT"), Case("BERT")
+    mp.inject_lora(case.model, ["query"], rank=2)
+    mp.attach_prefix(case.model, P)
+    for parameter in mp.adapter_parameters(case.model):
+        nn.init.normal_(parameter, std=0.1)
+    case.model.save_pretrained(tmp_path)
+    loads = [mp.load_peft, ptuning.load_prefix]
+    for load in loads if first == "peft" else loads[::-1]:
+        load(other.model, tmp_path)
+    assert torch.equal(other.logits(), case.logits())
+
+
+@pytest.mark.parametrize("attach", ["mlp", "frozen", "lstm"])
+def test_checkpoints_keep_what_training_needs(attach, tmp_path):
+    case, again = Case("LLaMA"), Case("LLaMA")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if attach == "lstm":
+            mp.attach_prompt(case.model, P, kind="lstm", hidden=6)
+        else:
+            settings = {"mlp": {"hidden": 6}, "frozen": {"frozen": 2}}
+            mp.attach_prefix(case.model, P, **settings[attach])
+    case.model.save_pretrained(tmp_path)
+    ptuning.load_prefix(again.model, tmp_path)
+    shapes = [
+        [(tuple(p.shape), p.requires_grad) for p in mp.adapter_parameters(m)]
+        for m in (case.model, again.model)
+    ]
+    assert shapes[0] == shapes[1] and difference(again.logits(), case.logits()) == 0
+
+
+def test_a_directory_used_again_holds_the_last_save_only(tmp_path):
+    case = Case("LLaMA")
+    mp.attach_prefix(case.model, P)
+    case.model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
+    other = Case("LLaMA")
+    mp.attach_prefix(other.model, P, position="none")
+    other.model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    case.model.save_pretrained(tmp_path)
+    assert not (tmp_path / "prefix_config.json").exists()
+
+
+def test_a_file_cannot_train_or_overwrite_the_base(tmp_path):
+    from minipeft.io.tensors import read_tensors, write_tensors
+
+    case, other = Case("LLaMA"), Case("LLaMA")
+    mp.attach_prefix(case.model, P)
+    ptuning.save_prefix(case.model, tmp_path)
+    tensors = read_tensors(tmp_path / "prefix.safetensors")
+    for place in ("model", "model.layers", "model.layers.0"):
+        inside = other.model.get_submodule(place).state_dict()
+        if place.endswith("0"):
+            inside = {k: v.long() for k, v in inside.items()}
+        more = {f"head.{place}.{k}": v for k, v in inside.items()}
+        write_tensors(tmp_path / "prefix.safetensors", tensors | more)
+        damage(tmp_path / "prefix_config.json", lambda c, place=place: c.update(heads=[place]))
+        with pytest.raises(ValueError, match=r"is no head|the model's is torch.float32"):
+            ptuning.load_prefix(other.model, tmp_path)
+        assert all(p.requires_grad for p in other.model.parameters())
+
+
+@pytest.mark.parametrize("modules", [["norm"], ["lm_head", "embed_tokens"]])
+def test_modules_deep_in_the_model_train_and_are_saved(modules, tmp_path):
+    case, again, third = Case("LLaMA"), Case("LLaMA"), Case("LLaMA")
+    mp.attach_prefix(case.model, P)
+    mp.train_modules(case.model, modules)
+    for parameter in mp.adapter_parameters(case.model):
+        nn.init.normal_(parameter, std=0.1)
+    ptuning.save_prefix(case.model, tmp_path / "own")
+    ptuning.load_prefix(again.model, tmp_path / "own")
+    assert torch.equal(again.logits(), case.logits())
+    mp.save_peft(case.model, tmp_path / "peft")
+    mp.load_peft(third.model, tmp_path / "peft")
+    assert torch.equal(third.logits(), case.logits())
+    theirs = loaded(Case("LLaMA").model, tmp_path / "peft")
+    assert difference(logits_of(theirs, case.text), case.logits()) <= TOLERANCE
+
+
+def test_a_prefix_of_other_layers_and_the_same_width_is_refused(tmp_path):
+    case = Case("Qwen3")  # 3 layers, 2 heads of 16
+    mp.attach_prefix(case.model, P)
+    mp.save_peft(case.model, tmp_path)
+    for family in ("BERT", "BLOOM"):  # 3 layers, 4 heads of 8
+        with pytest.raises(ValueError, match="with 2 key/value heads"):
+            mp.load_peft(Case(family).model, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt", "p_tuning"])
+def test_gathered_values_are_what_is_written(kind, tmp_path):
+    case = Case("LLaMA")
+    if kind == "prefix":
+        prefix = mp.attach_prefix(case.model, P)
+    else:
+        prefix = mp.attach_prompt(case.model, P, kind="table" if kind == "prompt" else "mlp")
+    state = {n: p.detach() + 1 for n, p in case.model.named_parameters() if p.requires_grad}
+    mp.save_peft(case.model, tmp_path / "peft", state_dict=state)
+    ptuning.save_prefix(case.model, tmp_path / "own", state_dict=state)
+    with torch.no_grad():
+        for parameter in prefix.parameters():
+            parameter.add_(1)
+    for load, folder in ((mp.load_peft, "peft"), (ptuning.load_prefix, "own")):
+        other = Case("LLaMA")
+        load(other.model, tmp_path / folder)
+        assert difference(other.logits(), case.logits()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("made_on", "attach", "family", "message"),
+    [
+        ("LLaMA", lambda m: mp.attach_zero_gated(m, P), "BLOOM", "made for layers|k_proj"),
+        ("GPT-2", lambda m: mp.attach_prompt(m, P), "BERT", "is no decoder"),
+        ("GPT-2", lambda m: mp.attach_prompt(m, P), "T5", "is no decoder"),
+        ("GPT-2", lambda m: mp.attach_prefix(m, P, gated=True), "CodeGen", "takes none"),
+    ],
+)
+def test_files_are_refused_where_attaching_would_be(made_on, attach, family, message, tmp_path):
+    case, other = Case(made_on), Case(family)
+    attach(case.model)
+    ptuning.save_prefix(case.model, tmp_path)
+    if family == "T5":
+        damage(tmp_path / "prefix_config.json", lambda c: c.update(position="none"))
+    before = other.logits()
+    with pytest.raises(ValueError, match=message):
+        ptuning.load_prefix(other.model, tmp_path)
+    assert torch.equal(other.logits(), before)
+
+
+def test_tensors_that_a_prefix_cannot_hold_are_refused(tmp_path):
+    from minipeft.io.tensors import write_tensors
+
+    case = Case("LLaMA")
+    mp.attach_prefix(case.model, P)
+    ptuning.save_prefix(case.model, tmp_path)
+    for bad in (torch.ones(P, 96).long(), torch.full((P, 96), 1e300, dtype=torch.float64),
+                torch.ones(P, 96) + 0j):  # fmt: skip
+        write_tensors(tmp_path / "prefix.safetensors", {"flat": bad})
+        with pytest.raises(ValueError, match="NaN or Inf, or no floating-point"):
+            ptuning.load_prefix(Case("LLaMA").model, tmp_path)
+    with torch.no_grad():
+        case.model.minipeft_prefix.encoder.tables[0][0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        ptuning.save_prefix(case.model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["half", "train", "keys", "training", "_modules"])
+def test_names_that_a_module_cannot_hold_change_nothing(name):
+    case = Case("LLaMA")
+    before = case.logits()
+    with pytest.raises(ValueError, match=r"means something in a ModuleDict|cannot name"):
+        mp.attach_prefix(case.model, P, name=name)
+    assert torch.equal(case.logits(), before) and not hasattr(case.model, "minipeft_prefix")
+    assert not any(m._forward_pre_hooks for m in case.model.modules())
+
+
+def test_a_head_that_cannot_train_now_changes_nothing():
+    case = Case("BERT")
+    mp.inject_lora(case.model, ["query"], rank=2)
+    mp.merge(case.model)
+    before = case.logits()
+    with pytest.raises(ValueError, match="is merged"):
+        mp.attach_prefix(case.model, P, name="b")
+    assert torch.equal(case.logits(), before) and not hasattr(case.model, "minipeft_prefix")
+    other = Case("BERT")
+    mp.attach_prefix(other.model, P, train_head=False)
+    mp.use_adapters(other.model, rows=["default", None])
+    with pytest.raises(ValueError, match="a head would change for all of them"):
+        mp.attach_prefix(other.model, P, name="b")
+
+
+@pytest.mark.parametrize("family", ["BERT", "LLaMA"])
+def test_unexpected_keys_are_named_or_reported(family, tmp_path):
+    from minipeft.io.tensors import read_tensors, write_tensors
+
+    case = Case(family)
+    mp.attach_prefix(case.model, P, position="shift")
+    mp.save_peft(case.model, tmp_path)
+    tensors = read_tensors(tmp_path / "adapter_model.safetensors")
+    more = {"base_model.zzz.weight": torch.ones(2)}
+    write_tensors(tmp_path / "adapter_model.safetensors", tensors | more)
+    with pytest.raises(ValueError, match="unexpected 'zzz'"):
+        mp.load_peft(Case(family).model, tmp_path)
+    found = mp.load_peft(Case(family).model, tmp_path, strict=False)
+    assert found.unexpected == ["zzz"]
+    with pytest.raises(TypeError, match="expected a transformers model"):
+        mp.load_peft(nn.Sequential(nn.Linear(2, 2)), tmp_path, strict=False)

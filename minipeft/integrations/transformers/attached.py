@@ -21,6 +21,14 @@ from minipeft.registry import DEFAULT, forget
 NAME = "minipeft_prefix"  # of the submodule in the model
 
 
+def check_key(name: str) -> None:
+    """Raise ValueError if a ModuleDict cannot hold a module under this name."""
+    if hasattr(nn.ModuleDict, name) or name in nn.ModuleDict().__dict__:
+        raise ValueError(
+            f"attach_prefix: name={name!r} means something in a ModuleDict; choose another"
+        )
+
+
 class Prefix(nn.Module):
     """The prefixes attached to a model, registered in it as the submodule `minipeft_prefix`.
 
@@ -143,6 +151,7 @@ class Prefix(nn.Module):
         Raises:
             ValueError: it has other layers, or gates where only the cache is reached.
         """
+        check_key(name)
         if encoder.kv_shapes != self.kv_shapes:
             raise ValueError(
                 f"add_adapter: the encoder has layers {encoder.kv_shapes[:2]} "

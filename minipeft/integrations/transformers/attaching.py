@@ -9,7 +9,7 @@ from torch import nn
 from minipeft.adapters import freeze
 from minipeft.extras import train_modules
 from minipeft.integrations.transformers import positions, probe, saving
-from minipeft.integrations.transformers.attached import NAME, Prefix
+from minipeft.integrations.transformers.attached import NAME, Prefix, check_key
 from minipeft.protocol import is_adapter
 from minipeft.registry import DEFAULT, check_new_name, give_name
 from minipeft.targets import NEW_HEADS
@@ -42,32 +42,47 @@ def attach(
     for what, value, known in (("position", position, POSITIONS), ("window", window, WINDOWS)):
         if value is not None and value not in known:
             raise ValueError(f"attach_prefix: {what}={value!r}; choose one of {known}")
+    check_key(name)
     prefix = _present(model, name, position, window, locations)
     with ExitStack() as undo:
         if prefix is None:
             probe.own_configs(model, undo)
             prefix = _prepare(model, length, position, window, locations, undo)
         encoder = make(prefix)
+        table: Any = model.get_input_embeddings()
+        encoder.to(table.weight.device).train(model.training)
+        heads = _train_heads(model, prefix, train_head, name)  # the last that can refuse
         undo.pop_all()
-    table: Any = model.get_input_embeddings()
-    encoder.to(table.weight.device).train(model.training)
     if prefix.rows is not None:
         encoder.enabled = False  # type: ignore[assignment]
     prefix.encoders[name] = encoder
+    prefix.heads[name] = heads
     if not hasattr(model, NAME):
         model.add_module(NAME, prefix)
     adapters: list[Any] = [part for part in encoder.modules() if is_adapter(part)]
-    give_name(model, name, adapters)
-    heads = train_head if isinstance(train_head, list) else []
-    if train_head is True:
-        heads = [part for part in NEW_HEADS if part != "lm_head" and _is_plain_head(model, part)]
-    if heads:
-        prefix.heads[name] = list(train_modules(model, heads, name=name))
+    give_name(model, name, [*adapters, *(model.get_submodule(place) for place in heads)])
     saving.adopt(model)
     freeze(model)
     if prefix.route == "attention":
         prefix.hooks.name_attention()
     return prefix
+
+
+def _train_heads(
+    model: nn.Module, prefix: Prefix, train_head: bool | list[str], name: str
+) -> list[str]:
+    """The names of the modules that train with the prefix from now on."""
+    wanted = train_head if isinstance(train_head, list) else []
+    if train_head is True:
+        wanted = [part for part in NEW_HEADS if part != "lm_head" and _is_plain_head(model, part)]
+    if not wanted:
+        return []
+    if prefix.rows is not None:
+        raise ValueError(
+            "attach_prefix: rows use prefixes of their own, and a head would change for all of "
+            "them; call use_adapters with names first"
+        )
+    return list(train_modules(model, lambda place, _: place in wanted, name=name))
 
 
 def _is_plain_head(model: nn.Module, part: str) -> bool:

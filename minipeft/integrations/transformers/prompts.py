@@ -61,7 +61,7 @@ def attach_prompt(
         )
 
     def make(prefix: Prefix) -> RunPrompt:
-        _check_decoder("attach_prompt", model, prefix)
+        check_decoder("attach_prompt", model, prefix)
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         size = int(table.embedding_dim)
         if kind != "table":
@@ -106,32 +106,40 @@ def attach_zero_gated(
     """
 
     def make(prefix: Prefix) -> ZeroGated:
-        _check_decoder("attach_zero_gated", model, prefix)
-        modules: list[Any] = prefix.hooks.modules
-        if not modules or not all(hasattr(m, "k_proj") and hasattr(m, "v_proj") for m in modules):
-            raise ValueError(
-                f"attach_zero_gated: {type(model).__name__} has no attention with k_proj and "
-                "v_proj that looks up AttentionInterface; use attach_prefix(gated=True)"
-            )
-        depth = len(modules)
+        depth = len(prefix.kv_shapes)
         count = n_layers if n_layers is not None else (depth - 2 if depth > 2 else depth)
-        if isinstance(count, bool) or not 1 <= count <= depth:
-            raise ValueError(f"attach_zero_gated: n_layers={n_layers!r}; the model has {depth}")
-        heads = {int(q) for q in prefix.query_heads}
-        if len(heads) != 1:
-            raise ValueError(f"attach_zero_gated: layers with {sorted(heads)} heads")
-        source = ZeroGatedPrompt(
-            count, prompt_length, _input_size(modules[0]),
-            heads.pop(), init_std=init_std,
-        )  # fmt: skip
+        size, heads = sizes_for_zero_gated("attach_zero_gated", model, prefix, count)
+        source = ZeroGatedPrompt(count, prompt_length, size, heads, init_std=init_std)
         return ZeroGated(source, depth - count)
 
     return attach(model, prompt_length, make, name=name, train_head=train_head)
 
 
-def _input_size(attention: Any) -> int:
-    """What its key projection takes."""
-    return int(attention.k_proj.in_features)
+def sizes_for_zero_gated(
+    caller: str, model: nn.Module, prefix: Prefix, n_layers: int
+) -> tuple[int, int]:
+    """What the key projections take, and the number of query heads, in the last layers.
+
+    Raises:
+        ValueError: attention that is not reached by its function, has no k_proj and v_proj, or
+            differs from layer to layer; another number of layers.
+    """
+    check_decoder(caller, model, prefix)
+    modules: list[Any] = prefix.hooks.modules
+    if not modules or not all(hasattr(m, "k_proj") and hasattr(m, "v_proj") for m in modules):
+        raise ValueError(
+            f"{caller}: {type(model).__name__} has no attention with k_proj and v_proj that looks "
+            "up AttentionInterface; use attach_prefix(gated=True)"
+        )
+    if isinstance(n_layers, bool) or not 1 <= n_layers <= len(modules):
+        raise ValueError(f"{caller}: n_layers={n_layers!r}; the model has {len(modules)}")
+    found = {
+        (int(module.k_proj.in_features), heads)
+        for module, heads in list(zip(modules, prefix.query_heads, strict=True))[-n_layers:]
+    }
+    if len(found) != 1:
+        raise ValueError(f"{caller}: layers of different sizes and heads {sorted(found)}")
+    return found.pop()
 
 
 def _embedded(table: Any, ids: Tensor, prompt_length: int) -> Tensor:
@@ -144,7 +152,8 @@ def _embedded(table: Any, ids: Tensor, prompt_length: int) -> Tensor:
     return rows.float()
 
 
-def _check_decoder(caller: str, model: nn.Module, prefix: Prefix) -> None:
+def check_decoder(caller: str, model: nn.Module, prefix: Prefix) -> None:
+    """Raise ValueError unless text never looks ahead: a prompt's keys then do not depend on it."""
     if set(prefix.locations) != {"self"} or not prefix.causal:
         raise ValueError(
             f"{caller}: {type(model).__name__} is no decoder: its text and a prompt would see each "

@@ -26,8 +26,9 @@ def save_adapters(
 ) -> None:
     """In the place of `model.save_pretrained`: save the adapter files, never base weights.
 
-    Each adapter in PEFT's format; a prefix that it cannot express, or one that shares its name with
-    LoRA, in the format of io.ptuning.save_prefix, in the same directory.
+    Each adapter in PEFT's format; a prefix that it cannot express, that would lose its network or
+    frozen positions, or that shares its name with LoRA, in the format of io.ptuning.save_prefix in
+    the same directory, which load_prefix reads.
 
     Sharding, variants and serialisation options have no meaning for an adapter and are accepted.
 
@@ -42,21 +43,31 @@ def save_adapters(
             "load; save model.state_dict() with safetensors, and load it into a model that "
             "quantize_model has prepared"
         )
-    from minipeft.io.peft import save_peft  # io builds on integrations
-    from minipeft.io.ptuning import has_more_than_prefix, has_prefix, save_prefix
+    # io builds on integrations
+    from minipeft.io import ptuning
+    from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress, save_peft
 
     if not is_main_process:
         return
     for name in named(model):
         directory = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
+        in_peft, beside = True, False
         try:
             save_peft(model, directory, name=name, state_dict=state_dict)
-        except ValueError:
-            if not has_prefix(model, name):
-                raise
-            save_prefix(model, directory, name=name, reparametrization=True)
-            if has_more_than_prefix(model, name):
+        except CannotExpress:
+            in_peft = beside = ptuning.has_more_than_prefix(model, name)
+            if beside:
                 save_peft(model, directory, name=name, state_dict=state_dict, beside_prefix=True)
+        own = not in_peft or beside or ptuning.loses_in_peft(model, name)
+        if own and ptuning.has_prefix(model, name):
+            ptuning.save_prefix(
+                model, directory, name=name, reparametrization=True, heads=not beside,
+                state_dict=state_dict,
+            )  # fmt: skip
+        stale = [] if in_peft else [CONFIG_NAME, WEIGHTS_NAME]
+        stale += [] if own else [ptuning.CONFIG_NAME, ptuning.WEIGHTS_NAME]
+        for file in stale:  # of an earlier save into the same directory
+            (directory / file).unlink(missing_ok=True)
 
 
 def adopt(model: nn.Module) -> None:

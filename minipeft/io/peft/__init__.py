@@ -1,6 +1,8 @@
 """PEFT's adapter directories: adapter_config.json and adapter_model.safetensors."""
 
+from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.load import load_peft
+from minipeft.io.peft.prompts import CannotExpress
 from minipeft.io.peft.save import save_peft
 
-__all__ = ["load_peft", "save_peft"]
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "CannotExpress", "load_peft", "save_peft"]

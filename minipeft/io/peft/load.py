@@ -213,18 +213,14 @@ def load_peft(
     refuse_merged("load_peft", named_adapters(model))
     refuse_rows("load_peft", model)
     if kind_in(directory) is not None:
-        return _prompts(model, directory, name)
+        return _prompts(model, directory, name, strict=strict)
     plain = read_config(directory / CONFIG_NAME)
     modules = visible_modules(model)
     config = plain.of_model([*modules, *expert_weights(model)], CONFIG_NAME)
     if strict and (unused := config.unused_patterns()):
         raise ValueError(f"{CONFIG_NAME}: the patterns {unused} fit no module of the model")
     where = directory / WEIGHTS_NAME
-    if not where.is_file() and (directory / "adapter_model.bin").is_file():
-        raise ValueError(
-            f"{directory}: adapter_model.bin is a pickle and can run code, so it is not read; "
-            "load it with PEFT where you trust it and save it with safe_serialization=True"
-        )
+    _refuse_pickle(directory)
     contents = sort_out(where, read_tensors(where), model, config)
     if strict and (contents.missing or contents.unexpected):
         raise ValueError(contents.complaint(where))
@@ -243,10 +239,20 @@ def load_peft(
     return result
 
 
-def _prompts(model: nn.Module, directory: Path, name: str) -> Loaded:
-    result = Loaded(load_prompts(model, directory, name))
-    result.missing, result.unexpected = [], []
+def _prompts(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Loaded:
+    _refuse_pickle(directory)
+    names, unexpected = load_prompts(model, directory, name, strict=strict)
+    result = Loaded(names)
+    result.missing, result.unexpected = [], unexpected
     return result
+
+
+def _refuse_pickle(directory: Path) -> None:
+    if not (directory / WEIGHTS_NAME).is_file() and (directory / "adapter_model.bin").is_file():
+        raise ValueError(
+            f"{directory}: adapter_model.bin is a pickle and can run code, so it is not read; "
+            "load it with PEFT where you trust it and save it with safe_serialization=True"
+        )
 
 
 def _new_layers(made: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> list[nn.Module]:

@@ -16,15 +16,24 @@ from torch import Tensor, nn
 from minipeft.integrations.transformers.attached import NAME, Prefix
 from minipeft.integrations.transformers.attaching import attach
 from minipeft.integrations.transformers.prompted import RunPrompt
-from minipeft.io.heads import check_heads, fill_heads, head_tensors
+from minipeft.integrations.transformers.prompts import check_decoder
+from minipeft.io.heads import (
+    Heads,
+    by_module,
+    check_heads,
+    fill_heads,
+    head_tensors,
+    task_heads,
+)
 from minipeft.io.peft.config import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME
+from minipeft.io.ptuning import with_values
 from minipeft.io.tensors import parse_object, read_tensors, write_atomically, write_tensors
 from minipeft.prefix import PrefixEncoder
 from minipeft.prompt import PromptEmbedding, PromptEncoder
 from minipeft.registry import named
 
 KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
-_KEY, _HEADS = "prompt_embeddings", ("base_model.model.", "base_model.")
+_KEY, _HEADS, _LONG = "prompt_embeddings", ("base_model.",), "base_model.model."
 _LARGEST_LENGTH = 2**24
 # Of the configuration nothing else says what to compute: the values are in the table.
 _KNOWN = {
@@ -49,21 +58,18 @@ def kind_in(directory: Path) -> str | None:
     return kind if isinstance(kind, str) and kind in KINDS else None
 
 
-def load_prompts(model: nn.Module, directory: Path, name: str) -> list[str]:
-    """Attach what a directory of one of KINDS holds; returns the names of the modules.
+def load_prompts(
+    model: Any, directory: Path, name: str, *, strict: bool
+) -> tuple[list[str], list[str]]:
+    """Attach what a directory of one of KINDS holds; the modules' names, and unexpected keys.
 
     Raises:
         ValueError: a file missing or damaged, an adapter of another model, an encoder-decoder.
             The model is then as it was.
     """
-    config = parse_object((directory / CONFIG_NAME).read_bytes(), str(directory / CONFIG_NAME))
-    for key, value in config.items():
-        if key not in _KNOWN and value not in (None, False, [], {}, ""):
-            raise ValueError(f"{CONFIG_NAME}: {key} = {value!r} is no field known here")
-    length = config.get("num_virtual_tokens")
-    if type(length) is not int or not 0 < length < _LARGEST_LENGTH:
-        raise ValueError(f"{CONFIG_NAME}: num_virtual_tokens is {length!r}, expected a number")
-    if getattr(model.config, "is_encoder_decoder", False):
+    config = _checked(directory / CONFIG_NAME)
+    length = config["num_virtual_tokens"]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"load_peft: PEFT counts a prefix of an encoder-decoder as tokens of the decoder; on "
             f"{type(model).__name__} that cannot be said by attach_prefix"
@@ -75,9 +81,9 @@ def load_prompts(model: nn.Module, directory: Path, name: str) -> list[str]:
         raise ValueError(f"{where}: no floating-point {_KEY!r} of two dimensions")
     if len(table) != length:
         raise ValueError(f"{where}: {len(table)} rows; {CONFIG_NAME} says {length}")
-    heads = {_without_prefix(key): value for key, value in tensors.items()}
-    if len(heads) < len(tensors):
-        raise ValueError(f"{where}: the same key with and without {_HEADS[0]!r}")
+    heads, unexpected = _heads_in(model, tensors, config["modules_to_save"] or [], where)
+    if strict and unexpected:
+        raise ValueError(f"{where}: unexpected {unexpected[0]!r:.80} ({len(unexpected)} in all)")
     modules = check_heads("load_peft", model, heads)
     deep = config["peft_type"] == "PREFIX_TUNING"
 
@@ -90,6 +96,7 @@ def load_prompts(model: nn.Module, directory: Path, name: str) -> list[str]:
                 )
             prefix.window = "like_token"
         if deep:
+            _check_layers(config, prefix, model)
             total = sum(shape.width for shape in prefix.kv_shapes)
             if table.shape[1] != total:
                 raise ValueError(
@@ -99,12 +106,8 @@ def load_prompts(model: nn.Module, directory: Path, name: str) -> list[str]:
             encoder = PrefixEncoder(prefix.kv_shapes, length)
             encoder.load_flat(table.float())
             return encoder
-        if set(prefix.locations) != {"self"} or not prefix.causal:
-            raise ValueError(
-                f"load_peft: {type(model).__name__} is no decoder, so its text and a prompt see "
-                "each other; use a prefix"
-            )
-        size = model.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        check_decoder("load_peft", model, prefix)
+        size = model.get_input_embeddings().embedding_dim
         if table.shape[1] != size:
             raise ValueError(
                 f"{where}: {table.shape[1]} columns; the model's embeddings have {size}"
@@ -115,14 +118,62 @@ def load_prompts(model: nn.Module, directory: Path, name: str) -> list[str]:
 
     attach(model, length, make, name=name, position="shift", train_head=modules)
     fill_heads(model, name, heads)
-    return [f"{NAME}.encoders.{name}", *modules]
+    return [f"{NAME}.encoders.{name}", *modules], unexpected
 
 
-def _without_prefix(key: str) -> str:
-    for prefix in _HEADS:
-        if key.startswith(prefix):
-            return key[len(prefix) :]
-    return key
+def _checked(path: Path) -> dict[str, Any]:
+    """adapter_config.json, with what is used of it checked."""
+    config: dict[str, Any] = parse_object(path.read_bytes(), str(path))
+    for key, value in config.items():
+        if key not in _KNOWN and value not in (None, False, [], {}, ""):
+            raise ValueError(f"{CONFIG_NAME}: {key:.40} = {value!r:.40} is no field known here")
+    for key in ("num_virtual_tokens", "num_layers", "num_attention_heads"):
+        value = config.get(key)
+        needed = key == "num_virtual_tokens"
+        if (value is None and needed) or (
+            value is not None and (type(value) is not int or not 0 < value < _LARGEST_LENGTH)
+        ):
+            raise ValueError(f"{CONFIG_NAME}: {key} is {value!r:.40}, expected a whole number")
+    if config.get("num_transformer_submodules") not in (None, 1, 2):
+        raise ValueError(f"{CONFIG_NAME}: num_transformer_submodules is not 1 or 2")
+    names = config.setdefault("modules_to_save", None)
+    if names is not None and not (
+        isinstance(names, list) and all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"{CONFIG_NAME}: modules_to_save is {names!r:.40}, expected names")
+    return config
+
+
+def _check_layers(config: Mapping[str, Any], prefix: Prefix, model: nn.Module) -> None:
+    """Raise ValueError if the table is of a model of other layers, which may have its width."""
+    layers, heads = config.get("num_layers"), config.get("num_attention_heads")
+    own = {shape.kv_heads for shape in prefix.kv_shapes}
+    if layers not in (None, len(prefix.kv_shapes)) or (heads is not None and {heads} != own):
+        raise ValueError(
+            f"{CONFIG_NAME}: a prefix of {layers} layers with {heads} key/value heads; "
+            f"{type(model).__name__} has {len(prefix.kv_shapes)} with {sorted(own)}"
+        )
+
+
+def _heads_in(
+    model: nn.Module, tensors: Mapping[str, Tensor], wanted: list[str], where: Path
+) -> tuple[Heads, list[str]]:
+    """The tensors of modules by these, and keys of modules that the model lacks."""
+    modules = dict(model.named_modules())
+    plain: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        found = next((key[len(p) :] for p in _HEADS if key.startswith(p)), key)
+        if found.split(".")[0] not in modules:  # of PEFT's longer prefix
+            found = key[len(_LONG) :] if key.startswith(_LONG) else found
+        if found in plain:
+            raise ValueError(f"{where}: two keys for {found!r:.80}")
+        plain[found] = value
+    saved = [m for m in modules if any(m == e or m.endswith(f".{e}") for e in wanted)]
+    heads = by_module(plain, saved)
+    unknown = [place for place in heads if place not in modules]
+    if missing := [m for m in saved if m not in heads and "." not in m and m in wanted]:
+        raise ValueError(f"{where}: {CONFIG_NAME} asks for {missing[0]!r}, which has no tensors")
+    return {p: own for p, own in heads.items() if p not in unknown}, unknown
 
 
 def is_prompt(place: str) -> bool:
@@ -145,24 +196,32 @@ def prompt_in(model: nn.Module, name: str) -> Any:
         if not is_prompt(place) and type(layer).__name__ != "TrainedModule"
     ]  # fmt: skip
     if others:
-        raise ValueError(
+        raise CannotExpress(
             f"save_peft: the adapter {name!r} is a prefix and {others[0]} ({len(others)} layers); "
             "PEFT's format holds one kind: attach the prefix under a name of its own"
         )
     return prefix.encoders[name]
 
 
-def describe_prompts(model: Any, name: str) -> tuple[dict[str, object], dict[str, Tensor]]:
+class CannotExpress(ValueError):
+    """What PEFT's format has no words for."""
+
+
+def describe_prompts(
+    model: Any, name: str, gathered: Mapping[int, Tensor]
+) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The configuration and the tensors of the prefix or prompt called `name`.
 
+    `gathered` has values by the id of the parameter that they are of, in the place of its own.
+
     Raises:
-        ValueError: what PEFT's format cannot say: positions that are not shifted, a prefix that a
-            sliding window does not hide, gates, layers of different shapes, an encoder-decoder.
+        CannotExpress: positions that are not shifted, a prefix that a sliding window does not
+            hide, gates, layers of different shapes, an encoder-decoder.
     """
     prefix, encoder = getattr(model, NAME), prompt_in(model, name)
 
-    def refuse(why: str) -> ValueError:
-        return ValueError(
+    def refuse(why: str) -> CannotExpress:
+        return CannotExpress(
             f"save_peft: {why}, which PEFT's format cannot say; use io.ptuning.save_prefix"
         )
 
@@ -172,14 +231,18 @@ def describe_prompts(model: Any, name: str) -> tuple[dict[str, object], dict[str
         raise refuse("tokens are not numbered behind the prefix (position='none')")
     if prefix.has_windows and prefix.window != "like_token":
         raise refuse("the prefix is seen from outside the sliding window (window='always')")
-    heads = {f"{_HEADS[1]}{key}": value for key, value in head_tensors(model, name).items()}
+    task = _task_type(model)
+    encoder, states = with_values(encoder, gathered), head_tensors(model, name, gathered)
+    if task in _TASK_HEADS:  # PEFT asks for them whether they train or not
+        states = task_heads(model, _TASK_HEADS[task], gathered) | states
+    heads = {f"{_HEADS[0]}{place}.{key}": value
+             for place, state in states.items() for key, value in state.items()}  # fmt: skip
     text = model.config.get_text_config()
     config: dict[str, object] = {
         "inference_mode": True, "num_layers": len(prefix.kv_shapes),
         "num_transformer_submodules": 1, "num_virtual_tokens": encoder.prefix_length,
         "base_model_name_or_path": getattr(model.config, "name_or_path", None) or None,
-        "modules_to_save": sorted({key.split(".")[1] for key in heads}) or None,
-        "task_type": _task_type(model),
+        "modules_to_save": sorted(states) or None, "task_type": task,
     }  # fmt: skip
     if isinstance(encoder, PrefixEncoder):
         if encoder.gated:
@@ -211,6 +274,12 @@ def describe_prompts(model: Any, name: str) -> tuple[dict[str, object], dict[str
     else:
         config |= {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
     return config, {_KEY: source.table.detach(), **heads}
+
+
+_TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}  # fmt: skip
 
 
 def _task_type(model: nn.Module) -> str:

@@ -16,7 +16,8 @@ from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
 from minipeft.io.peft.prompts import describe_prompts, is_prompt, prompt_in, write_prompts
 from minipeft.io.peft.tensors import written, written_experts
-from minipeft.io.tensors import write_atomically, write_tensors
+from minipeft.io.ptuning import gathered_by_id
+from minipeft.io.tensors import check_writable, write_atomically, write_tensors
 from minipeft.layers.lora_experts import LoRAExperts
 from minipeft.layers.lora_tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
@@ -206,8 +207,8 @@ def save_peft(
     if not names:
         raise ValueError("save_peft: the model has no adapter; inject one first")
     collected = {}
-    gathered = _gathered(model, state_dict or {})
-    prompts = {n: describe_prompts(model, n) for n in names
+    gathered = gathered_by_id(model, state_dict or {})
+    prompts = {n: describe_prompts(model, n, gathered) for n in names
                if not beside_prefix and prompt_in(model, n) is not None}  # fmt: skip
     for adapter in names:
         if adapter in prompts:
@@ -223,6 +224,9 @@ def save_peft(
                 "io.bitsandbytes.save_quantized",
                 stacklevel=2,
             )
+    for everything in (prompts, collected):
+        for found_tensors in everything.values():
+            check_writable(found_tensors[-1])
     touched: list[str] = []
     for adapter, (config, tensors) in prompts.items():
         alone = name is not None or adapter == DEFAULT
@@ -238,9 +242,3 @@ def save_peft(
         )
         touched += [*found.low_rank, *found.experts, *found.biases, *found.saved, *found.tokens]
     return list(dict.fromkeys(touched))
-
-
-def _gathered(model: nn.Module, state: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Values by the id of the parameter that they are of."""
-    own = dict(model.named_parameters(remove_duplicate=False))
-    return {id(own[key]): value for key, value in state.items() if key in own}
