@@ -44,8 +44,9 @@ def save_adapters(
             "quantize_model has prepared"
         )
     # io builds on integrations
-    from minipeft.io import ptuning
     from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress, save_peft
+    from minipeft.io.ptuning import config as own_files
+    from minipeft.io.ptuning import save as ptuning
 
     if not is_main_process:
         return
@@ -65,7 +66,7 @@ def save_adapters(
                 state_dict=state_dict,
             )  # fmt: skip
         stale = [] if in_peft else [CONFIG_NAME, WEIGHTS_NAME]
-        stale += [] if own else [ptuning.CONFIG_NAME, ptuning.WEIGHTS_NAME]
+        stale += [] if own else [own_files.CONFIG_NAME, own_files.WEIGHTS_NAME]
         for file in stale:  # of an earlier save into the same directory
             (directory / file).unlink(missing_ok=True)
 

@@ -26,7 +26,7 @@ from minipeft.io.heads import (
     task_heads,
 )
 from minipeft.io.peft.config import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME
-from minipeft.io.ptuning import with_values
+from minipeft.io.ptuning.save import with_values
 from minipeft.io.tensors import parse_object, read_tensors, write_atomically, write_tensors
 from minipeft.prefix import PrefixEncoder
 from minipeft.prompt import PromptEmbedding, PromptEncoder

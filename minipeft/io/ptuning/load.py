@@ -1,0 +1,148 @@
+"""A directory of minipeft's own onto a model: nothing is allocated or attached before it fits."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.integrations.transformers.attached import Prefix
+from minipeft.integrations.transformers.attaching import attach
+from minipeft.integrations.transformers.prompted import RunPrompt, ZeroGated
+from minipeft.integrations.transformers.prompts import check_decoder, sizes_for_zero_gated
+from minipeft.io.heads import by_module, check_heads, fill_heads
+from minipeft.io.ptuning.config import CONFIG_NAME, WEIGHTS_NAME, read_config
+from minipeft.io.tensors import read_tensors
+from minipeft.prefix import PrefixEncoder
+from minipeft.prompt import PromptEmbedding, PromptEncoder, ZeroGatedPrompt
+from minipeft.registry import DEFAULT
+
+
+def load_prefix(model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT) -> Prefix:
+    """Attach the prefix or prompt that `save_prefix` wrote; trainable, with its heads.
+
+    Raises:
+        ValueError: a file missing or damaged, a prefix made for other shapes, heads that the model
+            lacks, a name that is taken.  The model is then as it was.
+    """
+    directory = Path(path)
+    config = read_config(directory / CONFIG_NAME)
+    tensors = read_tensors(directory / WEIGHTS_NAME)
+    of_heads = {key[5:]: tensors.pop(key) for key in list(tensors) if key.startswith("head.")}
+    heads = by_module(of_heads, config["heads"])
+    if sorted(heads) != sorted(config["heads"]):
+        raise ValueError(f"{directory}: heads {config['heads']!r:.80}, tensors {list(heads)!r:.80}")
+    modules = check_heads("load_prefix", model, heads)
+
+    def make(prefix: Prefix) -> nn.Module:
+        found = [list(shape) for shape in prefix.kv_shapes]
+        if config["kind"] != "prompt" and found != config["kv_shapes"]:
+            raise ValueError(
+                f"{directory}: made for layers of (kv_heads, key_dim, value_dim) "
+                f"{_few(config['kv_shapes'])} of a {config['model']}; this model has {_few(found)}"
+            )
+        return _built(config, tensors, prefix, directory / WEIGHTS_NAME)
+
+    locations = (
+        None if set(config["locations"]) == {"self"} else list(dict.fromkeys(config["locations"]))
+    )
+    prefix = attach(
+        model, config["prefix_length"], make, name=name, position=config["position"],
+        window=config["window"], locations=locations, train_head=modules,
+    )  # fmt: skip
+    fill_heads(model, name, heads)
+    return prefix
+
+
+def _few(shapes: list[Any]) -> str:
+    return f"{shapes[:2]}{' ...' if len(shapes) > 2 else ''} ({len(shapes)})"
+
+
+def _built(
+    config: dict[str, Any], tensors: dict[str, Tensor], prefix: Prefix, where: Path
+) -> nn.Module:
+    """The encoder that a configuration describes, filled; nothing is allocated before it fits."""
+    kind, model = config["kind"], prefix.model
+    if kind == "prefix" and config.get("gated") and prefix.route == "cache":
+        raise ValueError(f"{where}: a gated prefix; {type(model).__name__} takes none")
+    if kind == "zero_gated":
+        found = sizes_for_zero_gated(str(where), model, prefix, config["n_layers"])
+        if found != (config["embedding_dim"], config["n_heads"]):
+            raise ValueError(
+                f"{where}: prompts of (size, heads) {config['embedding_dim'], config['n_heads']}; "
+                f"the model has {found}"
+            )
+    elif kind != "prefix":
+        check_decoder(str(where), model, prefix)
+        table: Any = model.get_input_embeddings()  # type: ignore[operator]
+        if table.embedding_dim != config["embedding_dim"]:
+            raise ValueError(
+                f"{where}: a prompt of size {config['embedding_dim']}; the model's embeddings have "
+                f"{table.embedding_dim}"
+            )
+    if kind == "prefix" and config.get("hidden") is None:
+        total = sum(shape.width for shape in prefix.kv_shapes)
+        shape = (config["prefix_length"], total)
+        if tuple(tensors.get("flat", torch.empty(0)).shape) != shape:
+            raise ValueError(f"{where}: no tensor 'flat'; expected {shape}")
+    else:
+        with torch.device("meta"):
+            _check_state(_empty(config, prefix).state_dict(), tensors, where)
+    encoder = _empty(config, prefix)
+    flat = tensors.pop("flat", None)
+    if flat is not None:
+        encoder.load_flat(flat)  # type: ignore[operator]
+    _fill(encoder, tensors, where, only="gates" if flat is not None else "")
+    if kind == "zero_gated":
+        return ZeroGated(encoder, len(prefix.kv_shapes) - config["n_layers"])  # type: ignore[arg-type]
+    return encoder if kind == "prefix" else RunPrompt(encoder)
+
+
+def _empty(config: dict[str, Any], prefix: Prefix) -> nn.Module:
+    """The module that a configuration describes."""
+    length, kind = config["prefix_length"], config["kind"]
+    if kind == "prefix":
+        return PrefixEncoder(
+            prefix.kv_shapes, length, hidden=config.get("hidden"),
+            embedding_dim=config.get("embedding_dim"), dropout=config.get("dropout", 0.0),
+            frozen=config.get("frozen", 0), gated=config.get("gated", False),
+        )  # fmt: skip
+    size = config["embedding_dim"]
+    if kind == "zero_gated":
+        return ZeroGatedPrompt(config["n_layers"], length, size, config["n_heads"])
+    if kind == "prompt":
+        return PromptEmbedding(length, size)
+    return PromptEncoder(
+        length, size, hidden=config.get("hidden"), kind=config.get("network", "mlp"),
+        lstm_layers=config.get("lstm_layers", 2), dropout=config.get("dropout", 0.0),
+    )  # fmt: skip
+
+
+def _check_state(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path, only: str = ""
+) -> None:
+    """Raise ValueError unless `encoder.*` are values for this state."""
+    expected = {f"encoder.{key}" for key in own if key.startswith(only)}
+    if expected != tensors.keys():
+        wrong = sorted(expected ^ tensors.keys())
+        raise ValueError(f"{where}: missing or unexpected {wrong[:3]} ({len(wrong)} in all)")
+    for key, value in tensors.items():
+        shape = own[key.removeprefix("encoder.")].shape
+        if value.shape != shape or not value.is_floating_point():
+            raise ValueError(
+                f"{where}: {key} is {value.dtype} {tuple(value.shape)}; expected {tuple(shape)}"
+            )
+        if not bool(value.to(torch.float32).isfinite().all()):
+            raise ValueError(f"{where}: {key} holds NaN or Inf")
+
+
+def _fill(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *, only: str) -> None:
+    """Copy `encoder.*` into a module's state; gates are named as in the module."""
+    named = {k if k.startswith("encoder.") else f"encoder.{k}": v for k, v in tensors.items()}
+    own = module.state_dict()
+    _check_state(own, named, where, only)
+    with torch.no_grad():
+        for key, value in named.items():
+            own[key.removeprefix("encoder.")].copy_(value)
