@@ -185,6 +185,16 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
     own = {id(part): part for owner in owners for part in owner.modules()}
     names = list(everything)  # all of them: other rows may want others
     places = _places(everything, used, own)
+    prompts = {
+        name
+        for owner in owners
+        for name in owner.run_by_the_model()  # type: ignore[operator]
+    }
+    if places and (mixed := prompts & set(used)):
+        raise ValueError(
+            f"use_adapters: {sorted(mixed)[0]!r} is a prompt, which runs through the model once "
+            "for all rows, and LoRA differs by row; bake the prompt, or serve them in two batches"
+        )
     present = {n: s[0] for n, s in stacks(model).items() if isinstance(s[0], LoRABank)}
     banks = _banks(model, names, places, present, len(wanted)) if places else {}
     for owner in owners:

@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters import require_adapters
+from minipeft.adapters import named_adapters, refuse_merged, require_adapters
 from minipeft.bank import refuse_rows
 from minipeft.inject import swap
 from minipeft.protocol import Adapter, AdapterLayer, is_adapter_layer, is_packed
@@ -103,6 +103,7 @@ def remove(
     """
     if not isinstance(merge, bool) or not isinstance(requantize, bool):
         raise TypeError("remove: merge and requantize are True or False")
+    _refuse_while_in_use(model, name)
     gone = [] if merge else _take_off_prefixes(model, name)
     if gone and not _has_more(model, name):
         return gone
@@ -124,6 +125,14 @@ def remove(
     return gone + list(found)
 
 
+def _refuse_while_in_use(model: nn.Module, name: str | None) -> None:
+    """What would refuse later, when prefixes are gone already."""
+    refuse_rows("remove", model)
+    if name is not None:
+        adapters_called("remove", model, name)
+        refuse_merged("remove", named_adapters(model))
+
+
 def _take_off_prefixes(model: nn.Module, name: str | None) -> list[str]:
     """Let what holds prefixes take off those of this name, or all; returns their names."""
     gone: list[str] = []
@@ -132,7 +141,7 @@ def _take_off_prefixes(model: nn.Module, name: str | None) -> list[str]:
             encoders: dict[str, nn.Module] = dict(holder.encoders)
             chosen = [own for own in encoders if name in (None, own)]
             for own in chosen:
-                holder.remove(name=own)
+                holder.remove(name=own, heads=False)
             gone += [f"{place}.encoders.{own}" for own in chosen]
     return gone
 

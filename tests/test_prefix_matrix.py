@@ -1,5 +1,7 @@
 """Every behaviour with a prefix attached on every architecture: benchmarks.prefix_behaviours."""
 
+import json
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -47,3 +49,22 @@ for family in ("LLaMA", "BERT", "BLOOM", "T5"):
     assert len(rows) == len(FAMILIES) + 4
     for name, value in rows:
         assert float(value) <= (1.0 if name == "graphs" else 1e-5), (name, value)
+
+
+def test_the_matrix_prints_both_tables_and_writes_its_result(plain_python, tmp_path):
+    pytest.importorskip("rich")
+    pytest.importorskip("peft")
+    printed = plain_python(
+        """
+import os, sys
+from benchmarks import prefix_matrix
+sys.argv = ["prefix_matrix", "--families", "BERT", "BLOOM", "--output", os.environ["OUT"]]
+assert prefix_matrix.main() == 0
+""",
+        OUT=str(tmp_path),
+    )
+    assert "PEFT" in printed and "cells in float32, the largest" in printed
+    (path,) = tmp_path.glob("prefix_matrix-*.json")
+    found = json.loads(path.read_text())
+    assert set(found["minipeft"]) == {"BERT", "BLOOM"} == set(found["peft"])
+    assert all(not isinstance(v, str) for row in found["minipeft"].values() for v in row.values())

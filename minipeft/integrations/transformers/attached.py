@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.bank import refuse_rows
 from minipeft.inject import swap
 from minipeft.integrations.transformers import probe, saving
 from minipeft.integrations.transformers.attention import Part
@@ -16,7 +17,7 @@ from minipeft.integrations.transformers.hooks import Hooks
 from minipeft.integrations.transformers.prompted import Prompted, RunPrompt
 from minipeft.layers.trained import TrainedModule
 from minipeft.prefix import KVShape, PrefixEncoder
-from minipeft.registry import DEFAULT, forget
+from minipeft.registry import DEFAULT, forget, stacks
 
 NAME = "minipeft_prefix"  # of the submodule in the model
 
@@ -27,6 +28,11 @@ def check_key(name: str) -> None:
         raise ValueError(
             f"attach_prefix: name={name!r} means something in a ModuleDict; choose another"
         )
+
+
+def _counts(encoder: Any) -> bool:
+    """Whether it counts as tokens before the text: no gated one, which starts as nothing."""
+    return not getattr(encoder, "gated", False) and bool(getattr(encoder, "shifts", True))
 
 
 class Prefix(nn.Module):
@@ -52,7 +58,6 @@ class Prefix(nn.Module):
         self.locations, self.query_heads = reach.locations, reach.query_heads
         self.causal, self.has_windows = causal, reach.has_windows
         self.rows: list[tuple[str, ...]] | None = None  # None: all rows use what is on
-        self.paused = False  # while prompts run through the model
         self.served: tuple[str, ...] = ()  # the names in rows, in the order of encoders
         self.register_buffer("row_columns", None, persistent=False)
         self.heads: dict[str, list[str]] = {}  # by prefix: modules that train with it
@@ -64,12 +69,21 @@ class Prefix(nn.Module):
 
     def taking_part(self) -> list[Any]:
         """The encoders whose columns are in the mask, in their order."""
-        if self.paused:
-            return []
         if self.rows is None:
             return [encoder for encoder in self._all() if encoder.enabled]
-        found = [self._by_name()[name] for name in self.served]
-        return found if any(encoder.enabled for encoder in found) else []
+        found = {name: self._by_name()[name] for name in self.served}
+        if not any(encoder.enabled for encoder in found.values()):
+            return []
+        if off := [name for name, encoder in found.items() if not encoder.enabled]:
+            raise ValueError(f"prefix {off[0]!r} is off, and rows use it; call use_adapters again")
+        return list(found.values())
+
+    def names(self) -> tuple[Any, ...]:
+        """Which prefixes take part, and which run of those that draw random numbers."""
+        part = self.taking_part()
+        by_id = {id(encoder): name for name, encoder in self.encoders.items()}
+        runs = (e.run_number() if isinstance(e, Prompted) else 0 for e in part)
+        return tuple((by_id[id(e)], run) for e, run in zip(part, runs, strict=True))
 
     def is_on(self) -> bool:
         """Whether any prefix takes part."""
@@ -87,6 +101,10 @@ class Prefix(nn.Module):
         if isinstance(encoder, Prompted):
             return encoder.part(layer, self)
         k, v = encoder.layer(layer)
+        if k.is_meta:
+            raise ValueError(
+                "the prefix has no values (meta device): offload the model first, then attach"
+            )
         return Part(k, v, encoder.gate(layer), encoder.prefix_length)
 
     def visible(self, query: Query) -> Tensor | None:
@@ -101,12 +119,17 @@ class Prefix(nn.Module):
             seen = of_rows(self.row_columns.to(query.device), query.batch)
         if like_token:
             assert query.window is not None
-            return within_window(seen, query.token_index(), query.window)[:, None]
+            tokens = torch.cat(
+                [torch.full((e.prefix_length,), _counts(e)) for e in self.taking_part()]
+            )
+            tokens = tokens.to(seen.device)
+            near = within_window(seen & tokens, query.token_index(), query.window)
+            return (near | (seen & ~tokens)[:, None])[:, None]
         return seen[:, None, None]
 
     def shift(self, batch: int) -> int | Tensor:
         """By how much tokens are numbered higher: a number, or (batch, 1) by row."""
-        counted = [e.prefix_length if getattr(e, "shifts", True) else 0 for e in self.taking_part()]
+        counted = [e.prefix_length if _counts(e) else 0 for e in self.taking_part()]
         if self.rows is None:
             return sum(counted)
         assert self.row_columns is not None
@@ -116,17 +139,17 @@ class Prefix(nn.Module):
             [part[:, :n].sum(1) for part, n in zip(parts, counted, strict=True)]
         ).sum(0)[:, None]
 
-    def before_forward(self, holder: nn.Module, seen: Any) -> None:
+    def before_forward(self, holder: nn.Module, given: Any) -> None:
         """Let prompts run: their keys and values come from the model itself."""
         running = [e for e in self.taking_part() if isinstance(e, Prompted)]
-        if not running:
-            return
-        self.paused = True
-        try:
+        if any(isinstance(encoder, RunPrompt) for encoder in running):
+            cache = given["past_key_values"]
+            if cache is None and given["use_cache"] and not torch.is_grad_enabled():
+                from transformers import DynamicCache
+
+                cache = given["past_key_values"] = DynamicCache(config=holder.config)  # type: ignore[arg-type]
             for encoder in running:
-                encoder.before_forward(holder, seen=seen)
-        finally:
-            self.paused = False
+                encoder.before_forward(holder, cache, by_attention=self.route == "attention")
 
     # --- switching ---
 
@@ -172,13 +195,14 @@ class Prefix(nn.Module):
         """
         rows = [tuple(name for name in row if name in self.encoders) for row in rows]
         used = set(itertools.chain.from_iterable(rows))
-        parts = [
-            torch.tensor([[name in row] for row in rows]).expand(-1, encoder.prefix_length)
-            for name, encoder in self._by_name().items()
-            if name in used
-        ]
         device = next(self.parameters()).device
-        columns = torch.cat(parts, dim=1).to(device) if parts else None
+        with torch.inference_mode(False):  # changed in place later, in whatever mode
+            parts = [
+                torch.tensor([[name in row] for row in rows]).expand(-1, encoder.prefix_length)
+                for name, encoder in self._by_name().items()
+                if name in used
+            ]
+            columns = torch.cat(parts, dim=1).to(device) if parts else None
         if (
             columns is not None
             and self.row_columns is not None
@@ -190,6 +214,10 @@ class Prefix(nn.Module):
         self.rows, self.served = rows, tuple(name for name in self.encoders if name in used)
         for name, encoder in self._by_name().items():
             encoder.enabled = name in used
+
+    def run_by_the_model(self) -> list[str]:
+        """The names of prompts whose keys come from layers of the model."""
+        return [name for name, encoder in self.encoders.items() if isinstance(encoder, Prompted)]
 
     def stop_rows(self) -> None:
         """All rows use what is on again."""
@@ -204,8 +232,11 @@ class Prefix(nn.Module):
         Raises:
             ValueError: a name that no prefix has; nothing has changed then.
         """
-        before = self.rows, self.served, [e.enabled for e in self._all()]
-        columns = None if self.row_columns is None else self.row_columns.clone()
+        heads = self._head_layers()
+        before = self.rows, self.served, {n: e.enabled for n, e in self._by_name().items()}
+        with torch.inference_mode(False):
+            columns = None if self.row_columns is None else self.row_columns.clone()
+        heads_before = [(layer, layer.enabled) for layers in heads.values() for layer in layers]
         try:
             if rows is None or isinstance(rows, str):
                 if rows is not None:
@@ -213,6 +244,9 @@ class Prefix(nn.Module):
                 self.stop_rows()
                 for name, encoder in self._by_name().items():
                     encoder.enabled = name == rows
+                for name, layers in heads.items():
+                    for layer in layers:
+                        layer.enabled = name == rows
             else:
                 wanted = [(r,) if isinstance(r, str) else tuple(r or ()) for r in rows]
                 for name in itertools.chain.from_iterable(wanted):
@@ -223,8 +257,18 @@ class Prefix(nn.Module):
             yield
         finally:
             self.rows, self.served, self.row_columns = before[0], before[1], columns
-            for encoder, enabled in zip(self._all(), before[2], strict=True):
-                encoder.enabled = enabled
+            for name, encoder in self._by_name().items():
+                encoder.enabled = before[2].get(name, encoder.enabled)
+            for layer, enabled in heads_before:
+                layer.enabled = enabled
+
+    def _head_layers(self) -> dict[str, list[TrainedModule]]:
+        """The layers of the heads that came with each prefix, also below other adapters."""
+        stacked = stacks(self.model)
+        return {
+            name: [x for p in places for x in stacked.get(p, []) if isinstance(x, TrainedModule)]
+            for name, places in self.heads.items()
+        }
 
     def _check(self, name: str) -> None:
         if name not in self.encoders:
@@ -260,6 +304,7 @@ class Prefix(nn.Module):
             ValueError: another number of tokens, or an encoder with an MLP.
         """
         encoder = self._table_of("load_tokens", name)
+        refuse_rows("load_tokens", self.model)
         expected = (1, encoder.prefix_length)
         for what, ids in {"input_ids": input_ids, **inputs}.items():
             if tuple(ids.shape) != expected:
@@ -285,6 +330,7 @@ class Prefix(nn.Module):
             ValueError: LLaMA-Adapter's prompts, which are no prefix.
         """
         old = self._named(name)
+        refuse_rows("bake", self.model)
         key = next(n for n, e in self.encoders.items() if e is old)
         if isinstance(old, RunPrompt):
             baked = old.bake(self)
@@ -310,26 +356,34 @@ class Prefix(nn.Module):
             raise ValueError(f"{caller}: a {type(encoder).__name__} makes its keys and values")
         return encoder
 
-    def remove(self, *, name: str | None = None) -> None:
-        """Take one prefix off, or all, with the heads that train with it.
+    def remove(self, *, name: str | None = None, heads: bool = True) -> None:
+        """Take one prefix off, or all, and the heads that came with them unless `heads` is False.
 
         Without any, the model computes as before, bit for bit.
+
+        Raises:
+            ValueError: no such prefix, rows that use prefixes of their own, or a head with another
+                adapter over it (minipeft.remove takes both).  Nothing has changed then.
         """
-        if name is not None:
-            self._check(name)
-            if self.rows is not None:
-                raise ValueError(
-                    "rows use prefixes of their own; call use_adapters with names first"
-                )
-        for own in list(self.encoders) if name is None else [name]:
-            heads: dict[str, Any] = {
-                place: self.model.get_submodule(place) for place in self.heads.pop(own, [])
-            }
-            kept = {p: h.base for p, h in heads.items() if isinstance(h, TrainedModule)}
-            if kept:
-                swap(self.model, kept)
+        chosen = list(self.encoders) if name is None else [name]
+        bases: dict[str, nn.Module] = {}
+        for own in chosen:
+            self._check(own)
+            for place in self.heads.get(own, []) if heads else []:
+                head = self.model.get_submodule(place)
+                if not isinstance(head, TrainedModule):
+                    raise ValueError(
+                        f"remove: {place} has another adapter over it; remove that first"
+                    )
+                bases[place] = head.base
+        if name is not None and self.rows is not None:
+            raise ValueError("rows use prefixes of their own; call use_adapters with names first")
+        if bases:
+            swap(self.model, bases)
+        for own in chosen:
+            self.heads.pop(own, None)
             del self.encoders[own]
-        if name is None or not self.encoders:
+        if not self.encoders:
             self.hooks.remove()
             delattr(self.model, NAME)
         forget(self.model)

@@ -1,5 +1,6 @@
 """What attaching has in common, whatever makes the keys and values: find, check, hook, name."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from minipeft.adapters import freeze
+from minipeft.bank import refuse_rows
 from minipeft.extras import train_modules
-from minipeft.integrations.transformers import positions, probe, saving
+from minipeft.integrations.transformers import attention, positions, probe, saving
 from minipeft.integrations.transformers.attached import NAME, Prefix, check_key
 from minipeft.protocol import is_adapter
 from minipeft.registry import DEFAULT, check_new_name, give_name
@@ -43,14 +45,16 @@ def attach(
         if value is not None and value not in known:
             raise ValueError(f"attach_prefix: {what}={value!r}; choose one of {known}")
     check_key(name)
+    refuse_rows("attach_prefix", model)
     prefix = _present(model, name, position, window, locations)
     with ExitStack() as undo:
         if prefix is None:
+            _refuse_inner(model)
             probe.own_configs(model, undo)
             prefix = _prepare(model, length, position, window, locations, undo)
         encoder = make(prefix)
         table: Any = model.get_input_embeddings()
-        encoder.to(table.weight.device).train(model.training)
+        encoder.to(positions.device_of(table)).train(model.training)
         heads = _train_heads(model, prefix, train_head, name)  # the last that can refuse
         undo.pop_all()
     if prefix.rows is not None:
@@ -68,6 +72,12 @@ def attach(
     return prefix
 
 
+def _refuse_inner(model: nn.Module) -> None:
+    marks = (attention.ATTRIBUTE, attention.HELD)
+    if any(mark in module.__dict__ for module in model.modules() for mark in marks):
+        raise ValueError("attach_prefix: a model around this one has a prefix; attach it there")
+
+
 def _train_heads(
     model: nn.Module, prefix: Prefix, train_head: bool | list[str], name: str
 ) -> list[str]:
@@ -76,6 +86,12 @@ def _train_heads(
     if train_head is True:
         wanted = [part for part in NEW_HEADS if part != "lm_head" and _is_plain_head(model, part)]
     if not wanted:
+        if train_head is True and any(is_adapter(getattr(model, part, None)) for part in NEW_HEADS):
+            warnings.warn(
+                f"attach_prefix: the model's head trains with another adapter already; {name!r} "
+                "has none of its own",
+                stacklevel=5,
+            )
         return []
     if prefix.rows is not None:
         raise ValueError(

@@ -28,7 +28,13 @@ from minipeft.prompt import zero_gated_attention
 
 MARK = re.compile(r"minipeft(\d+)_")
 ATTRIBUTE = "_minipeft_prefix"  # on an attention module: (owner of the prefix, layer number)
-COVERED = "_minipeft_covered"  # on a mask whose first columns are the prefix's
+HELD = "_minipeft_held"  # on a model whose forward a prefix hooks
+COVERED = "_minipeft_covered"  # on a mask whose first columns are the prefix's: a Stamp
+PLAIN = "_minipeft_plain"  # on a mask with which no prefix takes part: a prompt's own run
+SWITCHED = (
+    "a prefix was switched after this forward, before checkpointing computed it again in backward; "
+    "call backward() first"
+)
 _numbers = itertools.count()
 
 
@@ -38,6 +44,10 @@ class Owner(Protocol):
 
     def is_on(self) -> bool:
         """Whether any prefix takes part."""
+        ...
+
+    def names(self) -> tuple[Any, ...]:
+        """Which prefixes take part: other columns, other names."""
         ...
 
     def columns(self) -> int:
@@ -51,6 +61,21 @@ class Owner(Protocol):
     def visible(self, query: Query) -> Tensor | None:
         """Which columns each query sees, (batch, 1, 1 or queries, columns); None: all."""
         ...
+
+
+class Stamp(NamedTuple):
+    """Whose columns are in a mask."""
+
+    owner: int
+    names: tuple[Any, ...]
+    columns: int
+
+
+def stamped(mask: Tensor | None, owner: Owner) -> Tensor | None:
+    """The mask, which now says whose columns it has in front."""
+    if mask is not None:  # generate builds masks ahead, checkpointing uses them again
+        setattr(mask, COVERED, Stamp(id(owner), owner.names(), owner.columns()))
+    return mask
 
 
 class Part(NamedTuple):
@@ -156,9 +181,7 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
         kwargs["allow_is_causal_skip"] = kwargs["allow_is_bidirectional_skip"] = False
         built = build_mask(*args, **kwargs)
         covered = put_in_front(built, found.visible(Query.of(kwargs)), found.columns())
-        if covered is not None:  # generate builds masks ahead and hands them to the model
-            setattr(covered, COVERED, True)
-        return covered
+        return stamped(covered, found)
 
     def attend(
         module: nn.Module,
@@ -174,10 +197,14 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
             calls.append(Call(module, query, window, key.detach(), value.detach()))
         function = _function(name, module)
         found: Owner | None = reference()
-        if found is None or not found.is_on():
+        if found is None or hasattr(attention_mask, PLAIN):
+            return function(module, query, key, value, attention_mask, **kwargs)
+        if not found.is_on():
+            if hasattr(attention_mask, COVERED):
+                raise ValueError(f"{type(module).__name__}: {SWITCHED}")
             return function(module, query, key, value, attention_mask, **kwargs)
         columns = found.columns()
-        attention_mask = _checked(module, attention_mask, key.shape[2], columns)
+        attention_mask = _checked(module, attention_mask, key.shape[2], found)
         if ATTRIBUTE not in module.__dict__:  # a location without a prefix
             own = None if attention_mask is None else attention_mask[..., columns:]
             return function(module, query, key, value, own, **kwargs)
@@ -191,7 +218,7 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
         out, *rest = with_parts(plain)
         for number, part in enumerate(parts):
             if part.apart:
-                seen = _rows_that_see(attention_mask, parts, number)
+                seen = _rows_that_see(attention_mask, parts, number).expand(len(query), -1)
                 scale = kwargs.get("scaling")
                 gate = seen * part.gate  # type: ignore[operator]
                 own = zero_gated_attention(query, part.k, part.v, gate, scale=scale)
@@ -222,9 +249,12 @@ def forget(known: str) -> None:
     AttentionMaskInterface._global_mapping.pop(known, None)
 
 
-def _checked(module: nn.Module, mask: Tensor | None, tokens: int, columns: int) -> Tensor | None:
+def _checked(module: nn.Module, mask: Tensor | None, tokens: int, owner: Owner) -> Tensor | None:
     """The mask, if it covers prefix and tokens."""
-    name = type(module).__name__
+    name, columns = type(module).__name__, owner.columns()
+    stamp: Stamp | None = getattr(mask, COVERED, None)
+    if stamp is not None and stamp.names != owner.names():
+        raise ValueError(f"{name}: {SWITCHED}")
     if mask is None:
         if ATTRIBUTE in module.__dict__:
             raise ValueError(f"{name}: the model gave attention no mask; a prefix needs one")
@@ -232,7 +262,7 @@ def _checked(module: nn.Module, mask: Tensor | None, tokens: int, columns: int) 
     if mask.shape[-1] != columns + tokens:
         raise ValueError(
             f"{name}: the mask covers {mask.shape[-1] - columns} of {tokens} keys (the prefix of "
-            f"{columns} takes no part in it); was a prefix switched between forward and backward?"
+            f"{columns} takes no part in it)"
         )
     return mask
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minipeft.integrations.transformers.attention import Owner
+from minipeft.integrations.transformers.attention import SWITCHED, Owner
 from minipeft.integrations.transformers.columns import reorder
 from minipeft.prefix import with_prefix
 
@@ -25,11 +25,14 @@ class PrefixedCache:
 
     def __init__(self, owner: Owner, inner: Any, order: Tensor | None) -> None:
         self.owner, self.inner, self.order = owner, inner, order
+        self.names = owner.names()
 
     def update(
         self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store the new keys and values; all of the layer, with the prefix in front."""
+        if self.owner.names() != self.names:
+            raise ValueError(SWITCHED)
         if self.inner is not None:
             k, v = self.inner.update(k, v, layer_idx, *args, **kwargs)
         for part in reversed(self.owner.layer(layer_idx)):

@@ -42,8 +42,8 @@ def attach_prefix(
 
     `position` "shift" numbers tokens from prefix_length on, as if the prefix were tokens (the
     convention of P-tuning v2 and PEFT); "none" leaves them at 0.  None: "shift" for decoders,
-    "none" for encoders, which so keep the full length of their position table, for
-    encoder-decoders, and for a gated prefix, which so starts as no prefix at all.  `window`
+    "none" for encoders, which so keep the full length of their position table, and for
+    encoder-decoders.  A gated prefix moves no token: it starts as no prefix at all.  `window`
     "always": layers with a sliding window see the prefix from everywhere; "like_token": as if it
     were tokens.  `locations` chooses among an encoder-decoder's "encoder", "decoder" and "cross"
     (its attention to what was encoded); all of them unless given.
@@ -78,8 +78,6 @@ def attach_prefix(
         _warn_of_large(model, encoder)
         return encoder
 
-    if gated and position is None:  # otherwise moved positions alone change the output
-        position = "none"
     return attach(
         model, prefix_length, make, name=name, position=position, window=window,
         locations=locations, train_head=train_head,

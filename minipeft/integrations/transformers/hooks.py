@@ -34,6 +34,8 @@ class Hooks:
         self.rows = [positions.table_rows(holder) for holder in reach.holders]
         self.number: int | None = None  # of the registered functions; a copy gets its own
         self.prefix = prefix
+        for holder in reach.holders:
+            holder.__dict__[attention.HELD] = True
         self.allowed: list[nn.Module] = []
         for layer, module in enumerate(reach.modules):
             attention.bind(module, prefix, layer)
@@ -60,6 +62,8 @@ class Hooks:
             handle.remove()
         for module in self.modules:
             attention.unbind(module)
+        for holder in self.holders:
+            holder.__dict__.pop(attention.HELD, None)
         for module in self.allowed:
             module.__dict__.pop(READS_ONLY, None)
         if self.route == "attention":
@@ -108,17 +112,28 @@ class _Before:
         if not prefix.is_on():
             return None
         given = Arguments(hooks.names[self.index], args, kwargs)
-        pad = getattr(holder.config, "pad_token_id", None)
+        if hasattr(given["past_key_values"], attention.PLAIN):
+            return None
+        pad = positions.padding_id(holder)
         positions.check_mask(given)
+        if (
+            prefix.window == "like_token" and prefix.has_windows
+            and mask_is_packed(given, given["past_key_values"])
+        ):  # fmt: skip
+            raise ValueError(
+                f"{type(holder).__name__}: position_ids start anew within a row, which says that "
+                "texts are packed; a prefix that windows leave behind needs each text padded"
+            )
         batch = positions.tokens(given).shape[0]
         takes_numbers = "position_ids" in hooks.names[self.index]
         if hooks.rule is not None and takes_numbers:
             shift = prefix.shift(batch) if prefix.position == "shift" else 0
             if hooks.route == "cache" or prefix.position == "shift":
                 positions.renumber(given, hooks.rule, pad, shift)
-        prefix.before_forward(holder, positions.seen(given))
+        prefix.before_forward(holder, given)
         positions.check_table(given, hooks.rule, pad, hooks.rows[self.index])
         if hooks.route == "attention":
+            _see_all_encoded(given, prefix)
             _cover(given, prefix, batch)
         else:
             _view_cache(given, hooks, holder, batch)
@@ -146,6 +161,14 @@ class _Embedded:
             output.requires_grad_(True)
 
 
+def _see_all_encoded(given: Arguments, prefix: Any) -> None:
+    """A mask for cross-attention where the caller gave none: there are no columns without it."""
+    encoded = given["encoder_hidden_states"]
+    if encoded is not None and given["encoder_attention_mask"] is None:
+        shape = encoded.shape[:2]
+        given["encoder_attention_mask"] = torch.ones(shape, dtype=torch.long, device=encoded.device)
+
+
 def _cover(given: Arguments, prefix: Any, batch: int) -> None:
     """Put the prefix's columns in front of masks that the caller built, which are taken as is."""
     for name in ("attention_mask", "encoder_attention_mask"):
@@ -159,8 +182,13 @@ def _cover(given: Arguments, prefix: Any, batch: int) -> None:
 
 
 def _covered(name: str, mask: Any, given: Arguments, prefix: Any, batch: int) -> Any:
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or hasattr(mask, attention.COVERED):
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
         return mask
+    stamp: attention.Stamp | None = getattr(mask, attention.COVERED, None)
+    if stamp is not None:
+        if (stamp.owner, stamp.names) == (id(prefix), prefix.names()):
+            return mask
+        mask = mask[..., stamp.columns :]  # another model's, from which this one was copied
     if prefix.window == "like_token":
         raise ValueError(
             f"{name} has 4 dimensions, which say who sees whom; a prefix that is seen like_token "
@@ -168,7 +196,7 @@ def _covered(name: str, mask: Any, given: Arguments, prefix: Any, batch: int) ->
         )
     tokens = positions.tokens(given)
     visible = prefix.visible(Query(batch, tokens.shape[1], 0, None, None, tokens.device))
-    return put_in_front(mask, visible, prefix.columns())
+    return attention.stamped(put_in_front(mask, visible, prefix.columns()), prefix)
 
 
 def _view_cache(given: Arguments, hooks: Hooks, holder: Any, batch: int) -> None:

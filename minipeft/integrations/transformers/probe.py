@@ -77,10 +77,17 @@ class _NotReached(Exception):
 def _inputs(model: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Any]:
     if tokens:
         return tokens
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    if not hasattr(table, "num_embeddings"):
+        raise ValueError(
+            f"attach_prefix: {type(model).__name__} embeds no tokens ({type(table).__name__})"
+        )
+    device = positions.device_of(table)
     one = torch.zeros(1, 1, dtype=torch.long, device=device)
     if is_encoder_decoder(model):
-        return {"input_ids": one.expand(1, 3), "decoder_input_ids": one}
+        end = getattr(model.config, "eos_token_id", None)
+        last = one + (end if isinstance(end, int) and 0 <= end < table.num_embeddings else 0)
+        return {"input_ids": torch.cat([one, one, last], 1), "decoder_input_ids": one}
     return {"input_ids": one}
 
 

@@ -6,6 +6,7 @@ rows of a batch at once, and from there on the prompt is a prefix.  Caches, mask
 those of the text, and a prompt can be on in one row and off in another.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,9 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.integrations.transformers import positions
-from minipeft.integrations.transformers.attention import Part
+from minipeft.integrations.transformers.arguments import names_of
+from minipeft.integrations.transformers.attention import PLAIN, Part
 from minipeft.prefix import PrefixEncoder
 from minipeft.prompt import ZeroGatedPrompt
+
+KEPT = "_minipeft_prompts"  # on a cache: the keys and values of the prompts it was filled with
+Pairs = list[tuple[Tensor, Tensor]]
 
 
 class Prompted(nn.Module):
@@ -39,8 +44,12 @@ class Prompted(nn.Module):
     def enabled(self, value: bool) -> None:
         self.source.enabled = value
 
-    def before_forward(self, holder: nn.Module, *, seen: Any) -> None:
-        """Called before each forward in which it takes part; `seen` tokens are in the cache."""
+    def before_forward(self, holder: nn.Module, cache: Any, *, by_attention: bool) -> None:
+        """Called before each forward in which it takes part; `cache` is the caller's."""
+
+    def run_number(self) -> int:
+        """Another number after each run that drew random numbers."""
+        return 0
 
     def part(self, layer: int, prefix: Any) -> Part:
         """Keys, values and gate in one layer."""
@@ -57,44 +66,49 @@ class RunPrompt(Prompted):
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         self.source = source
-        self.pairs: list[tuple[Tensor, Tensor]] | None = None
+        self.pairs: dict[int, Pairs] = {}  # of the last run, by thread
+        self.last: Pairs | None = None
+        self.runs = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pairs": None}  # tensors of a graph cannot be copied
+        return {**self.__dict__, "pairs": {}, "last": None}  # tensors of a graph cannot be copied
 
-    def before_forward(self, holder: nn.Module, *, seen: Any) -> None:
+    def before_forward(self, holder: nn.Module, cache: Any, *, by_attention: bool) -> None:
         """Run the prompt.
 
-        A conversation that goes on without gradients keeps what its first turn ran: its cache was
-        computed with that.
+        A conversation that goes on without gradients keeps what its first turn ran, which its
+        cache was computed with: the pairs stay with the cache.
         """
-        if (
-            self.pairs is not None
-            and isinstance(seen, int)
-            and seen
-            and not torch.is_grad_enabled()
-        ):
-            return
-        _refuse_reentrant(holder)
-        self.pairs = run_prompt(holder, self.source())
+        keeps = cache is not None and not torch.is_grad_enabled() and not _compiling()
+        kept = cache.__dict__.setdefault(KEPT, {}) if keeps else {}
+        pairs = kept.get(id(self)) if keeps and cache.get_seq_length() else None
+        if pairs is None:
+            _refuse_reentrant(holder)
+            pairs = kept[id(self)] = run_prompt(holder, self.source(), by_attention=by_attention)
+            self.runs += 1
+        self.last = self.pairs[0 if _compiling() else threading.get_ident()] = pairs
+
+    def run_number(self) -> int:
+        """Another number after each run of a network with dropout."""
+        lstm = getattr(self.source, "lstm", None)
+        return self.runs if lstm is not None and lstm.dropout and lstm.training else 0
 
     def part(self, layer: int, prefix: Any) -> Part:
         """The keys and values of the last run."""
-        if self.pairs is None:
+        pairs = self.pairs.get(0 if _compiling() else threading.get_ident(), self.last)
+        if pairs is None:
             raise RuntimeError("the prompt has not been run: call the model, not a part of it")
-        k, v = self.pairs[layer]
+        k, v = pairs[layer]
         return Part(k, v, None, self.prefix_length)
 
     def bake(self, prefix: Any) -> PrefixEncoder:
         """The keys and values that the prompt has now, as a prefix."""
         encoder = PrefixEncoder(prefix.kv_shapes, self.prefix_length)
         holder = prefix.hooks.holders[0]
-        prefix.paused = True
-        try:
-            with positions.quietly(holder):
-                encoder.load_kv(run_prompt(holder, self.source()))
-        finally:
-            prefix.paused = False
+        with positions.quietly(holder), positions.quietly(self.source):
+            encoder.load_kv(
+                run_prompt(holder, self.source(), by_attention=prefix.route == "attention")
+            )
         encoder.to(next(self.parameters()).device).train(self.training)
         encoder.enabled = self.enabled
         return encoder
@@ -126,27 +140,44 @@ class ZeroGated(Prompted):
         rows, gate = self.source.layer(layer - self.first)
         attention = prefix.hooks.modules[layer]
         k, v = (
-            projection(rows.to(projection.weight.dtype)).view(len(rows), shape.kv_heads, -1)
+            projection(rows.to(projection.weight.dtype))
             for projection in (attention.k_proj, attention.v_proj)
         )
-        norm = getattr(attention, "k_norm", None)
-        k = k if norm is None else norm(k)
+        norm: Any = getattr(attention, "k_norm", getattr(attention, "k_layernorm", None))
+        whole = norm is not None and norm.weight.numel() == k.shape[-1]  # over all heads at once
+        k = norm(k) if whole else k
+        k, v = (x.view(len(rows), shape.kv_heads, -1) for x in (k, v))
+        k = norm(k) if norm is not None and not whole else k
         return Part(k.transpose(0, 1), v.transpose(0, 1), gate, self.prefix_length, apart=True)
 
 
-def run_prompt(holder: Any, rows: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values per layer, (kv_heads, prompt, dim), of embeddings (prompt, dim); gradients
-    flow."""
+def run_prompt(holder: Any, rows: Tensor, *, by_attention: bool) -> Pairs:
+    """Keys and values per layer, (kv_heads, prompt, dim), of embeddings (prompt, dim).
+
+    Gradients flow.  No prefix takes part, which a mark on the mask (or on the cache, where the
+    model is reached through that) says.
+    """
     from transformers import DynamicCache
 
     table = holder.get_input_embeddings().weight
     dtype = table.dtype if table.is_floating_point() else next(holder.parameters()).dtype
     cache: Any = DynamicCache()  # without a config: no layer of it forgets
+    cache.__dict__[PLAIN] = True
+    given: dict[str, Any] = {"inputs_embeds": rows[None].to(table.device, dtype)}
+    if "position_ids" in names_of(holder):
+        given["position_ids"] = torch.arange(len(rows), device=table.device)[None]
+    if by_attention:
+        ahead = torch.ones(len(rows), len(rows), dtype=torch.bool, device=table.device).triu(1)
+        mask = torch.zeros_like(ahead, dtype=dtype).masked_fill(ahead, torch.finfo(dtype).min)
+        given["attention_mask"] = mask = mask[None, None]
+        setattr(mask, PLAIN, True)
     with _as_plain_run(holder):
-        holder(
-            inputs_embeds=rows[None].to(table.device, dtype), past_key_values=cache, use_cache=True
-        )
+        holder(**given, past_key_values=cache, use_cache=True)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling()
 
 
 @contextmanager
