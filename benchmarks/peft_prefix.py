@@ -177,5 +177,6 @@ def switched_off(family: str) -> float:
 
 IN_PEFT: dict[str, Callable[[str], float | None]] = {
     "as tokens": as_tokens, "padded": padded, "window": window, "generate": generated,
-    "without cache": without_cache, "checkpointed": checkpointed, "rows": mixed_rows, "off": switched_off,
+    "without cache": without_cache, "checkpointed": checkpointed, "rows": mixed_rows,
+    "off": switched_off,
 }  # fmt: skip

@@ -73,7 +73,7 @@ def test_use_restores_what_was_on_also_after_an_error():
     before = case.logits()
     with pytest.raises(KeyError), prefix.use("other"):
         raise KeyError
-    with pytest.raises(ValueError, match="no prefix 'thrid'"), prefix.use("thrid"):
+    with pytest.raises(ValueError, match="no prefix 'nobody'"), prefix.use("nobody"):
         pass
     with pytest.raises(ValueError, match="no prefix 'x'"), prefix.use([None, "x"]):
         pass
