@@ -6,14 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.prefix_behaviours import (
-    GREEDY,
-    Case,
-    P,
-    T,
-    difference,
-    enable_checkpointing,
-)
+from benchmarks.models import enable_checkpointing
+from benchmarks.prefix_behaviours import GREEDY, Case, P, T, difference
 
 TASKS = {"decoder": "CAUSAL_LM", "encoder": "TOKEN_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import minipeft as mp
+from benchmarks.models import enable_checkpointing
 from benchmarks.prefix_families import FAMILIES, build
 
 P, T = 5, 9  # prefix positions, tokens of text
-CHECKPOINTING = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 
 
 class Case:
@@ -254,12 +254,6 @@ def _gradients(case: Case, prefix: nn.Module) -> dict[str, Tensor]:
     logits = case.model(**case.inputs()).logits
     logits.square().mean().backward()
     return {n: p.grad.clone() for n, p in prefix.named_parameters() if p.grad is not None}
-
-
-def enable_checkpointing(model: Any, *, reentrant: bool) -> None:
-    """Under the name that this version of transformers has for it."""
-    enable = next(name for name in CHECKPOINTING if hasattr(model, name))
-    getattr(model, enable)({"use_reentrant": reentrant})
 
 
 def checkpointed(family: str) -> float:

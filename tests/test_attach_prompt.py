@@ -8,7 +8,8 @@ import torch
 import minipeft as mp
 
 pytest.importorskip("transformers")
-from benchmarks.prefix_behaviours import Case, P, T, difference, enable_checkpointing
+from benchmarks.models import enable_checkpointing
+from benchmarks.prefix_behaviours import Case, P, T, difference
 from benchmarks.prefix_families import FAMILIES
 
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]

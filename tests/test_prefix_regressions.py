@@ -11,7 +11,8 @@ from torch import nn
 import minipeft as mp
 
 pytest.importorskip("transformers")
-from benchmarks.prefix_behaviours import GREEDY, Case, P, difference, enable_checkpointing
+from benchmarks.models import enable_checkpointing
+from benchmarks.prefix_behaviours import GREEDY, Case, P, difference
 from benchmarks.prefix_families import FAMILIES
 
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order

@@ -9,7 +9,8 @@ from torch import nn
 import minipeft as mp
 
 pytest.importorskip("transformers")
-from benchmarks.prefix_behaviours import GREEDY, Case, P, difference, enable_checkpointing
+from benchmarks.models import enable_checkpointing
+from benchmarks.prefix_behaviours import GREEDY, Case, P, difference
 from benchmarks.prefix_families import build
 
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
@@ -374,3 +375,46 @@ if __name__ == "__main__":
     rows = dict(line.split("; ") for line in printed.splitlines() if "; " in line)
     assert set(rows) == {"LLaMA", "BLOOM"}
     assert all(float(value) <= TOLERANCE for value in rows.values()), rows
+
+
+class Texts(torch.utils.data.Dataset):
+    """Sixteen texts; the label of a token is itself, or whether its id is odd."""
+
+    def __init__(self, *, odd: bool) -> None:
+        self.odd = odd
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(3, 97, (9,), generator=torch.Generator().manual_seed(index))
+        labels = ids % 2 if self.odd else ids
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+@pytest.mark.filterwarnings("ignore")  # Trainer's own, about pinned memory and tokens
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("LLaMA", {}), ("BERT", {}), ("T5", {}), ("BLOOM", {"hidden": 4})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_trainer_checkpoints_come_back(family, settings, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    model, fresh = build(family), build(family)
+    mp.attach_prefix(model, P, **settings)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, max_steps=4, save_steps=2, report_to=[],
+        learning_rate=1e-2, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model, arguments, train_dataset=Texts(odd=family == "BERT"))
+    trainer.train()
+    saved = tmp_path / "checkpoint-4"
+    if (saved / "prefix_config.json").is_file():
+        mp.io.ptuning.load_prefix(fresh, saved)
+    else:
+        mp.load_peft(fresh, saved)
+    text = Texts(odd=False)[0]["input_ids"][None]
+    more = {"decoder_input_ids": text} if family == "T5" else {}
+    with torch.no_grad():
+        assert torch.equal(fresh(text, **more).logits, model.eval()(text, **more).logits)
