@@ -221,6 +221,8 @@ def test_heads_go_on_and_off_with_their_prefix_and_a_second_prefix_is_told():
     trained = model(text).logits.detach()
     with prefix.use(None):
         assert torch.equal(model(text).logits, before)
+    with pytest.raises(ValueError, match="would answer for every row"), prefix.use(["first", None]):
+        pass
     assert torch.equal(model(text).logits, trained) and difference(trained, before) > 1e-3
     with pytest.warns(UserWarning, match="'second' has none of its own"):
         mp.attach_prefix(model, 5, name="second")

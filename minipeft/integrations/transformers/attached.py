@@ -253,6 +253,11 @@ class Prefix(nn.Module):
                     self._check(name)
                 if not wanted:
                     raise ValueError("use: rows is empty; expected an entry for each row")
+                if any(layer.enabled for layers in heads.values() for layer in layers):
+                    raise ValueError(
+                        "use: a head trains with a prefix and would answer for every row; run the "
+                        "rows of each prefix in a batch of their own"
+                    )
                 self.serve_rows(wanted)
             yield
         finally:
