@@ -71,6 +71,19 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
+def save_result(folder: Path, job: str, **content: Any) -> Path:
+    """Write a job's figures with when, where and on which code they were measured; says so."""
+    now = datetime.now(UTC)
+    result = {
+        "job": job, "when": now.isoformat(timespec="seconds"), "commit": commit(),
+        "hardware": hardware(), "versions": versions(), **content,
+    }  # fmt: skip
+    path = folder / f"{job}-{now:%Y%m%d-%H%M%S}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {path.name} in {path.parent.name}/")
+    return path
+
+
 def make_batches(options: Result) -> tuple[Batches, Batches]:
     """The batches that every method gets."""
     rows = {

@@ -6,11 +6,9 @@ difference of a few thousandths means nothing.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from rich.table import Table
 
 import minipeft as mp
 from benchmarks.data import Batches, chat_batches
-from benchmarks.harness import commit, hardware, versions
+from benchmarks.harness import save_result
 from benchmarks.models import load_model, load_tokenizer
 from benchmarks.worker import decoder_and_head, loss_of
 
@@ -120,14 +118,7 @@ def main() -> int:
     Console(width=100).print(table)
     options = {k: v for k, v in vars(arguments).items() if k != "output"}
     print(", ".join(f"{key} {value}" for key, value in options.items() if key != "inits"))
-    result = {
-        "job": "inits", "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(), "hardware": hardware(), "versions": versions(), "options": options,
-        "inits": found,
-    }  # fmt: skip
-    path = arguments.output / f"inits-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path.name} in {path.parent.name}/")
+    save_result(arguments.output, "inits", options=options, inits=found)
     return 0
 
 

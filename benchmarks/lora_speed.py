@@ -13,13 +13,11 @@ Outputs are compared before anything is timed.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import minipeft as mp
-from benchmarks.harness import commit, hardware, versions
+from benchmarks.harness import save_result
 from benchmarks.import_time import seconds as seconds_to_import
 
 RESULTS = Path(__file__).parent / "results"
@@ -222,14 +220,8 @@ def main() -> int:
         )  # fmt: skip
     console = Console(width=130)
     console.print(table)
-    result = {
-        "job": "lora_speed", "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(), "hardware": hardware(), "versions": versions(),
-        "options": {"rounds": rounds, "threads": arguments.threads}, "cases": found,
-    }  # fmt: skip
-    path = arguments.output / f"lora_speed-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path.name} in {path.parent.name}/")
+    options = {"rounds": rounds, "threads": arguments.threads}
+    save_result(arguments.output, "lora_speed", options=options, cases=found)
     return 0
 
 

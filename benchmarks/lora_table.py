@@ -14,13 +14,11 @@ computes it.  A cell is the largest difference over the largest value of the ref
 
 import argparse
 import copy
-import json
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import minipeft as mp
-from benchmarks.harness import commit, hardware, versions
+from benchmarks.harness import save_result
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 1e-5  # float32, sums of at most a few hundred products in another order
@@ -383,13 +381,7 @@ def main() -> int:
     Console(width=140).print(table)
     print("in brackets, since PEFT computes something else:", WRONG_IN_PEFT)
     print("above the limit:", wrong or "none")
-    result = {
-        "job": "lora_table", "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(), "hardware": hardware(), "versions": versions(), "rows": rows,
-    }  # fmt: skip
-    path = arguments.output / f"lora_table-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path.name} in {path.parent.name}/")
+    save_result(arguments.output, "lora_table", rows=rows)
     return int(bool(wrong))
 
 

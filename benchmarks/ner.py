@@ -10,14 +10,12 @@ Settings were chosen on validation sentences; test sentences are read for the fi
 """
 
 import argparse
-import json
 import os
 import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,7 +26,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 import minipeft as mp
-from benchmarks.harness import commit, hardware, versions
+from benchmarks.harness import save_result
 from benchmarks.models import data_file, require
 from benchmarks.ner_data import LABELS, Row, collate, encode, sentences, shuffled, span_f1
 
@@ -294,13 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     held_out = "valid" if options.sweep else "test"
     train = encode(tokenizer, sentences("train", options.train_sentences))
     rows = encode(tokenizer, sentences(held_out, options.held_out_sentences))
-    result: dict[str, Any] = {
-        "job": "ner", "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(), "hardware": hardware(), "versions": versions(),
-        "options": {k: v for k, v in vars(options).items() if k != "output"},
-    }  # fmt: skip
+    content: dict[str, Any] = {"options": {k: v for k, v in vars(options).items() if k != "output"}}
     if options.sweep:
-        result["sweep"] = sweep(train, rows, console)
+        content["sweep"] = sweep(train, rows, console)
     else:
         chosen = {name: METHODS[name] for name in options.methods}
         if options.quick:
@@ -312,12 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for name, settings in chosen.items():
                     bar.set_description(f"{name}, seed {seed}")
                     found[name].append(run(settings, train, rows, seed, bar))
-        result["settings"] = {name: asdict(settings) for name, settings in chosen.items()}
-        result["runs"], result["summary"] = found, summary(found)
-        print_summary(result["summary"], console)
-    name = f"ner{'-sweep' if options.sweep else ''}-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    (options.output / name).write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {name} in {options.output.name}/")
+        content["settings"] = {name: asdict(settings) for name, settings in chosen.items()}
+        content["runs"], content["summary"] = found, summary(found)
+        print_summary(content["summary"], console)
+    save_result(options.output, "ner-sweep" if options.sweep else "ner", **content)
     return 0
 
 

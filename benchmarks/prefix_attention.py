@@ -12,13 +12,11 @@ attention in float64: merged may be off by what joined is, plus a rounding.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness import commit, hardware, versions
+from benchmarks.harness import save_result
 from minipeft import prefix_attention
 from minipeft.prefix_merge import merge_is_faster
 
@@ -175,15 +173,9 @@ def main() -> int:
             f"{statistics.median(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f})", values["auto"],
         )  # fmt: skip
     Console(width=130).print(table)
-    result = {
-        "job": "prefix_attention", "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(), "hardware": hardware(), "versions": versions(),
-        "options": {"rounds": arguments.rounds, "threads": arguments.threads}, "cases": found,
-        "seconds": time.perf_counter() - start,
-    }  # fmt: skip
-    path = arguments.output / f"prefix_attention-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path.name} in {path.parent.name}/, after {result['seconds']:.0f} s")
+    options = {"rounds": arguments.rounds, "threads": arguments.threads}
+    seconds = time.perf_counter() - start
+    save_result(arguments.output, "prefix_attention", options=options, cases=found, seconds=seconds)
     return 0
 
 

@@ -7,20 +7,17 @@ error is named.
 """
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.harness import commit, hardware, versions
+from benchmarks.harness import save_result
 from benchmarks.peft_prefix import IN_PEFT
 from benchmarks.prefix_behaviours import BEHAVIOURS
 from benchmarks.prefix_families import FAMILIES
@@ -79,14 +76,7 @@ def main() -> int:
     numbers = [v for row in ours.values() for n, v in row.items()
                if isinstance(v, float) and n != "bf16, fp16"]  # fmt: skip
     print(f"{len(numbers)} cells in float32, the largest {max(numbers):.1e}")
-    result: dict[str, Any] = {
-        "job": "prefix_matrix", "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(), "hardware": hardware(), "versions": versions(), "minipeft": ours,
-        "peft": peft,
-    }  # fmt: skip
-    path = arguments.output / f"prefix_matrix-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path.name} in {path.parent.name}/")
+    save_result(arguments.output, "prefix_matrix", minipeft=ours, peft=peft)
     return 0
 
 

@@ -6,12 +6,10 @@ papers and PEFT's examples give for each kind, not tuned here; one seed, few ste
 """
 
 import argparse
-import json
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from rich.table import Table
 
 import minipeft as mp
 from benchmarks.data import Batches, chat_batches
-from benchmarks.harness import commit, hardware, versions
+from benchmarks.harness import save_result
 from benchmarks.inits import validation_loss
 from benchmarks.models import load_model, load_tokenizer
 from benchmarks.worker import loss_of
@@ -132,14 +130,7 @@ def main() -> int:
         print(f"{name}: {row['untouched']:.3f} -> {row['after']:.3f}", flush=True)
     Console(width=110).print(table)
     options = {k: v for k, v in vars(arguments).items() if k != "output"}
-    result = {
-        "job": "prompts", "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(), "hardware": hardware(), "versions": versions(), "options": options,
-        "methods": found,
-    }  # fmt: skip
-    path = arguments.output / f"prompts-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path.name} in {path.parent.name}/")
+    save_result(arguments.output, "prompts", options=options, methods=found)
     return 0
 
 
