@@ -137,11 +137,12 @@ def test_remove_takes_prefixes_off_by_name_and_with_all_else():
 
 
 @pytest.mark.parametrize("family", ["T5", "BART"])
-@pytest.mark.parametrize("locations", [["encoder"], ["decoder"], ["cross"], ["encoder", "cross"]])
+@pytest.mark.parametrize("locations", [["encoder"], ["decoder"], "cross", ["encoder", "cross"]])
 def test_locations_of_an_encoder_decoder_are_chosen(family, locations):
     case, whole = Case(family), Case(family)
     bare = case.logits()
     prefix = case.attach(locations=locations)
+    locations = [locations] if isinstance(locations, str) else locations
     assert set(prefix.locations) == set(locations) and len(prefix.kv_shapes) == 3 * len(locations)
     assert difference(case.logits(), bare) > 1e-3
     everywhere = whole.attach()
@@ -195,32 +196,58 @@ def test_checkpointing_on_a_filled_cache_is_refused():
         case.model(case.text[:, 4:], past_key_values=cache)
 
 
-def test_two_forwards_before_two_backwards_with_checkpointing():
-    for family in ("LLaMA", "BLOOM"):
-        case = Case(family)
-        case.model.train()
-        case.model.config.use_cache = False
-        prefix = case.attach(tokens=False)
-        mp.attach_prefix(case.model, 3, name="other")
+@pytest.mark.parametrize("family", ["LLaMA", "BLOOM"])
+def test_two_forwards_before_two_backwards_with_checkpointing(family):
+    case = Case(family)
+    case.model.train()
+    case.model.config.use_cache = False
+    prefix = case.attach(tokens=False)
+    mp.attach_prefix(case.model, 3, name="other")
 
-        def gradients(case=case, prefix=prefix):
-            case.model.zero_grad()
-            losses = []
-            for rows in (["default", "other"], ["other", None]):
-                mp.use_adapters(case.model, rows=rows)
-                losses.append(case.model(case.text, labels=case.text).loss)
-            for loss in losses:
-                loss.backward()
-            return {n: p.grad.clone() for n, p in prefix.named_parameters()}
+    def gradients(second):
+        case.model.zero_grad()
+        losses = []
+        for rows in (["default", "other"], second):
+            mp.use_adapters(case.model, rows=rows)
+            losses.append(case.model(case.text, labels=case.text).loss)
+        for loss in losses:
+            loss.backward()
+        return {n: p.grad.clone() for n, p in prefix.named_parameters()}
 
-        plain = gradients()
-        enable_checkpointing(case.model, reentrant=False)
-        try:
-            again = gradients()
-        except (ValueError, RuntimeError):  # refused is fine, wrong is not
-            continue
-        for name, gradient in plain.items():
-            assert difference(again[name], gradient) <= TOLERANCE * float(gradient.abs().max())
+    plain = gradients(["other", "default"])
+    enable_checkpointing(case.model, reentrant=False)
+    again = gradients(["other", "default"])  # the same prefixes in other rows: the masks say which
+    for name, gradient in plain.items():
+        assert difference(again[name], gradient) <= TOLERANCE * float(gradient.abs().max())
+    with pytest.raises(ValueError, match="a prefix was switched after this forward"):
+        gradients(["other", None])
+
+
+def test_checkpointed_layers_that_would_drop_the_prefix_are_refused(monkeypatch):
+    from minipeft.integrations.transformers import hooks
+
+    # as in a transformers whose layers cannot say that they only read the cache
+    monkeypatch.setattr(hooks, "READS_ONLY", "_no_layer_has_this")
+    case = Case("BLOOM")
+    case.attach(tokens=False)
+    case.model.train()
+    case.model(case.text)
+    enable_checkpointing(case.model, reentrant=False)
+    with pytest.raises(ValueError, match="checkpointing would take the prefix from its layers"):
+        case.model(case.text)
+
+
+def test_methods_without_a_name_ask_which_of_several():
+    case = Case("LLaMA")
+    prefix = case.attach()
+    mp.attach_prefix(case.model, P, name="poet")
+    before = prefix.encoders["default"].flat().clone()
+    for call in (prefix.bake, lambda: prefix.load_tokens(case.prompt), lambda: prefix.load_kv([])):
+        with pytest.raises(ValueError, match="which prefix"):
+            call()
+    prefix.load_tokens(case.prompt, name="poet")
+    assert torch.equal(prefix.encoders["default"].flat(), before)
+    assert torch.equal(prefix.encoders["poet"].flat(), before)
 
 
 def test_a_large_mlp_is_warned_of_with_its_size():

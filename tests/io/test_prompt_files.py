@@ -311,6 +311,20 @@ def test_damaged_files_leave_the_model_as_it_was(change, message, tmp_path):
     assert all(p.requires_grad for p in other.model.parameters())
 
 
+def test_each_loader_names_the_other_and_the_model_that_a_file_is_of(tmp_path):
+    case = Case("LLaMA")
+    mp.attach_prefix(case.model, P)
+    mp.save_peft(case.model, tmp_path / "peft")
+    ptuning.save_prefix(case.model, tmp_path / "own")
+    with pytest.raises(ValueError, match=r"use io\.ptuning\.load_prefix"):
+        mp.load_peft(Case("LLaMA").model, tmp_path / "own")
+    with pytest.raises(ValueError, match="use load_peft"):
+        ptuning.load_prefix(Case("LLaMA").model, tmp_path / "peft")
+    for family in ("Mistral", "T5"):  # Mistral has the same shapes
+        with pytest.raises(ValueError, match="made for a LlamaForCausalLM"):
+            ptuning.load_prefix(Case(family).model, tmp_path / "own")
+
+
 def test_adapters_of_other_models_are_refused(tmp_path):
     case = Case("LLaMA")
     mp.attach_prefix(case.model, P)
@@ -319,7 +333,7 @@ def test_adapters_of_other_models_are_refused(tmp_path):
     for family, message in (("Qwen3", "96 columns; the 3 layers"), ("T5", "encoder-decoder")):
         with pytest.raises(ValueError, match=message):
             mp.load_peft(Case(family).model, tmp_path / "peft")
-    with pytest.raises(ValueError, match="made for layers"):
+    with pytest.raises(ValueError, match="made for a LlamaForCausalLM"):
         ptuning.load_prefix(Case("Qwen3").model, tmp_path / "own")
     with pytest.raises(ValueError, match="called 'default' already"):
         mp.load_peft(case.model, tmp_path / "peft")
@@ -454,7 +468,7 @@ def test_gathered_values_are_what_is_written(kind, tmp_path):
 @pytest.mark.parametrize(
     ("made_on", "attach", "family", "message"),
     [
-        ("LLaMA", lambda m: mp.attach_zero_gated(m, P), "BLOOM", "made for layers|k_proj"),
+        ("LLaMA", lambda m: mp.attach_zero_gated(m, P), "BLOOM", "k_proj"),
         ("GPT-2", lambda m: mp.attach_prompt(m, P), "BERT", "is no decoder"),
         ("GPT-2", lambda m: mp.attach_prompt(m, P), "T5", "is no decoder"),
         ("GPT-2", lambda m: mp.attach_prefix(m, P, gated=True), "CodeGen", "takes none"),
@@ -464,8 +478,15 @@ def test_files_are_refused_where_attaching_would_be(made_on, attach, family, mes
     case, other = Case(made_on), Case(family)
     attach(case.model)
     ptuning.save_prefix(case.model, tmp_path)
-    if family == "T5":
-        damage(tmp_path / "prefix_config.json", lambda c: c.update(position="none"))
+    shapes = [[4, 8, 8]] * 3 if family == "BLOOM" else None
+
+    def forge(config):
+        """As if it were of this model, so that the later checks are reached."""
+        config.pop("model_type")
+        config.update({"kv_shapes": shapes} if shapes else {})
+        config.update({"position": "none"} if family == "T5" else {})
+
+    damage(tmp_path / "prefix_config.json", forge)
     before = other.logits()
     with pytest.raises(ValueError, match=message):
         ptuning.load_prefix(other.model, tmp_path)

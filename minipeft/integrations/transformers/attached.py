@@ -302,8 +302,9 @@ class Prefix(nn.Module):
     def load_tokens(self, input_ids: Tensor, *, name: str | None = None, **inputs: Tensor) -> None:
         """Start from the keys and values of real tokens, without any prefix before them.
 
-        `input_ids` is (1, prefix_length): tokenizer(text, return_tensors="pt").input_ids, cut to
-        the length.  An encoder-decoder needs `decoder_input_ids` (1, prefix_length) too.
+        `input_ids` is (1, prefix_length): cut a longer text yourself, as in
+        tokenizer(text, return_tensors="pt").input_ids[:, :prefix_length].  An encoder-decoder needs
+        `decoder_input_ids` (1, prefix_length) too.
 
         Raises:
             ValueError: another number of tokens, or an encoder with an MLP.
@@ -350,6 +351,8 @@ class Prefix(nn.Module):
         self.encoders[key] = baked
 
     def _named(self, name: str | None) -> Any:
+        if name is None and len(self.encoders) > 1:
+            raise ValueError(f"which prefix? name= one of {list(self.encoders)}")
         if name is None:
             return self.encoder
         self._check(name)

@@ -44,6 +44,8 @@ def attach(
     for what, value, known in (("position", position, POSITIONS), ("window", window, WINDOWS)):
         if value is not None and value not in known:
             raise ValueError(f"attach_prefix: {what}={value!r}; choose one of {known}")
+    if isinstance(locations, str):
+        locations = [locations]
     check_key(name)
     refuse_rows("attach_prefix", model)
     prefix = _present(model, name, position, window, locations)
@@ -89,7 +91,7 @@ def _train_heads(
         if train_head is True and any(is_adapter(getattr(model, part, None)) for part in NEW_HEADS):
             warnings.warn(
                 f"attach_prefix: the model's head trains with another adapter already; {name!r} "
-                "has none of its own",
+                "has none of its own: keep that adapter on beside it, or use a model of its own",
                 stacklevel=5,
             )
         return []

@@ -93,6 +93,11 @@ class Part(NamedTuple):
     apart: bool = False
 
 
+def joined(parts: list[Part]) -> tuple[Tensor, Tensor]:
+    """Keys and values of all parts, one after the other, (kv_heads, prefix, dim) each."""
+    return torch.cat([part.k for part in parts], 1), torch.cat([part.v for part in parts], 1)
+
+
 class Call(NamedTuple):
     """What one attention module handed over."""
 
@@ -278,8 +283,7 @@ def _over(
         pieces = torch.split(mask, [*sizes, key.shape[2]], dim=-1)
         mask = torch.cat([p for p, take in zip(pieces, [*chosen, True], strict=True) if take], -1)
     if taken:
-        k, v = (torch.cat([part[i] for part in taken], dim=1) for i in (0, 1))  # type: ignore[misc]
-        key, value, length = with_prefix(key, value, k, v)
+        key, value, length = with_prefix(key, value, *joined(taken))
         if isinstance(kwargs.get("position_bias"), Tensor):  # T5's, of tokens: a prefix has none
             kwargs = {**kwargs, "position_bias": F.pad(kwargs["position_bias"], (length, 0))}
     return function(module, query, key, value, mask, **kwargs)

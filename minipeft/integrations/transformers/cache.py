@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minipeft.integrations.transformers.attention import SWITCHED, Owner
+from minipeft.integrations.transformers.attention import SWITCHED, Owner, joined
 from minipeft.integrations.transformers.columns import reorder
 from minipeft.prefix import with_prefix
 
@@ -35,8 +35,7 @@ class PrefixedCache:
             raise ValueError(SWITCHED)
         if self.inner is not None:
             k, v = self.inner.update(k, v, layer_idx, *args, **kwargs)
-        for part in reversed(self.owner.layer(layer_idx)):
-            k, v, _ = with_prefix(k, v, part.k, part.v)
+        k, v, _ = with_prefix(k, v, *joined(self.owner.layer(layer_idx)))
         if self.order is not None:
             k, v = reorder(k, self.order), reorder(v, self.order)
         return k, v

@@ -57,8 +57,8 @@ def of_rows(rows: Bool[Tensor, "rows columns"], batch: int) -> Bool[Tensor, "bat
     """
     if batch % len(rows):
         raise ValueError(
-            f"a batch of {batch} rows, but use_adapters was told which prefix each of {len(rows)} "
-            "rows uses"
+            f"a batch of {batch} rows, but prefixes were chosen for {len(rows)} (use_adapters with "
+            "rows=, or Prefix.use with a list)"
         )
     return rows.repeat_interleave(batch // len(rows), 0)
 
@@ -104,13 +104,12 @@ def before_tokens(
     and the order in which to take keys [prefix columns, slots].
     """
     whole = torch.cat([visible.to(mask.device, mask.dtype), mask], dim=1)
-    columns, slots = visible.shape[1], mask.shape[1]
+    columns = visible.shape[1]
     leading = mask.bool().long().cumsum(1) == 0  # left padding
     rank = torch.full_like(whole, 2, dtype=torch.long)  # 0: hidden, 1: prefix, 2: text
     rank[:, :columns] = visible.long()
     rank[:, columns:][leading] = 0
     order = torch.argsort(rank, dim=1, stable=True)
-    assert order.shape[1] == columns + slots
     return whole.gather(1, order), order
 
 

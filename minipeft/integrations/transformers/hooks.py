@@ -131,9 +131,9 @@ class _Before:
             if hooks.route == "cache" or prefix.position == "shift":
                 positions.renumber(given, hooks.rule, pad, shift)
         prefix.before_forward(holder, given)
-        positions.check_table(given, hooks.rule, pad, hooks.rows[self.index])
+        positions.check_table(given, hooks.rule, pad, hooks.rows[self.index], prefix.position)
         if hooks.route == "attention":
-            _see_all_encoded(given, prefix)
+            _see_all_encoded(given)
             _cover(given, prefix, batch)
         else:
             _view_cache(given, hooks, holder, batch)
@@ -161,7 +161,7 @@ class _Embedded:
             output.requires_grad_(True)
 
 
-def _see_all_encoded(given: Arguments, prefix: Any) -> None:
+def _see_all_encoded(given: Arguments) -> None:
     """A mask for cross-attention where the caller gave none: there are no columns without it."""
     encoded = given["encoder_hidden_states"]
     if encoded is not None and given["encoder_attention_mask"] is None:

@@ -95,7 +95,9 @@ def table_rows(base: nn.Module) -> int | None:
     return None
 
 
-def check_table(given: Arguments, rule: str | None, pad: int | None, rows: int | None) -> None:
+def check_table(
+    given: Arguments, rule: str | None, pad: int | None, rows: int | None, position: str
+) -> None:
     """Raise ValueError if a position lies beyond a table of `rows`."""
     if rows is None or torch.compiler.is_compiling():  # a compiled lookup checks its own bounds
         return
@@ -104,9 +106,11 @@ def check_table(given: Arguments, rule: str | None, pad: int | None, rows: int |
         positions = RULES[rule or "counted"](given, pad)
     last = int(positions.max()) if positions.numel() else -1
     if last >= rows:
+        which = "the text must fit it"
+        if position == "shift":
+            which = "prefix and text must fit it together (or attach with position='none')"
         raise ValueError(
-            f"position {last} is beyond the model's table of {rows} positions; prefix and text "
-            "must fit it together (or attach with position='none')"
+            f"position {last} is beyond the model's table of {rows} positions; {which}"
         )
 
 

@@ -101,8 +101,7 @@ def attach_zero_gated(
     Raises:
         TypeError: no transformers model.
         ValueError: attention that is not reached through AttentionInterface or has no k_proj and
-            v_proj; an encoder-decoder; a model whose prefixes shift positions; otherwise as
-            `attach_prefix`.
+            v_proj; an encoder or encoder-decoder; otherwise as `attach_prefix`.
     """
 
     def make(prefix: Prefix) -> ZeroGated:

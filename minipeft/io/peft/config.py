@@ -208,7 +208,11 @@ def read_config(path: Path) -> LoRAConfig:
             layer here has, or an unknown field that is switched on (each named).
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a directory that PEFT or minipeft wrote")
+        hint = "; it holds a prefix_config.json: use io.ptuning.load_prefix"
+        raise ValueError(
+            f"{path}: no such file; expected a directory that PEFT or save_peft wrote"
+            f"{hint if (path.parent / 'prefix_config.json').is_file() else ''}"
+        )
     if path.stat().st_size > LARGEST_CONFIG:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a configuration")
     config, where = parse_object(path.read_bytes(), str(path)), path.name

@@ -26,11 +26,10 @@ from minipeft.io.heads import (
     task_heads,
 )
 from minipeft.io.peft.config import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME
-from minipeft.io.ptuning.save import with_values
+from minipeft.io.ptuning.save import has_more_than_prefix, with_values
 from minipeft.io.tensors import parse_object, read_tensors, write_atomically, write_tensors
 from minipeft.prefix import PrefixEncoder
 from minipeft.prompt import PromptEmbedding, PromptEncoder
-from minipeft.registry import named
 
 KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 _KEY, _HEADS, _LONG = "prompt_embeddings", ("base_model.",), "base_model.model."
@@ -176,11 +175,6 @@ def _heads_in(
     return {p: own for p, own in heads.items() if p not in unknown}, unknown
 
 
-def is_prompt(place: str) -> bool:
-    """Whether an adapter at this place of the model is a prefix or prompt."""
-    return place.startswith(f"{NAME}.")
-
-
 def prompt_in(model: nn.Module, name: str) -> Any:
     """The prefix or prompt of the adapter called `name`, None if it has none.
 
@@ -190,15 +184,11 @@ def prompt_in(model: nn.Module, name: str) -> Any:
     prefix = getattr(model, NAME, None)
     if not isinstance(prefix, Prefix) or name not in prefix.encoders:
         return None
-    others = [
-        type(layer).__name__ for place, stack in named(model).get(name, {}).items()
-        for layer in stack
-        if not is_prompt(place) and type(layer).__name__ != "TrainedModule"
-    ]  # fmt: skip
-    if others:
+    if has_more_than_prefix(model, name):
         raise CannotExpress(
-            f"save_peft: the adapter {name!r} is a prefix and {others[0]} ({len(others)} layers); "
-            "PEFT's format holds one kind: attach the prefix under a name of its own"
+            f"save_peft: the adapter {name!r} is a prefix and other layers, and PEFT's format "
+            "holds one kind: attach the prefix under a name of its own, or write it by "
+            "io.ptuning.save_prefix and the rest by save_peft(..., beside_prefix=True)"
         )
     return prefix.encoders[name]
 
@@ -228,7 +218,10 @@ def describe_prompts(
     if set(prefix.locations) != {"self"}:
         raise refuse(f"a prefix in {sorted(set(prefix.locations))}")
     if prefix.position != "shift":
-        raise refuse("tokens are not numbered behind the prefix (position='none')")
+        raise refuse(
+            "tokens are not numbered behind the prefix (position='none'; attached with "
+            "position='shift' they would be)"
+        )
     if prefix.has_windows and prefix.window != "like_token":
         raise refuse("the prefix is seen from outside the sliding window (window='always')")
     task = _task_type(model)

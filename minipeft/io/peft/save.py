@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
-from minipeft.io.peft.prompts import describe_prompts, is_prompt, prompt_in, write_prompts
+from minipeft.io.peft.prompts import describe_prompts, prompt_in, write_prompts
 from minipeft.io.peft.tensors import written, written_experts
-from minipeft.io.ptuning.save import gathered_by_id
+from minipeft.io.ptuning.save import gathered_by_id, is_prompt
 from minipeft.io.tensors import check_writable, write_atomically, write_tensors
 from minipeft.layers.lora_experts import LoRAExperts
 from minipeft.layers.lora_tied import LoRATiedLinear

@@ -23,7 +23,11 @@ _KINDS = ("prefix", "prompt", "prompt_encoder", "zero_gated")
 def read_config(path: Path) -> dict[str, Any]:
     """prefix_config.json, its values checked."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a directory that save_prefix wrote")
+        hint = "; it holds an adapter_config.json: use load_peft"
+        raise ValueError(
+            f"{path}: no such file; expected a directory that save_prefix wrote"
+            f"{hint if (path.parent / 'adapter_config.json').is_file() else ''}"
+        )
     if path.stat().st_size > _LARGEST_CONFIG:
         raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a configuration")
     config: dict[str, Any] = parse_object(path.read_bytes(), str(path))
@@ -67,8 +71,11 @@ def read_config(path: Path) -> dict[str, Any]:
     for key in ("position", "window"):
         if not isinstance(config.get(key), str):
             raise ValueError(f"{path}: {key}={config.get(key)!r:.40}; expected a word")
-    for key, default, kinds in (("dropout", 0.0, (int, float)), ("gated", False, bool),
-                                ("model", "", str), ("network", "", str)):  # fmt: skip
-        if not isinstance(config.get(key, default), kinds):
+    optional: dict[str, tuple[type, ...]] = {
+        "dropout": (int, float), "gated": (bool,), "model": (str,), "model_type": (str,),
+        "network": (str,),
+    }  # fmt: skip
+    for key, kinds in optional.items():
+        if key in config and not isinstance(config[key], kinds):
             raise ValueError(f"{path}: {key} is {config[key]!r:.40}")
     return config

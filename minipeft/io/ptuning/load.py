@@ -29,6 +29,12 @@ def load_prefix(model: nn.Module, path: str | os.PathLike[str], *, name: str = D
     """
     directory = Path(path)
     config = read_config(directory / CONFIG_NAME)
+    own = getattr(getattr(model, "config", None), "model_type", "")
+    if config.get("model_type") and own and config["model_type"] != own:
+        raise ValueError(
+            f"{directory}: made for a {config['model']} (model type {config['model_type']!r:.40}); "
+            f"this is a {type(model).__name__} ({own!r})"
+        )
     tensors = read_tensors(directory / WEIGHTS_NAME)
     of_heads = {key[5:]: tensors.pop(key) for key in list(tensors) if key.startswith("head.")}
     heads = by_module(of_heads, config["heads"])

@@ -51,17 +51,22 @@ def loses_in_peft(model: nn.Module, name: str) -> bool:
     return isinstance(encoder.source, PromptEncoder)
 
 
+def is_prompt(place: str) -> bool:
+    """Whether an adapter at this place of the model is a prefix or prompt."""
+    return place.startswith(f"{NAME}.")
+
+
 def has_more_than_prefix(model: nn.Module, name: str) -> bool:
     """Whether it has layers other than that and heads."""
     return any(
-        not place.startswith(f"{NAME}.") and not isinstance(layer, TrainedModule)
+        not is_prompt(place) and not isinstance(layer, TrainedModule)
         for place, stack in adapters_called("save_prefix", model, name).items()
         for layer in stack
     )
 
 
 def save_prefix(
-    model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT,
+    model: Any, path: str | os.PathLike[str], *, name: str = DEFAULT,
     reparametrization: bool = False, heads: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:  # fmt: skip
@@ -83,7 +88,8 @@ def save_prefix(
         "format": 1, **settings,
         "position": prefix.position, "window": prefix.window, "locations": prefix.locations,
         "kv_shapes": [list(shape) for shape in prefix.kv_shapes],
-        "model": type(model).__name__, "heads": sorted(states),
+        "model": type(model).__name__, "model_type": getattr(model.config, "model_type", ""),
+        "heads": sorted(states),
     }  # fmt: skip
     for place, state in states.items():
         tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
