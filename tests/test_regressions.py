@@ -239,6 +239,8 @@ def test_merging_and_quantising_in_inference_mode():
         mp.quantize_model(model)
     x = torch.randn(2, 64, requires_grad=True)
     model(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    assert not any(p.is_inference() for p in model.parameters())
 
 
 def test_requantising_a_model_in_float64():

@@ -6,8 +6,9 @@ No name in the config is trusted for shapes: they are those of the keys and valu
 """
 
 import copy
+import itertools
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from minipeft.integrations.transformers import attention, positions
 from minipeft.integrations.transformers.arguments import names_of
 from minipeft.prefix import KVShape
 
-LOCATIONS = ("self", "encoder", "decoder", "cross")  # self: of a model that is one stack; cross:
-# from the decoder to what was encoded
+# self: of a model that is one stack; cross: from the decoder to what was encoded
+LOCATIONS = ("self", "encoder", "decoder", "cross")
 
 
 @dataclass
@@ -36,12 +37,14 @@ class Reach:
 
     def only(self, wanted: tuple[str, ...]) -> "Reach":
         """The layers in these locations."""
-        keep = [i for i, location in enumerate(self.locations) if location in wanted]
-        return Reach(
-            self.route, [self.shapes[i] for i in keep], [self.locations[i] for i in keep],
-            [self.modules[i] for i in keep] if self.modules else [], self.holders,
-            [self.pairs[i] for i in keep],
-            [self.query_heads[i] for i in keep] if self.query_heads else [], self.has_windows,
+        keep = [location in wanted for location in self.locations]
+
+        def kept(layers: list[Any]) -> list[Any]:
+            return list(itertools.compress(layers, keep))
+
+        return replace(
+            self, shapes=kept(self.shapes), locations=kept(self.locations),
+            modules=kept(self.modules), pairs=kept(self.pairs), query_heads=kept(self.query_heads),
         )  # fmt: skip
 
 
