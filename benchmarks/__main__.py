@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--methods", nargs="+", choices=list(METHODS), default=None,
                      help="default: all")  # fmt: skip
     job.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-    job.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    job.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                     help="auto: float32 on a CPU without products of bfloat16")  # fmt: skip
     job.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     job.add_argument("--batch", type=positive, default=3, help="conversations in a batch")
     job.add_argument("--length", type=positive, default=256, help="tokens in a conversation")

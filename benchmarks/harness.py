@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.data import Batches, chat_batches, random_batches
 from benchmarks.methods import METHODS
-from benchmarks.models import LlamaSizes, load_tokenizer, require
+from benchmarks.models import LlamaSizes, load_tokenizer, require, training_dtype
 
 Result = dict[str, Any]
 TIMED_STEPS = 3  # of the later rounds; the first is not counted
@@ -100,8 +100,8 @@ def make_batches(options: Result) -> tuple[Batches, Batches]:
 def estimate_seconds(options: Result) -> float:
     """About how long all runs take: 6 FLOPs a parameter and token, and 12 s to start a process.
 
-    The rates are those of a two-core machine with AVX-512 and AMX; on another, the progress bar
-    knows better after the first run.
+    The rates are those of two-core machines with AVX-512 and AMX, and with AVX2; on another, the
+    progress bar knows better after the first run.
     """
     sizes = options["sizes"]
     parameters = PARAMETERS
@@ -109,7 +109,8 @@ def estimate_seconds(options: Result) -> float:
         width, kv = sizes["hidden"], sizes["hidden"] * sizes["kv_heads"] // sizes["heads"]
         layer = 2 * width * (width + kv) + 3 * width * sizes["intermediate"]
         parameters = sizes["layers"] * layer + sizes["vocabulary"] * width
-    rate = 5e11 if options["dtype"] == "bfloat16" else 1.8e11
+    wide = torch.backends.cpu.get_cpu_capability() != "AVX2"
+    rate = 5e11 if options["dtype"] == "bfloat16" else 1.8e11 if wide else 1e11
     row = 6 * parameters * options["length"] / rate
     step = row * options["batch"]
     train = options["steps"] * step + options["validation_rows"] * row / 3 + step
@@ -225,7 +226,7 @@ def options_from(arguments: Any) -> Result:
     return {
         "sizes": sizes,
         "methods": methods,
-        "dtype": {"bf16": "bfloat16", "fp32": "float32"}[arguments.dtype],
+        "dtype": str(training_dtype(arguments.dtype, arguments.device)).removeprefix("torch."),
         "device": arguments.device,
         "batch": arguments.batch,
         "length": arguments.length,

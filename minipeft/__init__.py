@@ -45,6 +45,7 @@ from minipeft.ops import backend, use_kernels
 from minipeft.optim.lora_fa import LoRAFA, freeze_a
 from minipeft.optim.lora_plus import lora_plus_groups
 from minipeft.prefix import PrefixEncoder, prefix_attention
+from minipeft.products import SlowProductsWarning
 from minipeft.prompt import (
     PromptEmbedding,
     PromptEncoder,
@@ -93,6 +94,7 @@ __all__ = [
     "PrefixEncoder",
     "PromptEmbedding",
     "PromptEncoder",
+    "SlowProductsWarning",
     "ZeroGatedPrompt",
     "__version__",
     "adapter_parameters",

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minipeft import products
 from minipeft.ops import autocast_is_on, without_autocast
 from minipeft.protocol import LinearShape, linear_shape
 from minipeft.wrapper import Wrapper, innermost
@@ -89,13 +90,13 @@ def add_lora(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float |
         with without_autocast(x.device):
             return add_lora(base_out, x, a, b, scaling)
     dtype, columns = base_out.dtype, base_out.shape[-1]
-    hidden = F.linear(x.to(dtype), a.to(dtype))  # x A^T, (*batch, rank)
+    hidden = products.linear(x.to(dtype), a.to(dtype))  # x A^T, (*batch, rank)
     if isinstance(scaling, Tensor):
         hidden, scaling = torch.where(scaling == 0, 0.0, hidden * scaling), 1.0
     if base_out.dim() == 2:
-        return torch.addmm(base_out, hidden, b.to(dtype).T, alpha=scaling)
+        return products.addmm(base_out, hidden, b.to(dtype).T, scaling)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    out = torch.addmm(base_out.reshape(-1, columns), rows, b.to(dtype).T, alpha=scaling)
+    out = products.addmm(base_out.reshape(-1, columns), rows, b.to(dtype).T, scaling)
     return out.view(base_out.shape)
 
 
@@ -133,6 +134,7 @@ class LowRank(Wrapper):
             raise ValueError(f"{kind}: dtype={dtype}; expected a floating-point dtype")
         self.rank, self.alpha = rank, float(alpha)
         self.rank_stabilized, self.dropout = rank_stabilized, dropout
+        products.warn_of_dense(innermost(base))
         device = next(innermost(base).parameters()).device
         self.lora_a = nn.Parameter(torch.empty(*shape_a, dtype=dtype, device=device))
         self.lora_b = nn.Parameter(torch.empty(*shape_b, dtype=dtype, device=device))

@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from minipeft.products import is_slow
+
 F = TypeVar("F", bound=Callable[..., Any])
 Predicate = Callable[[torch.device, torch.dtype, tuple[int, ...]], bool]
 
@@ -50,6 +52,8 @@ SCHEMAS = {
     "Tensor? offset, SymInt[] shape, bool transposed, int block_size, Tensor? codebook=None) "
     "-> Tensor",
 }
+
+MULTIPLIES = ("nf4_linear", "nf4_linear_input_gradient", "nf4_experts")
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,9 @@ def backend(
 ) -> dict[str, str]:
     """What each operator would use for such a first argument, and why not what comes before it.
 
-    >>> backend()["nf4_linear"]
+    Says too where products of this dtype are computed in float32 (products.py).
+
+    >>> backend(dtype=torch.float32)["nf4_linear"]
     'pytorch'
     """
     device = torch.device(device)
@@ -178,6 +184,9 @@ def backend(
         _, reasons = choose(operator, device, dtype, shape)
         rejected = "; ".join(reasons[:-1])
         report[operator] = reasons[-1] + (f" (not {rejected})" if rejected else "")
+        if operator in MULTIPLIES and reasons[-1] == "pytorch" and is_slow(dtype, device):
+            kind = str(dtype).removeprefix("torch.")
+            report[operator] += f", products in float32 (this CPU has none of {kind})"
     return report
 
 

@@ -12,10 +12,9 @@ Read next: prefix.py.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft import ops
+from minipeft import ops, products
 from minipeft.double_quant import decoded_absmax
 from minipeft.packed import PackedModule, encoded, frozen
 from minipeft.protocol import has_stored_weight
@@ -52,7 +51,7 @@ def _linear(
         weight = torch.ops.minipeft.dequantize_nf4(
             packed, absmax, scale, offset, shape, block_size, x.dtype, codebook
         )
-        return F.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
     scales = decoded_absmax(absmax, scale, offset).view(out_features, -1)
     codes, panels = packed.view(out_features, -1), []
     for first in range(0, out_features, rows):
@@ -61,7 +60,7 @@ def _linear(
             codes[first:last], scales[first:last], None, None, [last - first, in_features],
             block_size, x.dtype, codebook,
         )  # fmt: skip
-        panels.append(F.linear(x, weight, None if bias is None else bias[first:last]))
+        panels.append(products.linear(x, weight, None if bias is None else bias[first:last]))
     return torch.cat(panels, dim=-1)
 
 
@@ -84,7 +83,7 @@ def _input_gradient(
         weight = torch.ops.minipeft.dequantize_nf4(
             packed, absmax, scale, offset, shape, block_size, grad.dtype, codebook
         )
-        return torch.matmul(grad, weight)
+        return products.matmul(grad, weight)
     # panels of columns, not of rows: each element of the gradient is one sum, rounded once
     scales = decoded_absmax(absmax, scale, offset).view(out_features, -1)
     codes, panels = packed.view(out_features, -1), []
@@ -96,7 +95,7 @@ def _input_gradient(
             None, None, [out_features, last - first], block_size, grad.dtype,
             codebook,
         )  # fmt: skip
-        panels.append(torch.matmul(grad, weight))
+        panels.append(products.matmul(grad, weight))
     return torch.cat(panels, dim=-1)
 
 

@@ -28,7 +28,7 @@ def test_example(path, tmp_path):
         [sys.executable, str(path)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": paths},
         check=False,

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minipeft import ops
+from minipeft import ops, products
 from minipeft.double_quant import absmax_of_blocks
 from minipeft.packed import PackedModule, encoded, frozen
 
@@ -53,7 +53,9 @@ def _experts(
             codes, scales, None, None, matrix, block_size, x.dtype, codebook
         )
         part = rows[first : first + count]
-        out[order[first : first + count]] = part @ (weight if transposed else weight.T)
+        out[order[first : first + count]] = products.matmul(
+            part, weight if transposed else weight.T
+        )
         first += count
     return out
 

@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minipeft import products
 from minipeft.layers.experts import NF4Experts
 from minipeft.lora import LowRank
 from minipeft.ops import without_autocast
@@ -43,7 +44,7 @@ def by_expert(
         raise IndexError(f"expert {len(counts) - 1} of {n_experts}")
     rows = list(torch.split(x[order], counts))
     for weight in weights:  # unbind: one gradient for all experts, not one of full size for each
-        rows = [F.linear(part, w) for part, w in zip(rows, weight.unbind(), strict=True)]
+        rows = [products.linear(part, w) for part, w in zip(rows, weight.unbind(), strict=True)]
     return torch.cat(rows)[order.argsort()]
 
 

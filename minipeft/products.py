@@ -1,0 +1,87 @@
+"""Matrix products of 16-bit numbers on processors that have none.
+
+A CPU with AVX2 alone multiplies neither bfloat16 nor float16.  torch then takes a plain loop, which
+at 128 rows needs 16 to 290 times the time of float32.  On such a CPU the products here convert to
+float32, multiply, and round the result once: the numbers are those of other machines, up to the
+order of sums.  Elsewhere they are torch's own products.
+
+Backward then keeps float32 copies of what it multiplies.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _multiplied_by(name: str) -> bool:
+    """What oneDNN says of this CPU; False where this build of torch cannot be asked."""
+    try:
+        return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+# asked once, at import: a compiled forward reads it, and could not trace the question
+SLOW_ON_CPU: frozenset[torch.dtype] = frozenset(
+    dtype
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
+    if not _multiplied_by(name)
+)
+_warned = False
+
+
+class SlowProductsWarning(UserWarning):
+    """A dense layer computes in 16 bits on a CPU that has no 16-bit products."""
+
+
+def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch multiplies matrices of this dtype by a plain loop there."""
+    return dtype in SLOW_ON_CPU and device.type == "cpu"
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight, bias) of tensors of one dtype."""
+    if not is_slow(x.dtype, x.device):
+        return F.linear(x, weight, bias)
+    wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return wide.to(x.dtype)
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """torch.matmul(x, y) of tensors of one dtype."""
+    if not is_slow(x.dtype, x.device):
+        return torch.matmul(x, y)
+    return torch.matmul(x.float(), y.float()).to(x.dtype)
+
+
+def addmm(out: Tensor, x: Tensor, y: Tensor, scaling: float) -> Tensor:
+    """out + scaling * x y, rounded once: torch.addmm of tensors of one dtype."""
+    if not is_slow(out.dtype, out.device):
+        return torch.addmm(out, x, y, alpha=scaling)
+    return torch.addmm(out.float(), x.float(), y.float(), alpha=scaling).to(out.dtype)
+
+
+def warn_of_dense(layer: nn.Module) -> None:
+    """Warn, once in a process, if the products of this layer are slow and will stay so.
+
+    A table multiplies nothing, and codes are multiplied here.  Where there is an accelerator the
+    model may be about to move there: no warning then.
+    """
+    global _warned
+    weight = next(layer.parameters())
+    if _warned or isinstance(layer, nn.Embedding) or not is_slow(weight.dtype, weight.device):
+        return
+    if torch.accelerator.is_available():
+        return
+    _warned = True
+    kind = str(weight.dtype).removeprefix("torch.")
+    warnings.warn(
+        f"minipeft: the model has dense layers in {kind}, and this CPU has no products of {kind}: "
+        "torch takes a loop that needs tens of times float32's time, above all in backward.  Load "
+        "the model in float32 (model.float()), or make its layers 4-bit (inject_qlora): those "
+        "multiply in float32 here",
+        SlowProductsWarning,
+        stacklevel=2,
+    )
