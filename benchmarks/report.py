@@ -77,7 +77,10 @@ def caption(data: Result) -> str:
     rank = f"rank {options['rank']}"
     if {"ptuning", "peft-prefix"} & set(options["methods"]):
         rank += f", prefix {options['prefix_length']}"
-    where = machine.get("gpu") if options["device"] == "cuda" else machine["processor"]
+    processor = machine["processor"]
+    if capability := machine.get("cpu_capability"):
+        processor += f" ({capability})"
+    where = machine.get("gpu") if options["device"] == "cuda" else processor
     return (
         f"{model}, {options['dtype']}, {options['steps']} steps of {options['batch']} x "
         f"{options['length']} tokens, {rank}, "
