@@ -1,7 +1,8 @@
-"""The operators: schema, shapes, backward, and the table of implementations.
+"""The operators: schema, shapes, and the table of implementations.
 
-An operator is a name with a schema, registered with torch so that autograd, torch.compile and
-torch.export know its shapes and treat it as one node.  What it computes is chosen from a table:
+An operator is a name with a schema, registered with torch so that torch.compile and torch.export
+know its shapes and treat it as one node; derivatives.py tells autograd.  What it computes is
+chosen from a table:
 
     operator          name      when (device, dtype, shape)   where
     dequantize_nf4    triton    a CUDA or ROCm device         minipeft_kernels.triton.nf4
@@ -275,55 +276,6 @@ def _fake_nf4_experts(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty((x.shape[0], shape[2] if transposed else shape[1]))
 
 
-# y = x W^T + b.  W is frozen, so backward needs only W, decoded again: the packed state is what
-# is saved, and the input is not.
-def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, absmax, scale, offset, _bias, _out_features, block_size, codebook = inputs
-    ctx.save_for_backward(packed, absmax, scale, offset, codebook)
-    ctx.in_features, ctx.block_size = x.shape[-1], block_size
-
-
-def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x = grad_bias = None
-    *state, codebook = ctx.saved_tensors
-    if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.minipeft.nf4_linear_input_gradient(
-            grad, *state, ctx.in_features, ctx.block_size, codebook
-        )
-    if ctx.needs_input_grad[5]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, None, None, grad_bias, None, None, None
-
-
-def _input_gradient_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, packed, absmax, scale, offset, _in_features, block_size, codebook = inputs
-    ctx.save_for_backward(packed, absmax, scale, offset, codebook)
-    ctx.out_features, ctx.block_size = grad.shape[-1], block_size
-
-
-def _input_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    *state, codebook = ctx.saved_tensors
-    grad_grad = torch.ops.minipeft.nf4_linear(
-        grad, *state, None, ctx.out_features, ctx.block_size, codebook
-    )
-    return grad_grad, None, None, None, None, None, None, None
-
-
-# y[t] = W[expert[t]] x[t]; its gradient is the same operator with the transposed weights.
-def _experts_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _x, expert, packed, absmax, scale, offset, shape, transposed, block_size, codebook = inputs
-    ctx.save_for_backward(expert, packed, absmax, scale, offset, codebook)
-    ctx.shape, ctx.transposed, ctx.block_size = shape, transposed, block_size
-
-
-def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    expert, *state, codebook = ctx.saved_tensors
-    grad_x = torch.ops.minipeft.nf4_experts(
-        grad, expert, *state, ctx.shape, not ctx.transposed, ctx.block_size, codebook
-    )
-    return grad_x, *[None] * 9
-
-
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize_nf4": _fake_quantize_nf4,
     "dequantize_nf4": _fake_dequantize_nf4,
@@ -338,12 +290,3 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
     LIBRARY.impl(_name, _body(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"minipeft::{_name}", _FAKES[_name], lib=LIBRARY)
-_BACKWARD: dict[str, tuple[Callable[..., Any], Callable[..., None]]] = {
-    "nf4_linear": (_linear_backward, _linear_context),
-    "nf4_linear_input_gradient": (_input_gradient_backward, _input_gradient_context),
-    "nf4_experts": (_experts_backward, _experts_context),
-}
-for _name, (_backward, _context) in _BACKWARD.items():
-    torch.library.register_autograd(
-        f"minipeft::{_name}", _backward, setup_context=_context, lib=LIBRARY
-    )

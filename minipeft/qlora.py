@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minipeft import ops, products
+from minipeft import derivatives, ops, products
 from minipeft.double_quant import decoded_absmax
 from minipeft.packed import PackedModule, encoded, frozen
 from minipeft.protocol import has_stored_weight
@@ -197,9 +197,9 @@ class NF4Linear(PackedModule):
             dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)
         compute_dtype = self.compute_dtype or dtype
         bias = None if self.bias is None else self.bias.to(compute_dtype)
-        out: Tensor = torch.ops.minipeft.nf4_linear(
-            x.to(compute_dtype), *self.state(), bias, self.out_features, self.block_size,
-            self.codebook,
+        out = derivatives.call(
+            "nf4_linear", x.to(compute_dtype), *self.state(), bias, self.out_features,
+            self.block_size, self.codebook,
         )  # fmt: skip
         return out.to(dtype)
 

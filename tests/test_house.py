@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "minipeft").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 LEVELS = [
-    {"ops", "products", "protocol"},
+    {"ops", "derivatives", "products", "protocol"},
     {"wrapper"},
     {"lora", "nf4", "codebooks", "double_quant", "prefix", "prefix_merge", "prompt"},
     {"packed", "qlora"},

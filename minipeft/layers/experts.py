@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minipeft import ops, products
+from minipeft import derivatives, ops, products
 from minipeft.double_quant import absmax_of_blocks
 from minipeft.packed import PackedModule, encoded, frozen
 
@@ -144,9 +144,9 @@ class NF4Experts(PackedModule):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)
         compute_dtype = self.compute_dtype or dtype
-        out: Tensor = torch.ops.minipeft.nf4_experts(
-            x.to(compute_dtype), expert, *self.state(), list(self.shape), False, self.block_size,
-            self.codebook,
+        out = derivatives.call(
+            "nf4_experts", x.to(compute_dtype), expert, *self.state(), list(self.shape), False,
+            self.block_size, self.codebook,
         )  # fmt: skip
         return out.to(dtype)
 

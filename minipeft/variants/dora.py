@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minipeft import derivatives
 from minipeft.lora import LoRALinear, add_lora
 from minipeft.ops import without_autocast
 from minipeft.protocol import is_adapter, is_packed
@@ -192,8 +193,8 @@ class DoRALinear(LoRALinear):
         if weight is not None:
             return torch.cat([part.to(a.dtype) @ a.T for part in _parts(weight)])
         base: Any = self.base
-        out: Tensor = torch.ops.minipeft.nf4_linear(
-            a, *base.state(), None, base.out_features, base.block_size, base.codebook
+        out = derivatives.call(
+            "nf4_linear", a, *base.state(), None, base.out_features, base.block_size, base.codebook
         )
         return out.T
 
