@@ -86,7 +86,8 @@ def use_adapters(
 
     Raises:
         ValueError: no such adapter, a merged model, neither or both of names and rows; for rows an
-            adapter with other layers than LoRALinear and prefixes.  Nothing has changed then.
+            adapter with layers in which they cannot be told apart (experts, nn.MultiheadAttention,
+            tables of positions).  Nothing has changed then.
     """
     if (names is None) == (rows is None):
         raise ValueError("use_adapters: expected names, or rows=, and not both")

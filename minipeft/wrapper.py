@@ -8,7 +8,11 @@ adding to what the one below computes, and the innermost module is the model's o
         base: nn.Linear         W x + b, frozen
 
 A subclass computes in `forward` and says in `exact_parameters` what that makes of the innermost
-module's parameters; the rest is here.
+module's parameters; the rest is here.  With a method `on_top(out, x, strength)` it serves batches
+whose rows use different adapters (bank/stack.py): what it makes of `out`, the output of the layers
+below for the input `x`, while it is on, whatever `enabled` says; `strength` is scaling * scale.  A
+layer whose rows need numbers of their own has them from `lengths()`, a tuple of tensors
+(channels,), and gets them by row after `strength`, with the axes of `out`.
 """
 
 import copy
@@ -106,6 +110,11 @@ class Wrapper(nn.Module):
     def scale(self, factor: float) -> None:
         self._scale = factor
         self._set_strength()
+
+    @property
+    def full_strength(self) -> float:
+        """scaling * scale, on or off."""
+        return self.scaling * self._scale
 
     def _set_strength(self) -> None:
         self.strength.fill_(self.scaling * self._scale if self._enabled else 0.0)

@@ -231,6 +231,27 @@ def test_heads_go_on_and_off_with_their_prefix_and_a_second_prefix_is_told():
         mp.attach_prefix(model, 5, name="second")
 
 
+def test_rows_of_a_prefix_with_a_head_use_its_head():
+    import transformers
+
+    config = transformers.BertConfig(**FAMILIES["BERT"].sizes, num_labels=3)
+    model = transformers.BertForSequenceClassification(config).eval()
+    text = torch.randint(3, 97, (3, 9))
+    before = model(text).logits.detach()
+    prefix = mp.attach_prefix(model, 5, name="first")
+    with torch.no_grad():
+        model.classifier.copy.weight.add_(1.0)
+    trained = model(text).logits.detach()
+    mp.use_adapters(model, rows=["first", None, "first"])
+    mixed = model(text).logits
+    assert difference(mixed[[0, 2]], trained[[0, 2]]) <= TOLERANCE
+    assert difference(mixed[1], before[1]) <= TOLERANCE
+    with pytest.raises(ValueError, match="head of a prefix differs by row"), prefix.use(None):
+        pass
+    mp.use_adapters(model, "first")
+    assert torch.equal(model(text).logits, trained)
+
+
 def test_an_encoder_decoder_of_two_models_needs_no_mask():
     import transformers
 

@@ -60,6 +60,11 @@ class LoRAMultiheadAttention(LowRank):
     (torch.Size([24, 2]), torch.Size([8, 2]))
     """
 
+    rows_are_lost = (
+        "nn.MultiheadAttention computes from its projections to its output in one call, so that "
+        "nothing can be added to that row by row"
+    )
+
     def __init__(
         self,
         base: nn.Module,

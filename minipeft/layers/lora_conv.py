@@ -90,6 +90,10 @@ class LoRAConv(LowRank):
             strength = self.scaling * self._scale
         else:
             return out
+        return self.on_top(out, x, strength)
+
+    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
+        """The output of the layers below, and the branch."""
         return out + self.branch(x.to(out.dtype), out.dtype, strength)
 
     def branch(self, x: Tensor, dtype: torch.dtype, strength: float | Tensor) -> Tensor:

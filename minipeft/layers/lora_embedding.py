@@ -70,6 +70,10 @@ class LoRAEmbedding(LowRank):
             strength = self.scaling * self._scale
         else:
             return out
+        return self.on_top(out, ids, strength)
+
+    def on_top(self, out: Tensor, ids: Tensor, strength: float | Tensor) -> Tensor:
+        """The output of the layers below, and the rows of the product."""
         a, b = self.factors()
         rows = F.embedding(ids, a.T, self.padding_idx)  # no gradient to the row of padding
         if self.dropout and self.training:

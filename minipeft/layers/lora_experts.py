@@ -96,6 +96,8 @@ class LoRAExperts(LowRank):
     (torch.Size([3, 2, 8]), torch.Size([3, 4, 2]), torch.Size([4, 8]))
     """
 
+    rows_are_lost = "experts get the tokens of all rows, sorted by expert: which row is lost there"
+
     def __init__(
         self,
         base: nn.Parameter | nn.Module,

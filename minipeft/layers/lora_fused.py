@@ -129,6 +129,10 @@ class LoRAFusedLinear(LowRank):
             x = F.dropout(x, self.dropout)
         return add_lora(out, x, *self.factors(), strength)
 
+    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
+        """The output of the layers below, and the branches of the slices."""
+        return add_lora(out, x, *self.factors(), strength)
+
     def delta_as_stored(self) -> Tensor:
         """`delta`, (in_features, out_features) where the weight is stored so (Conv1D)."""
         return self.delta().T if self.transposed else self.delta()

@@ -61,8 +61,16 @@ class LoRATiedLinear(Wrapper):
             return add_lora(out, x, *self.factors(), self.embedding.strength * on)
         if not (self._enabled and self.embedding.enabled):
             return out
-        strength = self.embedding.scaling * self.embedding.scale
+        return self.on_top(out, x, self.full_strength)
+
+    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
+        """The output of the layers below, and the branch."""
         return add_lora(out, x, *self.factors(), strength)
+
+    @property
+    def full_strength(self) -> float:
+        """The embedding's."""
+        return self.embedding.full_strength
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """None of its own."""

@@ -65,7 +65,7 @@ class TrainedBias(Wrapper):
         if not isinstance(bias, Tensor) or inside:
             raise ValueError(f"TrainedBias: {type(plain).__name__} has no bias that it adds")
         self.bias_delta = nn.Parameter(torch.zeros_like(bias, dtype=torch.float32))
-        spatial = _spatial_axes(plain)
+        spatial = spatial_axes(plain)
         self._trailing, self._second = (1,) * spatial, isinstance(plain, _CHANNELS_FIRST)
         self.take_over()
 
@@ -80,6 +80,13 @@ class TrainedBias(Wrapper):
             delta = self.bias_delta * (self.scaling * self._scale)
         else:
             return out
+        return self._added(out, delta)
+
+    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
+        """The output of the layers below, and the delta."""
+        return self._added(out, self.bias_delta * strength)
+
+    def _added(self, out: Tensor, delta: Tensor) -> Tensor:
         trailing = (1,) * max(0, out.dim() - 2) if self._second else self._trailing
         return out + delta.to(out.dtype).view(*delta.shape, *trailing)
 
@@ -106,7 +113,7 @@ class TrainedBias(Wrapper):
         return stored_parameter("TrainedBias", innermost(self), "bias") + self.bias_delta.detach()
 
 
-def _spatial_axes(module: nn.Module) -> int:
+def spatial_axes(module: nn.Module) -> int:
     """How many axes come after the channels', batched or not."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return len(module.kernel_size)
@@ -155,6 +162,17 @@ class TrainedModule(Unscaled):
         if self.merged_module is not None:
             return self.call_merged(*args, **kwargs)
         return self.copy(*args, **kwargs)
+
+    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
+        """What the copy computes, in place of the layers below.
+
+        Raises:
+            TypeError: it returns no tensor of the base's shape.
+        """
+        made = self.copy(x)
+        if not isinstance(made, Tensor) or made.shape != out.shape:
+            raise TypeError(f"TrainedModule: {type(self.copy).__name__} returns more than a tensor")
+        return made
 
     @property
     def bias(self) -> Tensor | None:
@@ -224,10 +242,13 @@ class TrainedTokens(Unscaled):
         compiling = torch.compiler.is_compiling()
         if not compiling and not self._enabled:
             return out
+        made = self.on_top(out, ids, 1.0)
+        return torch.where(self.strength != 0, made, out) if compiling else made
+
+    def on_top(self, out: Tensor, ids: Tensor, strength: float | Tensor) -> Tensor:
+        """The output of the layers below, but for the trained tokens their rows."""
         slots = self._slots[ids]
         hit = slots >= 0
-        if compiling:
-            hit = hit & (self.strength != 0)
         rows = F.embedding(slots.clamp(min=0), self.token_rows)
         scale = getattr(innermost(self), "embed_scale", None)
         if scale is not None:
@@ -262,12 +283,16 @@ class TrainedLogits(Unscaled):
         compiling = torch.compiler.is_compiling()
         if not compiling and not (self._enabled and self.tokens._enabled):
             return out
+        made = self.on_top(out, x, 1.0)
+        on = self.strength * self.tokens.strength
+        return torch.where(on != 0, made, out) if compiling else made
+
+    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
+        """The output of the layers below, with logits of the trained tokens by their rows."""
         ids = self.tokens.token_ids
         bias = getattr(innermost(self), "bias", None)
         logits = F.linear(x.to(out.dtype), self.tokens.token_rows.to(out.dtype),
                           None if bias is None else bias[ids].to(out.dtype))  # fmt: skip
-        if compiling:
-            logits = torch.where(self.strength * self.tokens.strength == 0, out[..., ids], logits)
         return out.index_copy(-1, ids, logits)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:

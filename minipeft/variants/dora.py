@@ -48,6 +48,19 @@ def length_ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
     return magnitude / norm.where(norm > 0, 1.0)
 
 
+def lengths_of(layer: Any) -> tuple[Tensor, Tensor]:
+    """m / |V|, and (1 - m / |V|) times the bias, (out,) each, with the layers below as they are.
+
+    A DoRA layer makes ratio (y + branch) + shift of their output y, bias and all.
+    """
+    strength = layer.full_strength
+    ratio = torch.ones_like(layer.magnitude)
+    if strength != 0:
+        ratio = length_ratio(layer.magnitude, layer.norms(strength))
+    bias = layer.bias
+    return ratio, torch.zeros_like(ratio) if bias is None else (1 - ratio) * bias
+
+
 class Kept:
     """A tensor that is computed again when one of the tensors it was computed from has changed.
 
@@ -136,6 +149,15 @@ class DoRALinear(LoRALinear):
         a, b = self.factors()
         made = add_lora(scaled.to(out.dtype), x, a, ratio[:, None] * b, strength)
         return torch.where(self.strength == 0, out, made) if compiling else made
+
+    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor, *lengths: Tensor) -> Tensor:
+        """The output of the layers below and the branch, at the lengths that are given."""
+        ratio, shift = lengths
+        return (super().on_top(out, x, strength) * ratio + shift).to(out.dtype)
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """What `on_top` takes: see `lengths_of`."""
+        return lengths_of(self)
 
     def norms(self, strength: float | Tensor) -> Float[Tensor, " out"]:
         """|W + strength B A| of each row, without gradient."""

@@ -15,7 +15,7 @@ from minipeft.layers.lora_conv import LoRAConv, kernel_product
 from minipeft.layers.lora_embedding import LoRAEmbedding
 from minipeft.ops import without_autocast
 from minipeft.protocol import is_adapter
-from minipeft.variants.dora import Kept, length_ratio, row_norms
+from minipeft.variants.dora import Kept, length_ratio, lengths_of, row_norms
 from minipeft.wrapper import innermost
 
 _ROWS = 4096  # of a 4-bit table to decode at a time
@@ -38,15 +38,28 @@ class DoRAEmbedding(LoRAEmbedding):
             self.magnitude = nn.Parameter(square.sqrt())
 
     def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
-        out = super().forward(ids)
-        compiling = torch.compiler.is_compiling()
         if self.merged_module is not None and self._enabled:
-            return out
+            merged: Tensor = self.call_merged(ids)
+            return merged
+        out: Tensor = self.base(ids)
+        compiling = torch.compiler.is_compiling()
         if not compiling and (not self._enabled or self._scale == 0):
             return out
         strength = self.strength if compiling else self.scaling * self._scale
-        made = (out * length_ratio(self.magnitude, self.norms(strength))).to(out.dtype)
+        ratio = length_ratio(self.magnitude, self.norms(strength))
+        made = (super().on_top(out, ids, strength) * ratio).to(out.dtype)
         return torch.where(self.strength == 0, out, made) if compiling else made
+
+    def on_top(
+        self, out: Tensor, ids: Tensor, strength: float | Tensor, *lengths: Tensor
+    ) -> Tensor:
+        """The output of the layers below and the branch, at the lengths that are given."""
+        ratio, shift = lengths
+        return (super().on_top(out, ids, strength) * ratio + shift).to(out.dtype)
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """What `on_top` takes: see `lengths_of`."""
+        return lengths_of(self)
 
     def norms(self, strength: float | Tensor) -> Float[Tensor, " dim"]:
         """Norms of the columns of E + strength (B A)^T, without gradient."""
@@ -131,11 +144,8 @@ class DoRAConv(LoRAConv):
         if not compiling and (not self._enabled or self._scale == 0):
             return out
         strength = self.strength if compiling else self.scaling * self._scale
-        with torch.no_grad(), without_autocast(x.device):
-            direction = self.exact_below("weight", torch.float32) + self._kernel(strength)
-            norms = direction.flatten(1).norm(dim=1)
         axes = (1,) * (self.lora_a.dim() - 2)
-        ratio = length_ratio(self.magnitude, norms).view(-1, *axes)
+        ratio = length_ratio(self.magnitude, self.norms(strength)).view(-1, *axes)
         bias = self.bias
         shift = 0.0 if bias is None else bias.to(out.dtype).view(-1, *axes)
         dense = out
@@ -149,6 +159,22 @@ class DoRAConv(LoRAConv):
         branch = convolve(hidden, b, groups=plain.groups)
         made = (out + ((dense - shift + branch) * ratio - (dense - shift))).to(out.dtype)
         return torch.where(self.strength == 0, out, made) if compiling else made
+
+    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor, *lengths: Tensor) -> Tensor:
+        """The output of the layers below and the branch, at the lengths that are given."""
+        ratio, shift = lengths
+        return (super().on_top(out, x, strength) * ratio + shift).to(out.dtype)
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """What `on_top` takes: see `lengths_of`."""
+        return lengths_of(self)
+
+    def norms(self, strength: float | Tensor) -> Float[Tensor, " out"]:
+        """Norms of the kernels with strength B A added, without gradient."""
+        with torch.no_grad(), without_autocast(self.magnitude.device):
+            direction = self.exact_below("weight", torch.float32) + self._kernel(strength)
+            norms: Tensor = direction.flatten(1).norm(dim=1)
+            return norms
 
     def _kernel(self, strength: float | Tensor) -> Tensor:
         a, b = (factor.float() for factor in self.factors())

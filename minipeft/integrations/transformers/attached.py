@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.bank import refuse_rows
+from minipeft.bank import ByRow, refuse_rows
 from minipeft.inject import swap
 from minipeft.integrations.transformers import probe, saving
 from minipeft.integrations.transformers.attention import Part
@@ -230,7 +230,8 @@ class Prefix(nn.Module):
         `use("poet")`, `use(None)`, `use(["poet", None, ["poet", "lawyer"]])`.
 
         Raises:
-            ValueError: a name that no prefix has; nothing has changed then.
+            ValueError: a name that no prefix has, or heads that differ by row already; nothing has
+                changed then.
         """
         heads = self._head_layers()
         before = self.rows, self.served, {n: e.enabled for n, e in self._by_name().items()}
@@ -270,6 +271,12 @@ class Prefix(nn.Module):
     def _head_layers(self) -> dict[str, list[TrainedModule]]:
         """The layers of the heads that came with each prefix, also below other adapters."""
         stacked = stacks(self.model)
+        places = itertools.chain.from_iterable(self.heads.values())
+        if any(isinstance(layer, ByRow) for place in places for layer in stacked.get(place, [])):
+            raise ValueError(
+                "use: the head of a prefix differs by row (use_adapters(rows=)); call "
+                "minipeft.use_adapters(model, names) first"
+            )
         return {
             name: [x for p in places for x in stacked.get(p, []) if isinstance(x, TrainedModule)]
             for name, places in self.heads.items()
