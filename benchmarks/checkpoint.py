@@ -36,7 +36,7 @@ def write_source(folder: Path, gigabytes: float) -> int:
     from transformers import LlamaConfig
 
     from minipeft.integrations.transformers import meta_model
-    from minipeft.io.bitsandbytes.checkpoint import write_index
+    from minipeft.io.bitsandbytes.checkpoint import INDEX, index_text
     from minipeft.io.shards import ShardWriter, shard_names, split
 
     hidden, intermediate, vocabulary = 2048, 5632, 32000
@@ -59,7 +59,8 @@ def write_source(folder: Path, gigabytes: float) -> int:
             for name in names:
                 writer.write(name, torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.02))
             writer.finish()
-    write_index(folder, [(file, {n: sizes[n] for n in names}) for file, names in files])
+    index = index_text([(file, {n: sizes[n] for n in names}) for file, names in files])
+    (folder / INDEX).write_bytes(index)
     return max(sizes.values())
 
 

@@ -159,6 +159,11 @@ class LowRank(Wrapper):
         a, b, a0, b0 = own["lora_a"], own["lora_b"], own["lora_a0"], own["lora_b0"]
         return (a, b) if a0 is None else (torch.cat([a, a0]), torch.cat([b, -b0], 1))
 
+    def halves(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `factors` put together where a start is subtracted: a, b, and the start's."""
+        (a, a0), (b, b0) = a.chunk(2), b.chunk(2, 1)
+        return a, b, a0, -b0
+
     def delta(self) -> Tensor:
         """What is added to the base's weight, in float32 or better, with the runtime scale."""
         return lora_delta(*self.factors(), self.scaling * self.scale)

@@ -8,6 +8,7 @@ before the first is written; the checksums fill placeholders in the header at th
 import json
 import math
 import os
+import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipeft.io.replace import current
 from minipeft.io.tensors import checksums_in, digest, metadata_with
 
 Spec = tuple[torch.dtype, tuple[int, ...]]
@@ -45,9 +47,11 @@ class ShardWriter:
         OSError: the disk is full, and the like; the message names file and tensor.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, Spec], *, shown: Path | None = None) -> None:
         self.path, self.specs = path, dict(specs)
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._shown = path if shown is None else shown  # what errors call the file
+        number = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._temporary = path.with_name(f".{path.name}.{number}.tmp")
         # larger elements first: every tensor then starts at a multiple of its element's size
         order = sorted(specs, key=lambda name: (-specs[name][0].itemsize, name))
         self._places: dict[str, tuple[int, int]] = {}
@@ -88,7 +92,7 @@ class ShardWriter:
                 self._file.write(plain.view(-1).view(torch.uint8).numpy().data)
                 self._file.flush()
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} while writing {name}", str(self.path)) \
+            raise OSError(error.errno, f"{error.strerror} while writing {name}", str(self._shown)) \
                 from error  # fmt: skip
         self._left.discard(name)
 
@@ -104,7 +108,7 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} while finishing", str(self.path)) \
+            raise OSError(error.errno, f"{error.strerror} while finishing", str(self._shown)) \
                 from error  # fmt: skip
         self._file.close()
         os.replace(self._temporary, self.path)
@@ -164,17 +168,20 @@ class Reader:
         self.file_of: dict[str, Path] = {}
         self.specs: dict[str, Spec] = {}
         for path in paths:
-            if not path.is_file():
+            place = current(path)
+            if not place.is_file():
                 raise ValueError(f"{path}: no such file")
             try:
-                file: Any = safe_open(path, framework="pt")
+                file: Any = safe_open(place, framework="pt")
                 metadata = file.metadata() or {}
                 slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 described = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
             except (SafetensorError, OSError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{path}: damaged safetensors file ({error})") from error
             self._files[path] = file
-            self._sums[path] = checksums_in(path, metadata)
+            self._sums[path] = sums = checksums_in(path, metadata)
+            if sums is not None and (lost := sums.keys() - described.keys()):
+                raise ValueError(f"{path}: {sorted(lost)[0]:.80} is missing; the file is damaged")
             for name, (dtype, shape) in described.items():
                 if name in self.file_of:
                     raise ValueError(f"{path}: {name} is in {self.file_of[name].name} too")

@@ -1,20 +1,26 @@
 """safetensors files: written whole or not at all, with a checksum for each tensor.
 
-Format: https://github.com/huggingface/safetensors.  The checksums are sha256 of each tensor's
-dtype, shape and bytes, as JSON under `minipeft_sha256` in the file's metadata, where other readers
-ignore them; `minipeft_format` says that they must be there.
+Format: https://github.com/huggingface/safetensors.  In the file's metadata, where other readers
+ignore them:
+
+    minipeft_sha256     JSON: the sha256 of each tensor's dtype, shape and bytes
+    minipeft_format     "2": all of this must be there ("1", of older files: the line above)
+    minipeft_metadata   the sha256 of all other metadata
+    minipeft_config     the configuration that was saved with the file, see seal.py
+    minipeft_training   what other readers need not know, see the writers of adapters
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-CHECKSUMS, FORMAT = "minipeft_sha256", "minipeft_format"
+from minipeft.io.replace import current, write_file
+
+CHECKSUMS, FORMAT, WHOLE = "minipeft_sha256", "minipeft_format", "minipeft_metadata"
 
 
 def digest(tensor: Tensor) -> str:
@@ -27,43 +33,55 @@ def digest(tensor: Tensor) -> str:
     return total.hexdigest()
 
 
-def metadata_with(sums: Mapping[str, str]) -> dict[str, str]:
+def metadata_with(sums: Mapping[str, str], more: Mapping[str, str] | None = None) -> dict[str, str]:
     """The metadata of a file that minipeft writes; sums: a digest for each tensor."""
-    return {"format": "pt", CHECKSUMS: json.dumps(sums), FORMAT: "1"}
+    found = {"format": "pt", CHECKSUMS: json.dumps(sums), FORMAT: "2", **(more or {})}
+    return {**found, WHOLE: _digest_of(found)}
+
+
+def _digest_of(metadata: Mapping[str, str]) -> str:
+    own = {key: value for key, value in metadata.items() if key != WHOLE}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def checksums_in(path: Path, metadata: Mapping[str, str]) -> dict[str, object] | None:
     """The digests that a file's metadata holds; None if nobody wrote any.
 
     Raises:
-        ValueError: they are damaged, or missing from a file that minipeft wrote.
+        ValueError: they are damaged, or missing from a file that minipeft wrote; or other metadata
+            is.
     """
-    if CHECKSUMS in metadata:
-        return parse_object(metadata[CHECKSUMS].encode(), f"{path}: checksums")
-    if any(key.startswith("minipeft") for key in metadata):
+    if not any(key.startswith("minipeft") for key in metadata):
+        return None
+    if CHECKSUMS not in metadata:
         raise ValueError(f"{path}: its checksums are missing; the file is damaged")
-    return None
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    form = metadata.get(FORMAT, "1")  # the first files had no such line
+    if form not in ("1", "2"):
+        raise ValueError(
+            f"{path}: {FORMAT} is {form!r:.40}, expected '1' or '2'; the file is damaged, or of a "
+            "newer version"
+        )
+    expected = metadata.get(WHOLE)
+    if (form == "2" or expected is not None) and expected != _digest_of(metadata):
+        raise ValueError(f"{path}: its metadata differs from its checksum; the file is damaged")
+    return parse_object(metadata[CHECKSUMS].encode(), f"{path}: checksums")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, which must have elements, to a safetensors file with checksums.
+    """Write tensors, which must have elements, to one safetensors file with checksums.
 
     Raises:
         ValueError: a tensor is empty or on the meta device: its values are elsewhere (sharded,
             offloaded), and the file would hold none.
+    """
+    write_file(path, encoded(tensors))
+
+
+def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file with checksums, and with this metadata too.
+
+    Raises:
+        ValueError: as write_tensors.
     """
     from safetensors.torch import save
 
@@ -75,7 +93,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             plain[name] = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
     sums = {name: digest(tensor) for name, tensor in plain.items()}
-    write_atomically(path, save(plain, metadata=metadata_with(sums)))
+    data: bytes = save(plain, metadata=metadata_with(sums, metadata))
+    return data
 
 
 def check_writable(tensors: Mapping[str, Tensor]) -> None:
@@ -94,13 +113,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: no such file, a damaged one, or a tensor whose checksum differs.
     """
+    return read_all(path)[0]
+
+
+def read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same, and the file's metadata.
+
+    Raises:
+        ValueError: as read_tensors.
+    """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    place = current(path)
+    if not place.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+        with safe_open(place, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from error
@@ -108,7 +137,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if sums is not None and sums.get(name) != digest(tensor):
             raise ValueError(f"{path}: {name} differs from its checksum; the file is damaged")
-    return tensors
+    if sums is not None and (lost := sums.keys() - tensors.keys()):
+        raise ValueError(f"{path}: {sorted(lost)[0]:.80} is missing; the file is damaged")
+    return tensors, metadata
 
 
 def parse_object(data: bytes, what: str) -> dict[str, object]:

@@ -134,6 +134,13 @@ class LoRAConv(LowRank):
         joined = rearrange(torch.cat(a, dim=1), "g r ... -> (g r) ...")
         return joined, torch.cat([self.lora_b, -self.lora_b0], dim=1)
 
+    def halves(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `factors` put together where a start is subtracted: a, b, and the start's."""
+        grouped = rearrange(a, "(g r) ... -> g r ...", g=1 if self.across_groups else self.groups)
+        parts = [rearrange(t, "g r ... -> (g r) ...") for t in grouped.chunk(2, 1)]
+        (b, b0) = b.chunk(2, 1)
+        return parts[0], b, parts[1], -b0
+
 
 def kernel_product(a: Tensor, b: Tensor, groups: int) -> Tensor:
     """The kernel of b after a: (out, in / groups, *kernel)."""

@@ -263,7 +263,16 @@ ZERO = {"kind": "zero_gated", "n_layers": 2, "n_heads": 4, "embedding_dim": 32}
 LSTM = {"kind": "prompt_encoder", "embedding_dim": 32, "network": "lstm"}
 
 
+def unsealed(directory) -> None:
+    """Weights without the configuration that they were saved with, as older files were."""
+    from minipeft.io.tensors import read_tensors, write_tensors
+
+    for path in directory.glob("*.safetensors"):
+        write_tensors(path, read_tensors(path))
+
+
 def damage(path, change) -> None:
+    unsealed(path.parent)
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))

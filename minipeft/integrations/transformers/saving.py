@@ -4,9 +4,9 @@ The method as it was would write base weights under names such as `q_proj.base.w
 `from_pretrained` does not know: it would fill those layers with random numbers.
 """
 
-import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ def save_adapters(
     frozen positions, or that shares its name with LoRA, in the format of io.ptuning.save_prefix in
     the same directory, which load_prefix reads.
 
+    All files of all adapters are of one save, as of save_peft; those of an earlier one that are not
+    written now go with it.
+
     Sharding, variants and serialisation options have no meaning for an adapter and are accepted.
 
     Raises:
@@ -44,31 +47,43 @@ def save_adapters(
             "quantize_model has prepared"
         )
     # io builds on integrations
-    from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress, save_peft
+    from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress
+    from minipeft.io.peft.save import describe, stage_adapter
     from minipeft.io.ptuning import config as own_files
     from minipeft.io.ptuning import save as ptuning
+    from minipeft.io.replace import Replacement
+    from minipeft.io.seal import stage
 
     if not is_main_process:
         return
+    gathered = ptuning.gathered_by_id(model, state_dict or {})
+    staged: list[Callable[[Replacement], None]] = []
     for name in named(model):
-        directory = Path(save_directory) if name == DEFAULT else Path(save_directory) / name
-        in_peft, beside = True, False
+        folder, in_peft, beside = "" if name == DEFAULT else name, True, False
         try:
-            save_peft(model, directory, name=name, state_dict=state_dict)
+            found = describe(model, [name], gathered, beside_prefix=False)
         except CannotExpress:
             in_peft = beside = ptuning.has_more_than_prefix(model, name)
             if beside:
-                save_peft(model, directory, name=name, state_dict=state_dict, beside_prefix=True)
+                found = describe(model, [name], gathered, beside_prefix=True)
         own = not in_peft or beside or ptuning.loses_in_peft(model, name)
-        if own and ptuning.has_prefix(model, name):
-            ptuning.save_prefix(
-                model, directory, name=name, reparametrization=True, heads=not beside,
-                state_dict=state_dict,
-            )  # fmt: skip
-        stale = [] if in_peft else [CONFIG_NAME, WEIGHTS_NAME]
-        stale += [] if own else [own_files.CONFIG_NAME, own_files.WEIGHTS_NAME]
-        for file in stale:  # of an earlier save into the same directory
-            (directory / file).unlink(missing_ok=True)
+        own = own and ptuning.has_prefix(model, name)
+        inside = f"{folder}/" if folder else ""
+        files = [f"{inside}{file}" for file in (own_files.CONFIG_NAME, own_files.WEIGHTS_NAME)]
+        if in_peft:
+            staged.append(partial(stage_adapter, folder=folder, adapter=found[name]))
+        if own:
+            config, tensors = ptuning.describe_prefix(
+                model, name, gathered, reparametrization=True, heads=not beside
+            )
+            names = (files[0], files[1])
+            staged.append(partial(stage, names=names, config=config, tensors=tensors))
+        stale = [] if in_peft else [f"{inside}{file}" for file in (CONFIG_NAME, WEIGHTS_NAME)]
+        for file in [*stale, *([] if own else files)]:  # of an earlier save into the same directory
+            staged.append(partial(Replacement.remove, name=file))
+    with Replacement(Path(save_directory)) as unit:
+        for write in staged:
+            write(unit)
 
 
 def adopt(model: nn.Module) -> None:
@@ -81,7 +96,7 @@ def adopt(model: nn.Module) -> None:
             continue
         if any(is_adapter(part) or is_packed(part) for part in module.modules()):
             # a partial, not a bound method: pickle would look a bound method up by its name
-            module.save_pretrained = functools.partial(save_adapters, module)  # type: ignore[assignment]
+            module.save_pretrained = partial(save_adapters, module)  # type: ignore[assignment]
         else:
             vars(module).pop("save_pretrained", None)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from minipeft.io.replace import current
 from minipeft.io.shards import Reader
-from minipeft.io.tensors import parse_object, write_atomically
+from minipeft.io.tensors import parse_object
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _MAX_JSON = 2**28  # an index has about 100 bytes a tensor
@@ -22,9 +23,10 @@ _FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
 
 def _json(path: Path) -> dict[str, object]:
     try:
-        if path.stat().st_size > _MAX_JSON:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes of JSON")
-        return parse_object(path.read_bytes(), str(path))
+        place = current(path)
+        if (size := place.stat().st_size) > _MAX_JSON:
+            raise ValueError(f"{path}: {size} bytes of JSON")
+        return parse_object(place.read_bytes(), str(path))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
 
@@ -37,8 +39,8 @@ def weight_files(directory: Path) -> list[Path]:
             names a file elsewhere.
     """
     index = directory / INDEX
-    if not index.is_file():
-        if (directory / SINGLE).is_file():
+    if not current(index).is_file():
+        if current(directory / SINGLE).is_file():
             return [directory / SINGLE]
         pickled = sorted(p.name for p in directory.glob("*.bin"))
         why = f"; {pickled[:3]} are pickled files: convert them to safetensors" if pickled else ""
@@ -63,7 +65,7 @@ def open_weights(path: Path) -> Reader:
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory")
     reader = Reader(weight_files(path))
-    if (path / INDEX).is_file():
+    if current(path / INDEX).is_file():
         weight_map = _json(path / INDEX)["weight_map"]
         found = {name: file.name for name, file in reader.file_of.items()}
         if weight_map != found:
@@ -86,7 +88,7 @@ def config_of(path: Path) -> dict[str, object]:
     """
     if path.is_file():
         return {}
-    if not (path / CONFIG).is_file():
+    if not current(path / CONFIG).is_file():
         raise ValueError(f"{path}: no {CONFIG}; the checkpoint is not complete")
     return _json(path / CONFIG)
 
@@ -123,17 +125,13 @@ def quantization_config(
     }
 
 
-def write_index(directory: Path, files: Sequence[tuple[str, Mapping[str, int]]]) -> None:
+def index_text(files: Sequence[tuple[str, Mapping[str, int]]]) -> bytes:
     """The index of several files: their names, and the bytes of each tensor in them."""
     weight_map = {name: file for file, sizes in files for name in sizes}
     total = sum(size for _, sizes in files for size in sizes.values())
-    text = json.dumps(
-        {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True
-    )
-    write_atomically(directory / INDEX, text.encode())
+    return config_text({"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def write_config(directory: Path, config: Mapping[str, object]) -> None:
+def config_text(config: Mapping[str, object]) -> bytes:
     """config.json: what makes a directory a checkpoint, and is written last."""
-    text = json.dumps(config, indent=2, sort_keys=True)
-    write_atomically(directory / CONFIG, text.encode())
+    return json.dumps(config, indent=2, sort_keys=True).encode()

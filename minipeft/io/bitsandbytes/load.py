@@ -16,6 +16,7 @@ from tqdm import tqdm
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import is_state_key, state_of, weight_of
 from minipeft.io.buffers import restore_buffers
+from minipeft.io.replace import read_whole
 from minipeft.io.shards import Reader
 from minipeft.layers.conv1d import NF4Conv1D
 from minipeft.protocol import is_conv1d
@@ -117,6 +118,18 @@ def load_quantized(
     path, device = Path(path), torch.device(device)
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_quantized: expected a module, got {type(model).__name__}")
+    folder = path.parent if path.is_file() else path
+    return read_whole(folder, lambda: _load(model, path, device, dtype, compute_dtype, progress))
+
+
+def _load(
+    model: nn.Module,
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    compute_dtype: torch.dtype | None,
+    progress: bool | None,
+) -> Names:
     checkpoint.check_four_bits(path, checkpoint.config_of(path))
     with checkpoint.open_weights(path) as reader:
         groups = _groups(reader)

@@ -2,7 +2,8 @@
 
 The work is done in `<destination>.unfinished` beside the destination, a shard at a time; a shard
 has its name only when it is whole.  At the end the directory is renamed.  So a destination that
-exists is complete, and after an interruption the same call goes on with the next shard.
+exists is complete, and after an interruption, at whatever moment, the same call goes on: with the
+next shard, or, where only the record of the run is left to be removed, with that.
 """
 
 import errno
@@ -20,8 +21,9 @@ from tqdm import tqdm
 
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import Settings, entries, specs
+from minipeft.io.replace import locked, write_file
 from minipeft.io.shards import Reader, ShardWriter, Spec, nbytes, shard_names, split
-from minipeft.io.tensors import parse_object, write_atomically
+from minipeft.io.tensors import parse_object
 from minipeft.nf4 import check_block_size
 from minipeft.protocol import is_conv1d, linear_shape
 from minipeft.qlora import NF4Linear
@@ -77,9 +79,28 @@ def _check_places(source: Path, destination: Path) -> Path:
         raise ValueError(f"{source}: no such directory")
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{destination}: lies in {source}, which is never written to")
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    if _is_taken(destination) and not (destination / PROGRESS).is_file():
         raise ValueError(f"{destination}: exists already; choose another directory")
     return destination.with_name(f"{destination.name}.unfinished")
+
+
+def _is_taken(destination: Path) -> bool:
+    return destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
+
+
+def _is_finished(destination: Path, wanted: Mapping[str, object]) -> bool:
+    """Whether this run has renamed its directory already, and died before it removed its record.
+
+    Raises:
+        ValueError: the destination is another run's.
+    """
+    if not _is_taken(destination):
+        return False
+    record = destination / PROGRESS
+    if not record.is_file() or parse_object(record.read_bytes(), str(record)) != wanted:
+        raise ValueError(f"{destination}: exists already; choose another directory")
+    record.unlink()
+    return True
 
 
 @contextmanager
@@ -90,27 +111,20 @@ def _working_in(directory: Path, wanted: Mapping[str, object]) -> Iterator[None]
         ValueError: it belongs to another run, which still goes on or had other settings.
     """
     record = directory / PROGRESS
-    if directory.exists():
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory, wait=False) as alone:
+        if alone is False:
+            raise ValueError(f"{directory}: another process is working in it")
+        for leftover in directory.glob(".*.tmp"):
+            leftover.unlink()
+        if not any(directory.iterdir()):  # new, or its run died before it had a record
+            write_file(record, json.dumps(wanted, indent=2).encode())
         found = parse_object(record.read_bytes(), str(record)) if record.is_file() else None
         if found != wanted:
             raise ValueError(
                 f"{directory}: left by a run with another source or other settings; delete it, or "
                 "choose another destination"
             )
-    else:
-        directory.mkdir(parents=True)
-        write_atomically(record, json.dumps(wanted, indent=2).encode())
-    with open(record) as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: nobody keeps two runs apart there
-            pass
-        except OSError as error:
-            raise ValueError(f"{directory}: another process is working in it") from error
-        for leftover in directory.glob(".*.tmp"):
-            leftover.unlink()
         yield
 
 
@@ -192,6 +206,9 @@ def quantize_checkpoint(
                        for p in sorted(set(reader.file_of.values()))},
             "settings": described,
         }  # fmt: skip
+        names = Names([key.removesuffix(".weight") for key in weights], left_out)
+        if _is_finished(destination, record):
+            return names
         with (
             _working_in(directory, record),
             tqdm(total=sum(map(nbytes, reader.specs.values())), desc="quantising", unit="B",
@@ -207,11 +224,13 @@ def quantize_checkpoint(
                 else:
                     bar.update(sum(nbytes(reader.specs[key]) for key in keys))
             _finish(directory, source, config, model, weights, files, expected)
-    if destination.exists():
-        destination.rmdir()
-    os.replace(directory, destination)
-    (destination / PROGRESS).unlink()
-    return Names([key.removesuffix(".weight") for key in weights], left_out)
+            if _is_taken(destination):
+                raise ValueError(f"{destination}: exists already; it was made meanwhile")
+            if destination.exists():  # empty; Windows renames onto nothing
+                destination.rmdir()
+            os.replace(directory, destination)
+            (destination / PROGRESS).unlink()
+    return names
 
 
 def _check_room(directory: Path, needed: int) -> None:
@@ -263,11 +282,11 @@ def _finish(
     _copy_others(source, directory)
     if len(files) > 1:
         sizes = {file: {n: nbytes(spec) for n, spec in expected[file].items()} for file, _ in files}
-        checkpoint.write_index(directory, list(sizes.items()))
+        write_file(directory / checkpoint.INDEX, checkpoint.index_text(list(sizes.items())))
     names = {key.removesuffix(".weight") for key in weights}
     dense = [n for n, m in model.named_modules() if n not in names and linear_shape(m)]
     first = next(iter(weights.values()))[0]
     config["quantization_config"] = checkpoint.quantization_config(
         quant_type="nf4", double_quant=first.double_quant, dense=dense, compute_dtype=first.dtype
     )
-    checkpoint.write_config(directory, config)
+    write_file(directory / checkpoint.CONFIG, checkpoint.config_text(config))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from minipeft.adapters import base_state_dict
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import entries
+from minipeft.io.replace import Replacement
 from minipeft.io.shards import ShardWriter, nbytes, shard_names, split
 from minipeft.packed import PackedModule
 from minipeft.protocol import is_adapter, is_packed, linear_shape
@@ -97,36 +98,42 @@ def save_quantized(
 
     config.json (the model's own, if it has one, with a quantization_config), and safetensors
     files of at most `max_shard_bytes` with an index if there are several; a sha256 for every
-    tensor.  Adapters are not part of it: the base is written under its own names.  config.json is
-    written last, so a directory with one is complete.  `quant_storage` views codes as a float
+    tensor.  Adapters are not part of it: the base is written under its own names.  All files
+    become the directory's in one rename (io/replace.py), so one with a config.json is complete, and
+    one in which a save died can be saved into.  `quant_storage` views codes as a float
     dtype, as sharded training with bitsandbytes wants them.
 
     Raises:
         ValueError: no 4-bit layer, one that the format does not have (embeddings, experts), a
             tensor without values, or a directory that holds a checkpoint already.
-        OSError: the disk is full, and the like; the directory is then without config.json.
+        OSError: the disk is full, and the like; the directory is then as it was.
     """
     directory = Path(path)
     if max_shard_bytes < 1:
         raise ValueError(f"save_quantized: max_shard_bytes={max_shard_bytes}; expected above 0")
     tensors, layers = _tensors(model, quant_storage)
     config = _config(model, layers, quant_storage)
-    directory.mkdir(parents=True, exist_ok=True)
-    present = [n for n in (checkpoint.CONFIG, checkpoint.INDEX) if (directory / n).exists()]
-    if present or any(directory.glob("*.safetensors")):
-        raise ValueError(f"save_quantized: {directory} holds a checkpoint already; choose another")
     specs = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     sizes = {name: nbytes(spec) for name, spec in specs.items()}
     groups = split(sizes, max_shard_bytes)
     files = list(zip(shard_names(len(groups)), groups, strict=True))
-    for file, names in files:
-        with ShardWriter(directory / file, {name: specs[name] for name in names}) as writer:
-            for name in names:
-                writer.write(name, tensors[name])
-            writer.finish()
-    if len(files) > 1:
-        checkpoint.write_index(
-            directory, [(file, {n: sizes[n] for n in names}) for file, names in files]
-        )
-    checkpoint.write_config(directory, config)
+
+    def refuse_another() -> None:
+        present = [n for n in (checkpoint.CONFIG, checkpoint.INDEX) if (directory / n).exists()]
+        if present or any(directory.glob("*.safetensors")):
+            raise ValueError(
+                f"save_quantized: {directory} holds a checkpoint already; choose another"
+            )
+
+    with Replacement(directory, check=refuse_another) as unit:
+        for file, names in files:
+            announced = {name: specs[name] for name in names}
+            with ShardWriter(unit.path(file), announced, shown=directory / file) as writer:
+                for name in names:
+                    writer.write(name, tensors[name])
+                writer.finish()
+        if len(files) > 1:
+            index = [(file, {n: sizes[n] for n in names}) for file, names in files]
+            unit.write(checkpoint.INDEX, checkpoint.index_text(index))
+        unit.write(checkpoint.CONFIG, checkpoint.config_text(config))
     return list(layers)

@@ -12,6 +12,7 @@ from torch import nn
 
 from minipeft.extras import BIAS_MODES
 from minipeft.io.peft.patterns import fitting
+from minipeft.io.replace import current
 from minipeft.io.tensors import parse_object
 from minipeft.protocol import linear_shape
 
@@ -57,6 +58,7 @@ class LoRAConfig:
     target_parameters: list[str] = field(default_factory=list)
     tokens: list[int] | dict[str, list[int]] | None = None
     tied: bool = False
+    content: dict[str, object] = field(default_factory=dict, compare=False, repr=False)  # all of it
 
     @property
     def all_linear(self) -> bool:
@@ -207,15 +209,16 @@ def read_config(path: Path) -> LoRAConfig:
         ValueError: no such file, no JSON, another kind of adapter, a field with a value that no
             layer here has, or an unknown field that is switched on (each named).
     """
-    if not path.is_file():
+    place = current(path)
+    if not place.is_file():
         hint = "; it holds a prefix_config.json: use io.ptuning.load_prefix"
         raise ValueError(
             f"{path}: no such file; expected a directory that PEFT or save_peft wrote"
             f"{hint if (path.parent / 'prefix_config.json').is_file() else ''}"
         )
-    if path.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a configuration")
-    config, where = parse_object(path.read_bytes(), str(path)), path.name
+    if (size := place.stat().st_size) > LARGEST_CONFIG:
+        raise ValueError(f"{path}: {size} bytes are too many for a configuration")
+    config, where = parse_object(place.read_bytes(), str(path)), path.name
     if config.get("peft_type") != "LORA":
         raise ValueError(
             f"{where}: peft_type is {config.get('peft_type')!r}; expected 'LORA', or one of the "
@@ -266,4 +269,5 @@ def read_config(path: Path) -> LoRAConfig:
         target_parameters=parameters,
         tokens=_tokens(config, where),
         tied=config.get("ensure_weight_tying") is True,
+        content=config,
     )

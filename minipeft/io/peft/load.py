@@ -14,13 +14,10 @@ from minipeft.inject import check_model, restoring, swap
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, MatchedConfig, read_config
 from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.prompts import kind_in, load_prompts
-from minipeft.io.peft.tensors import (
-    copy_into,
-    experts_parameters,
-    parameters,
-    reaches_across_groups,
-)
-from minipeft.io.tensors import read_tensors
+from minipeft.io.peft.tensors import copy_into, reaches_across_groups
+from minipeft.io.peft.training import PLAIN, Training, freeze_named, made_layer, parsed
+from minipeft.io.replace import current, read_whole
+from minipeft.io.seal import read_sealed
 from minipeft.kinds import layer_class
 from minipeft.layers.experts import NF4Experts
 from minipeft.layers.lora_embedding import LoRAEmbedding
@@ -44,9 +41,11 @@ class _Builder:
     """The layers that a file asks for, over a model's modules, by the modules' names."""
 
     def __init__(
-        self, model: nn.Module, config: MatchedConfig, contents: Contents, *, stack: bool
-    ) -> None:
+        self, model: nn.Module, config: MatchedConfig, contents: Contents, *, stack: bool,
+        training: Mapping[str, Training],
+    ) -> None:  # fmt: skip
         self.model, self.config, self.contents, self.stack = model, config, contents, stack
+        self.training = training
         self.modules = visible_modules(model)
         self.made: dict[str, nn.Module] = {}
 
@@ -91,10 +90,9 @@ class _Builder:
             settings = self.settings(name)
             if reaches_across_groups(module, found):
                 settings["across_groups"] = True
-            layer = kind(module, **settings)
+            training = self.training.get(name, PLAIN)
             where = f"{WEIGHTS_NAME}: {name}"
-            copy_into(where, layer, parameters(where, layer, found))
-            self.made[name] = layer
+            self.made[name] = made_layer(where, kind, module, found, settings, training)
         for name, levels in self.contents.experts.items():
             self._experts(name, levels)
         if self.config.config.tied:
@@ -107,6 +105,12 @@ class _Builder:
             self._saved(name, values, TrainedModule(self.top(name), memo=own))
         for name, (ids, rows) in self.contents.tokens.items():
             self._tokens(name, ids, rows)
+        for name, training in self.training.items():
+            where = f"{WEIGHTS_NAME}: {name:.80}"
+            if name not in self.made:
+                raise ValueError(f"{where}: the file says how it trains, and holds no layer of it")
+            freeze_named(where, _new_layers({name: self.made[name]}, self.modules),
+                         training.frozen)  # fmt: skip
         return self.made
 
     def _experts(self, name: str, levels: Sequence[Mapping[Any, Tensor]]) -> None:
@@ -124,10 +128,13 @@ class _Builder:
                 f"{CONFIG_NAME} have {wanted}"
             )
         for full, found in zip(wanted, levels, strict=True):
-            layer = LoRAExperts(weights[full], **self.settings(full))
-            where = f"{WEIGHTS_NAME}: {full}"
-            copy_into(where, layer, experts_parameters(where, layer, found))
-            self.made[full] = layer
+            where, training = f"{WEIGHTS_NAME}: {full}", self.training.get(full, PLAIN)
+            parent: Any = self.modules[name]
+            settings = {
+                **self.settings(full), "transposed": bool(getattr(parent, "is_transposed", False)),
+            }  # fmt: skip
+            layer = made_layer(where, LoRAExperts, weights[full], found, settings, training)
+            self.made[full] = layer.train(parent.training)
 
     def _tied_heads(self) -> None:
         for name, layer in list(self.made.items()):
@@ -206,8 +213,12 @@ def load_peft(
         ValueError: a file missing or damaged, another kind of adapter, a key missing, extra or of
             another shape, an adapter of another model.  The model is then as it was.
     """
-    check_model("load_peft", model)
     directory = Path(path)
+    return read_whole(directory, lambda: _load(model, directory, name, strict=strict))
+
+
+def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Loaded:
+    check_model("load_peft", model)
     if name != DEFAULT:
         check_new_name("load_peft", model, name)
     refuse_merged("load_peft", named_adapters(model))
@@ -221,11 +232,14 @@ def load_peft(
         raise ValueError(f"{CONFIG_NAME}: the patterns {unused} fit no module of the model")
     where = directory / WEIGHTS_NAME
     _refuse_pickle(directory)
-    contents = sort_out(where, read_tensors(where), model, config)
+    tensors, training = read_sealed(where, plain.content, CONFIG_NAME)
+    contents = sort_out(where, tensors, model, config)
     if strict and (contents.missing or contents.unexpected):
         raise ValueError(contents.complaint(where))
     with restoring(model):
-        made = _Builder(model, config, contents, stack=name != DEFAULT).build()
+        made = _Builder(
+            model, config, contents, stack=name != DEFAULT, training=parsed(training, str(where))
+        ).build()
         if not made:
             raise ValueError(f"{where}: holds no adapter")
         of_module = {id(modules[n]): layer for n, layer in made.items() if n in modules}
@@ -248,7 +262,10 @@ def _prompts(model: nn.Module, directory: Path, name: str, *, strict: bool) -> L
 
 
 def _refuse_pickle(directory: Path) -> None:
-    if not (directory / WEIGHTS_NAME).is_file() and (directory / "adapter_model.bin").is_file():
+    if (
+        not current(directory / WEIGHTS_NAME).is_file()
+        and (directory / "adapter_model.bin").is_file()
+    ):
         raise ValueError(
             f"{directory}: adapter_model.bin is a pickle and can run code, so it is not read; "
             "load it with PEFT where you trust it and save it with safe_serialization=True"

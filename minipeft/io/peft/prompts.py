@@ -5,8 +5,6 @@ Source: PEFT 0.21.  All three store one tensor `prompt_embeddings`: prefix tunin
 PEFT counts a prefix as tokens: it shifts positions, and a sliding window leaves it behind.
 """
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,9 @@ from minipeft.io.heads import (
 )
 from minipeft.io.peft.config import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME
 from minipeft.io.ptuning.save import has_more_than_prefix, with_values
-from minipeft.io.tensors import parse_object, read_tensors, write_atomically, write_tensors
+from minipeft.io.replace import current
+from minipeft.io.seal import read_sealed
+from minipeft.io.tensors import parse_object
 from minipeft.prefix import PrefixEncoder
 from minipeft.prompt import PromptEmbedding, PromptEncoder
 
@@ -50,10 +50,10 @@ def kind_in(directory: Path) -> str | None:
 
     Whether the rest is right is for the reader of that kind to say.
     """
-    path = directory / CONFIG_NAME
+    path = current(directory / CONFIG_NAME)
     if not path.is_file() or path.stat().st_size > LARGEST_CONFIG:
         return None
-    kind = parse_object(path.read_bytes(), str(path)).get("peft_type")
+    kind = parse_object(path.read_bytes(), str(directory / CONFIG_NAME)).get("peft_type")
     return kind if isinstance(kind, str) and kind in KINDS else None
 
 
@@ -74,7 +74,8 @@ def load_prompts(
             f"{type(model).__name__} that cannot be said by attach_prefix"
         )
     where = directory / WEIGHTS_NAME
-    tensors = read_tensors(where)
+    tensors, training = read_sealed(where, config, CONFIG_NAME)
+    settings = _settings(training.get("prefix", {}), where)
     table = tensors.pop(_KEY, None)
     if table is None or table.dim() != 2 or not table.is_floating_point():
         raise ValueError(f"{where}: no floating-point {_KEY!r} of two dimensions")
@@ -102,7 +103,7 @@ def load_prompts(
                     f"{where}: {table.shape[1]} columns; the {len(prefix.kv_shapes)} layers of "
                     f"{type(model).__name__} take {total}"
                 )
-            encoder = PrefixEncoder(prefix.kv_shapes, length)
+            encoder = PrefixEncoder(prefix.kv_shapes, length, **settings)
             encoder.load_flat(table.float())
             return encoder
         check_decoder("load_peft", model, prefix)
@@ -122,7 +123,7 @@ def load_prompts(
 
 def _checked(path: Path) -> dict[str, Any]:
     """adapter_config.json, with what is used of it checked."""
-    config: dict[str, Any] = parse_object(path.read_bytes(), str(path))
+    config: dict[str, Any] = parse_object(current(path).read_bytes(), str(path))
     for key, value in config.items():
         if key not in _KNOWN and value not in (None, False, [], {}, ""):
             raise ValueError(f"{CONFIG_NAME}: {key:.40} = {value!r:.40} is no field known here")
@@ -141,6 +142,14 @@ def _checked(path: Path) -> dict[str, Any]:
     ):
         raise ValueError(f"{CONFIG_NAME}: modules_to_save is {names!r:.40}, expected names")
     return config
+
+
+def _settings(found: Any, where: Path) -> dict[str, Any]:
+    """What a file of ours says of the training of a prefix: its dropout, frozen positions."""
+    kinds = {"dropout": float, "frozen": int}
+    if not isinstance(found, dict) or any(type(v) is not kinds.get(k) for k, v in found.items()):
+        raise ValueError(f"{where}: {str(found)[:80]} is not how a prefix trains")
+    return found
 
 
 def _check_layers(config: Mapping[str, Any], prefix: Prefix, model: nn.Module) -> None:
@@ -199,8 +208,8 @@ class CannotExpress(ValueError):
 
 def describe_prompts(
     model: Any, name: str, gathered: Mapping[int, Tensor]
-) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The configuration and the tensors of the prefix or prompt called `name`.
+) -> tuple[dict[str, object], dict[str, Tensor], dict[str, object]]:
+    """Of the prefix or prompt called `name`: the configuration, tensors, what training needs.
 
     `gathered` has values by the id of the parameter that they are of, in the place of its own.
 
@@ -248,7 +257,11 @@ def describe_prompts(
             "num_attention_heads": kv_heads, "encoder_hidden_size": kv_heads * size,
             "prefix_projection": False,
         }  # fmt: skip
-        return config, {_KEY: encoder.flat().detach(), **heads}
+        training: dict[str, object] = {}
+        if encoder.dropout or encoder.frozen:
+            own = {"dropout": float(encoder.dropout), "frozen": encoder.frozen}
+            training = {"prefix": own}
+        return config, {_KEY: encoder.flat().detach(), **heads}, training
     if not isinstance(encoder, RunPrompt):
         raise refuse("zero-gated prompts")
     source = encoder.source
@@ -266,7 +279,7 @@ def describe_prompts(
         source = source.bake()
     else:
         config |= {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM"}
-    return config, {_KEY: source.table.detach(), **heads}
+    return config, {_KEY: source.table.detach(), **heads}, {}
 
 
 _TASK_HEADS = {
@@ -286,12 +299,3 @@ def _task_type(model: nn.Module) -> str:
         if name.endswith(ending):
             return task
     return "FEATURE_EXTRACTION"
-
-
-def write_prompts(
-    directory: Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]
-) -> None:
-    """Write both files, each under a temporary name first."""
-    os.makedirs(directory, exist_ok=True)
-    write_tensors(directory / WEIGHTS_NAME, tensors)
-    write_atomically(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode())

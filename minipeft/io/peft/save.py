@@ -1,6 +1,5 @@
 """A model's adapters as directories that PEFT and minipeft load."""
 
-import json
 import os
 import re
 import warnings
@@ -14,14 +13,19 @@ from torch import Tensor, nn
 
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
-from minipeft.io.peft.prompts import describe_prompts, prompt_in, write_prompts
+from minipeft.io.peft.prompts import describe_prompts, prompt_in
 from minipeft.io.peft.tensors import written, written_experts
+from minipeft.io.peft.training import described, half
 from minipeft.io.ptuning.save import gathered_by_id, is_prompt
-from minipeft.io.tensors import check_writable, write_atomically, write_tensors
+from minipeft.io.replace import Replacement
+from minipeft.io.seal import stage
+from minipeft.io.tensors import check_writable
 from minipeft.layers.lora_experts import LoRAExperts
+from minipeft.layers.lora_fused import LoRAFusedLinear
 from minipeft.layers.lora_tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
-from minipeft.lora import LowRank
+from minipeft.lora import LowRank, lora_scaling
+from minipeft.prefix import PrefixEncoder
 from minipeft.protocol import is_conv1d
 from minipeft.registry import DEFAULT, adapters_called, named
 from minipeft.targets import matches, visible_modules
@@ -40,6 +44,18 @@ class _Collected:
     tokens: dict[str, list[int]] = field(default_factory=dict)
     tied: bool = False
     own_bases: list[str] = field(default_factory=list)  # LoftQ gave them other codes
+    alone: dict[str, str] = field(default_factory=dict)  # adapters over no module: class names
+    scales: dict[str, tuple[float, bool]] = field(default_factory=dict)  # as a reader finds them
+
+
+@dataclass
+class Described:
+    """One adapter as its files hold it, and the modules that it is over."""
+
+    config: dict[str, object]
+    tensors: dict[str, Tensor]
+    training: dict[str, object]
+    modules: list[str]
 
 
 def _collect(model: nn.Module, name: str, *, beside_prefix: bool = False) -> _Collected:
@@ -54,7 +70,9 @@ def _collect(model: nn.Module, name: str, *, beside_prefix: bool = False) -> _Co
                 "format; save the module that holds it"
             )
         for layer in stack:
-            if isinstance(layer, LoRAExperts):
+            if getattr(layer, "base", None) is None:
+                found.alone[place] = type(layer).__name__
+            elif isinstance(layer, LoRAExperts):
                 found.experts[place] = layer
                 by_module.setdefault(place.rpartition(".")[0], []).append(layer)
             elif isinstance(layer, TrainedBias):
@@ -106,10 +124,15 @@ def _target_modules(model: nn.Module, names: set[str]) -> list[str] | str:
 
 def _rank_and_alpha(layer: LowRank, stabilized: bool) -> tuple[int, float]:
     """Of the product as it is written: twice the rank where a start is subtracted."""
-    twice = 2 if getattr(layer, "lora_a0", None) is not None else 1
-    ranks = getattr(layer, "written_rank", None)  # a fused projection's ranks add up
-    rank = ranks if isinstance(ranks, int) else twice * layer.rank
-    return rank, layer.scaling * (rank**0.5 if stabilized else rank)
+    twice, scaling = 2 if layer.lora_a0 is not None else 1, layer.scaling
+    if isinstance(layer, LoRAFusedLinear) and len(set(layer.scalings.values())) == 1:
+        scaling = next(iter(layer.scalings.values()))  # see tensors.py
+    rank = twice * layer.rank
+    if not stabilized and scaling == layer.alpha / layer.rank:
+        return rank, twice * layer.alpha
+    if stabilized and scaling == lora_scaling(layer.alpha, rank, rank_stabilized=True):
+        return rank, layer.alpha
+    return rank, scaling * (rank**0.5 if stabilized else rank)
 
 
 def _number(value: float) -> float | int:
@@ -133,6 +156,9 @@ def _config(model: nn.Module, found: _Collected) -> dict[str, object]:
     numbers = {n: _rank_and_alpha(layer, stabilized) for n, layer in layers.items()}
     ranks = {n: rank for n, (rank, _) in numbers.items()}
     alphas = {n: _number(alpha) for n, (_, alpha) in numbers.items()}
+    for n, layer in layers.items():
+        alpha = alphas[n] if layer.lora_a0 is None else half(alphas[n], stabilized=stabilized)
+        found.scales[n] = (alpha, stabilized)
     first = list(found.experts or layers)  # patterns cannot tell expert weights apart
     rank = Counter(ranks[n] for n in first).most_common(1)[0][0] if first else 8
     alpha = Counter(alphas[n] for n in first).most_common(1)[0][0] if first else 8
@@ -189,56 +215,90 @@ def save_peft(
 
     The adapter "default" goes into directory `path`, others into subdirectories of their names;
     `name` saves one adapter, into `path` itself.  Writes adapter_model.safetensors (a sha256 for
-    each tensor) and adapter_config.json, each under a temporary name first.  The same whether
-    merged or not; the runtime factor of `scale_adapters` is not part of an adapter and is not
-    saved.  An initialisation that subtracts its start is written as the plain LoRA of twice the
-    rank that it is.  `state_dict` gives values gathered elsewhere (a sharded model's), under the
-    model's own names.  `beside_prefix` leaves out prefixes and prompts: they are written by
-    io.ptuning.save_prefix.
+    each tensor) and adapter_config.json.  The same whether merged or not; the runtime factor of
+    `scale_adapters` is not part of an adapter and is not saved.  An initialisation that subtracts
+    its start is written as the plain LoRA of twice the rank that it is.  `state_dict` gives values
+    gathered elsewhere (a sharded model's), under the model's own names.  `beside_prefix` leaves out
+    prefixes and prompts: they are written by io.ptuning.save_prefix.
+
+    All files are of one save: whenever it dies, every adapter is the old one, or the new one, or,
+    in a new folder, one that load_peft refuses; io/replace.py says what others see.  What training
+    needs and PEFT's format lacks (slices of fused projections, a subtracted start, dropout of a
+    prefix, parameters of the adapter that do not train) is in the weights' metadata for load_peft.
+    An encoder that stands alone in the model, for attention of your own, is no part of PEFT's
+    format: a warning names it.
 
     Raises:
         ValueError: no adapter, one that PEFT's format cannot express (prompts.py says which
             prefixes; io.ptuning.save_prefix writes all), or parameters whose
             values are not here.  Nothing is written then.
+        OSError: the disk is full, and the like; the old files are as they were.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_peft: expected a module, got {type(model).__name__}")
     names = list(named(model)) if name is None else [name]
-    if not names:
-        raise ValueError("save_peft: the model has no adapter; inject one first")
-    collected = {}
-    gathered = gathered_by_id(model, state_dict or {})
-    prompts = {n: describe_prompts(model, n, gathered) for n in names
-               if not beside_prefix and prompt_in(model, n) is not None}  # fmt: skip
-    for adapter in names:
-        if adapter in prompts:
+    found = describe(model, names, gathered_by_id(model, state_dict or {}),
+                     beside_prefix=beside_prefix)  # fmt: skip
+    with Replacement(Path(path)) as unit:
+        for adapter, own in found.items():
+            stage_adapter(unit, "" if name is not None or adapter == DEFAULT else adapter, own)
+    return list(dict.fromkeys(place for own in found.values() for place in own.modules))
+
+
+def stage_adapter(unit: Replacement, folder: str, adapter: Described) -> None:
+    """Write an adapter's files among those that are replaced as one; folder "": the unit's own."""
+    inside = f"{folder}/" if folder else ""
+    names = f"{inside}{CONFIG_NAME}", f"{inside}{WEIGHTS_NAME}"
+    stage(unit, names, adapter.config, adapter.tensors, adapter.training)
+
+
+def describe(
+    model: nn.Module, names: list[str], gathered: Mapping[int, Tensor], *, beside_prefix: bool
+) -> dict[str, Described]:
+    """What to write of each of these adapters; arguments and errors as of save_peft.
+
+    `gathered` has values by the id of the parameter that they are of, in the place of its own.
+    """
+    found: dict[str, Described] = {}
+    for name in names:
+        places = adapters_called("save_peft", model, name)
+        if not beside_prefix and prompt_in(model, name) is not None:
+            found[name] = Described(*describe_prompts(model, name, gathered), list(places))
             continue
-        found = _collect(model, adapter, beside_prefix=beside_prefix)
-        tensors = {f"{PREFIX}{key}": gathered.get(id(value), value)
-                   for key, value in found.tensors.items()}  # fmt: skip
-        collected[adapter] = found, _config(model, found), tensors
-        if found.own_bases:
+        own = _collect(model, name, beside_prefix=beside_prefix)
+        if own.alone:
+            _say_alone(own)
+        if own.own_bases:
             warnings.warn(
-                f"save_peft: LoftQ gave {found.own_bases[0]} ({len(found.own_bases)} layers) other "
+                f"save_peft: LoftQ gave {own.own_bases[0]} ({len(own.own_bases)} layers) other "
                 "codes, which an adapter file does not hold; it fits this base only: keep it with "
                 "io.bitsandbytes.save_quantized",
-                stacklevel=2,
+                stacklevel=3,
             )
-    for everything in (prompts, collected):
-        for found_tensors in everything.values():
-            check_writable(found_tensors[-1])
-    touched: list[str] = []
-    for adapter, (config, tensors) in prompts.items():
-        alone = name is not None or adapter == DEFAULT
-        write_prompts(Path(path) if alone else Path(path) / adapter, config, tensors)
-        touched += adapters_called("save_peft", model, adapter)
-    for adapter, (found, config, tensors) in collected.items():
-        alone = name is not None or adapter == DEFAULT
-        directory = Path(path) if alone else Path(path) / adapter
-        directory.mkdir(parents=True, exist_ok=True)
-        write_tensors(directory / WEIGHTS_NAME, tensors)
-        write_atomically(
-            directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode()
-        )
-        touched += [*found.low_rank, *found.experts, *found.biases, *found.saved, *found.tokens]
-    return list(dict.fromkeys(touched))
+        tensors = {f"{PREFIX}{key}": gathered.get(id(value), value)
+                   for key, value in own.tensors.items()}  # fmt: skip
+        config = _config(model, own)
+        written = {place: stack for place, stack in places.items()
+                   if place not in own.alone and not is_prompt(place)}  # fmt: skip
+        modules = [*own.low_rank, *own.experts, *own.biases, *own.saved, *own.tokens]
+        found[name] = Described(config, tensors, described(written, own.scales), modules)
+    if not found:
+        raise ValueError("save_peft: the model has no adapter; inject one first")
+    for adapter in found.values():
+        check_writable(adapter.tensors)
+    return found
+
+
+def _say_alone(found: _Collected) -> None:
+    """Warn of adapters that stand alone; raise ValueError where there is nothing else."""
+    place, kind = next(iter(found.alone.items()))
+    how = f"io.ptuning.save_prefix(model.{place}, path)"
+    if kind != PrefixEncoder.__name__:
+        how = "adapter_state_dict and safetensors"
+    message = (
+        f"save_peft: {place} is a {kind} that stands alone in the model ({len(found.alone)} in "
+        f"all), for which PEFT's format has no place; write it with {how}"
+    )
+    if not found.tensors:
+        raise ValueError(message)
+    warnings.warn(f"{message}: it is not in this file", stacklevel=4)

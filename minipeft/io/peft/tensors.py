@@ -21,6 +21,7 @@ from minipeft.layers.lora_attention import LoRAMultiheadAttention
 from minipeft.layers.lora_conv import LoRAConv, full_from_grouped, grouped_from_full
 from minipeft.layers.lora_embedding import LoRAEmbedding
 from minipeft.layers.lora_experts import LoRAExperts, experts_from_peft, peft_from_experts
+from minipeft.layers.lora_fused import LoRAFusedLinear
 from minipeft.layers.lora_tied import LoRATiedLinear
 from minipeft.lora import LowRank
 from minipeft.protocol import linear_shape
@@ -55,7 +56,7 @@ def written(place: str, layer: nn.Module) -> Tensors:
             extra = {k: m.view(1, -1, *(1,) * (b.dim() - 2)) for k, m in extra.items()}
         return {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, **extra}
     if isinstance(layer, LowRank) and linear_shape(layer) is not None:
-        a, b = layer.factors()
+        a, b = _fused(layer) if isinstance(layer, LoRAFusedLinear) else layer.factors()
         return {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, **extra}
     raise ValueError(
         f"save_peft: {place} is a {type(layer).__name__}, which PEFT's LoRA format cannot "
@@ -75,6 +76,25 @@ def _written_attention(place: str, layer: Any) -> Tensors:
         f"{place}.lora_A.weight": own["lora_a"], f"{place}.lora_B.weight": own["lora_b"],
         f"{inner}.lora_A.weight": own["out_lora_a"], f"{inner}.lora_B.weight": own["out_lora_b"],
     }  # fmt: skip
+
+
+def _fused(layer: LoRAFusedLinear) -> tuple[Tensor, Tensor]:
+    """A and B of the whole output, from which each slice's can be had back to the bit.
+
+    Where the slices have one scaling it is the whole's, and B holds their B as they are.  Where
+    they differ B holds their products with them, in float64, whose quotient rounds to the B.
+    """
+    if len(set(layer.scalings.values())) == 1:
+        b = layer.lora_a.new_zeros(layer.out_features, layer.rank)
+    else:
+        b = layer.lora_a.new_zeros(layer.out_features, layer.rank, dtype=torch.float64)
+    start = 0
+    for name, (_, own) in layer.slice_factors().items():
+        columns = slice(start, start + layer.ranks[name])
+        scaled = own if b.dtype == own.dtype else own.double() * layer.scalings[name]
+        b[layer.rows[name].to(b.device), columns] = scaled.detach()
+        start = columns.stop
+    return layer.lora_a, b
 
 
 def written_experts(place: str, layers: list[LoRAExperts]) -> Tensors:
@@ -150,12 +170,14 @@ def parameters(where: str, layer: nn.Module, found: Mapping[Key, Tensor]) -> Ten
     return made
 
 
-def experts_parameters(where: str, layer: LoRAExperts, found: Mapping[Key, Tensor]) -> Tensors:
-    """The same for one expert weight."""
+def experts_parameters(
+    where: str, layer: LoRAExperts, found: Mapping[Key, Tensor], *, halves: int = 1
+) -> Tensors:
+    """The same for one expert weight; of twice its rank with two `halves`."""
     roles = {key.role: value for key, value in found.items()}
     if set(roles) != {"lora_A", "lora_B"} or any(value.dim() != 2 for value in roles.values()):
         raise ValueError(f"{where}: {sorted(roles)}; expected lora_A and lora_B")
-    n_experts, rank = layer.lora_a.shape[:2]
+    n_experts, rank = len(layer.lora_a), layer.lora_a.shape[1] * halves
     if roles["lora_A"].shape[0] != rank * n_experts or roles["lora_B"].shape[1] != rank * n_experts:
         raise ValueError(
             f"{where}: {tuple(roles['lora_A'].shape)} and {tuple(roles['lora_B'].shape)} are not "

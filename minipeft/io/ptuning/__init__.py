@@ -3,14 +3,16 @@
 Own directory: prefix_config.json and prefix.safetensors, whose `flat` is the whole prefix as one
 table (prefix_length, sum of kv_heads * (key_dim + value_dim)): layer by layer, keys of all heads,
 then values of all heads.  It says what no other format can: positions, windows, locations, gates.
+A PrefixEncoder of attention of your own is such a directory too.
 """
 
 from minipeft.io.ptuning.checkpoints import flat_table, load_prefix_encoder, save_prefix_encoder
-from minipeft.io.ptuning.load import load_prefix
+from minipeft.io.ptuning.load import load_encoder, load_prefix
 from minipeft.io.ptuning.save import save_prefix
 
 __all__ = [
     "flat_table",
+    "load_encoder",
     "load_prefix",
     "load_prefix_encoder",
     "save_prefix",

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from minipeft.io.replace import current
 from minipeft.io.tensors import parse_object
 
 CONFIG_NAME, WEIGHTS_NAME = "prefix_config.json", "prefix.safetensors"
@@ -17,20 +18,21 @@ _SIZES = (
     "n_heads",
     "lstm_layers",
 )
-_KINDS = ("prefix", "prompt", "prompt_encoder", "zero_gated")
+_KINDS = ("encoder", "prefix", "prompt", "prompt_encoder", "zero_gated")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """prefix_config.json, its values checked."""
-    if not path.is_file():
+    place = current(path)
+    if not place.is_file():
         hint = "; it holds an adapter_config.json: use load_peft"
         raise ValueError(
             f"{path}: no such file; expected a directory that save_prefix wrote"
             f"{hint if (path.parent / 'adapter_config.json').is_file() else ''}"
         )
-    if path.stat().st_size > _LARGEST_CONFIG:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes are too many for a configuration")
-    config: dict[str, Any] = parse_object(path.read_bytes(), str(path))
+    if (size := place.stat().st_size) > _LARGEST_CONFIG:
+        raise ValueError(f"{path}: {size} bytes are too many for a configuration")
+    config: dict[str, Any] = parse_object(place.read_bytes(), str(path))
     if (
         type(config.get("format")) is not int
         or config["format"] != 1
@@ -40,7 +42,8 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: format {config.get('format')!r:.40} of kind {config.get('kind')!r:.40}; "
             f"expected 1 and one of {_KINDS}"
         )
-    needed = {"zero_gated": ("n_layers", "n_heads", "embedding_dim"), "prefix": ()}
+    sizes = ("n_layers", "n_heads", "embedding_dim")
+    needed: dict[str, tuple[str, ...]] = {"zero_gated": sizes, "prefix": (), "encoder": ()}
     for key in _SIZES:
         value = config.get(key)
         required = key == "prefix_length" or key in needed.get(config["kind"], ("embedding_dim",))
@@ -52,11 +55,15 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{path}: {key} is {value!r:.40}, expected a whole number below {most}"
             )
     shapes, locations = config.get("kv_shapes"), config.get("locations")
-    if not isinstance(shapes, list) or not all(
-        isinstance(s, list)
-        and len(s) == 3
-        and all(type(n) is int and 0 < n < _LARGEST_SIZE for n in s)
-        for s in shapes
+    if (
+        not isinstance(shapes, list)
+        or len(shapes) > _MOST_LAYERS
+        or not all(
+            isinstance(s, list)
+            and len(s) == 3
+            and all(type(n) is int and 0 < n < _LARGEST_SIZE for n in s)
+            for s in shapes
+        )
     ):
         raise ValueError(f"{path}: kv_shapes is {str(shapes)[:80]}, expected three sizes a layer")
     if (

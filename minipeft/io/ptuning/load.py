@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +14,98 @@ from minipeft.integrations.transformers.prompted import RunPrompt, ZeroGated
 from minipeft.integrations.transformers.prompts import check_decoder, sizes_for_zero_gated
 from minipeft.io.heads import by_module, check_heads, fill_heads
 from minipeft.io.ptuning.config import CONFIG_NAME, WEIGHTS_NAME, read_config
-from minipeft.io.tensors import read_tensors
-from minipeft.prefix import PrefixEncoder
+from minipeft.io.replace import read_whole
+from minipeft.io.seal import read_sealed
+from minipeft.prefix import KVShape, PrefixEncoder
 from minipeft.prompt import PromptEmbedding, PromptEncoder, ZeroGatedPrompt
 from minipeft.registry import DEFAULT
 
+Path_ = str | os.PathLike[str]
 
-def load_prefix(model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT) -> Prefix:
+
+@overload
+def load_prefix(  # type: ignore[overload-overlap]  # an encoder is a module, and more is known
+    model: PrefixEncoder, path: Path_, *, name: str = ...
+) -> PrefixEncoder:
+    """An encoder filled."""
+
+
+@overload
+def load_prefix(model: nn.Module, path: Path_, *, name: str = ...) -> Prefix:
+    """A prefix attached."""
+
+
+def load_prefix(model: nn.Module, path: Path_, *, name: str = DEFAULT) -> Prefix | PrefixEncoder:
     """Attach the prefix or prompt that `save_prefix` wrote; trainable, with its heads.
 
+    `model` may also be a PrefixEncoder, for attention of your own: it is filled, in place, and
+    takes the file's dropout (`load_encoder` makes one).  Returns the Prefix, or the encoder.
+
     Raises:
-        ValueError: a file missing or damaged, a prefix made for other shapes, heads that the model
-            lacks, a name that is taken.  The model is then as it was.
+        ValueError: a file missing or damaged, or of two saves; a prefix made for other shapes,
+            heads that the model lacks, a name that is taken.  The model is then as it was.
     """
     directory = Path(path)
+    if isinstance(model, PrefixEncoder):
+        return _fill_encoder(model, load_encoder(directory), directory)
+    return read_whole(directory, lambda: _load(model, directory, name))
+
+
+def load_encoder(path: Path_) -> PrefixEncoder:
+    """The PrefixEncoder that `save_prefix` wrote, or that of an attached prefix; trainable.
+
+    Raises:
+        ValueError: a file missing or damaged, or one of a prompt.
+    """
+    directory = Path(path)
+
+    def read() -> PrefixEncoder:
+        config = read_config(directory / CONFIG_NAME)
+        if config["kind"] not in ("prefix", "encoder"):
+            raise ValueError(f"{directory}: holds a {config['kind']}, which is no PrefixEncoder")
+        where = directory / WEIGHTS_NAME
+        tensors, _ = read_sealed(where, config, CONFIG_NAME)
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("head.")}
+        shapes = [KVShape(*shape) for shape in config["kv_shapes"]]
+        return _encoder(config, tensors, shapes, where)
+
+    return read_whole(directory, read)
+
+
+def _fill_encoder(encoder: PrefixEncoder, loaded: PrefixEncoder, directory: Path) -> PrefixEncoder:
+    """Copy all of an encoder into another one of its form."""
+    for key in ("kv_shapes", "prefix_length", "hidden", "frozen", "gated"):
+        own, found = getattr(encoder, key), getattr(loaded, key)
+        if own != found:
+            more = ""
+            if key == "hidden" and found is None:
+                more = "; the MLP was folded (save_prefix(..., reparametrization=True) keeps it): "
+                more += "load into encoder.bake(), or by load_encoder"
+            raise ValueError(
+                f"{directory}: {key} is {found!s:.80}, the encoder's {own!s:.80}{more}"
+            )
+    shapes = [{k: v.shape for k, v in e.state_dict().items()} for e in (encoder, loaded)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"{directory}: the encoder's MLP has other sizes")
+    encoder.load_state_dict(loaded.state_dict())
+    encoder.dropout = loaded.dropout
+    return encoder
+
+
+def _load(model: nn.Module, directory: Path, name: str) -> Prefix:
     config = read_config(directory / CONFIG_NAME)
+    if config["kind"] == "encoder":
+        raise ValueError(
+            f"{directory}: holds an encoder for attention of one's own: pass a PrefixEncoder in "
+            "the place of the model, or use load_encoder"
+        )
     own = getattr(getattr(model, "config", None), "model_type", "")
     if config.get("model_type") and own and config["model_type"] != own:
         raise ValueError(
             f"{directory}: made for a {config['model']} (model type {config['model_type']!r:.40}); "
             f"this is a {type(model).__name__} ({own!r})"
         )
-    tensors = read_tensors(directory / WEIGHTS_NAME)
+    tensors, _ = read_sealed(directory / WEIGHTS_NAME, config, CONFIG_NAME)
     of_heads = {key[5:]: tensors.pop(key) for key in list(tensors) if key.startswith("head.")}
     heads = by_module(of_heads, config["heads"])
     if sorted(heads) != sorted(config["heads"]):
@@ -88,33 +158,47 @@ def _built(
                 f"{where}: a prompt of size {config['embedding_dim']}; the model's embeddings have "
                 f"{table.embedding_dim}"
             )
-    if kind == "prefix" and config.get("hidden") is None:
-        total = sum(shape.width for shape in prefix.kv_shapes)
-        shape = (config["prefix_length"], total)
+    if kind == "prefix":
+        return _encoder(config, tensors, prefix.kv_shapes, where)
+    with torch.device("meta"):
+        _check_state(_prompt(config).state_dict(), tensors, where)
+    source = _prompt(config)
+    _fill(source, tensors, where, only="")
+    if kind == "zero_gated":
+        return ZeroGated(source, len(prefix.kv_shapes) - config["n_layers"])  # type: ignore[arg-type]
+    return RunPrompt(source)
+
+
+def _encoder(
+    config: Mapping[str, Any], tensors: dict[str, Tensor], shapes: list[KVShape], where: Path
+) -> PrefixEncoder:
+    """The PrefixEncoder that a configuration describes, filled; allocated when it fits."""
+
+    def empty() -> PrefixEncoder:
+        return PrefixEncoder(
+            shapes, config["prefix_length"], hidden=config.get("hidden"),
+            embedding_dim=config.get("embedding_dim"), dropout=config.get("dropout", 0.0),
+            frozen=config.get("frozen", 0), gated=config.get("gated", False),
+        )  # fmt: skip
+
+    if config.get("hidden") is None:
+        shape = (config["prefix_length"], sum(layer.width for layer in shapes))
         if tuple(tensors.get("flat", torch.empty(0)).shape) != shape:
             raise ValueError(f"{where}: no tensor 'flat'; expected {shape}")
     else:
         with torch.device("meta"):
-            _check_state(_empty(config, prefix).state_dict(), tensors, where)
-    encoder = _empty(config, prefix)
+            _check_state(empty().state_dict(), tensors, where)
+    encoder = empty()
     flat = tensors.pop("flat", None)
     if flat is not None:
-        encoder.load_flat(flat)  # type: ignore[operator]
+        encoder.load_flat(flat)
     _fill(encoder, tensors, where, only="gates" if flat is not None else "")
-    if kind == "zero_gated":
-        return ZeroGated(encoder, len(prefix.kv_shapes) - config["n_layers"])  # type: ignore[arg-type]
-    return encoder if kind == "prefix" else RunPrompt(encoder)
+    return encoder
 
 
-def _empty(config: dict[str, Any], prefix: Prefix) -> nn.Module:
-    """The module that a configuration describes."""
+def _prompt(config: Mapping[str, Any]) -> nn.Module:
+    """The prompt that a configuration describes."""
     length, kind = config["prefix_length"], config["kind"]
-    if kind == "prefix":
-        return PrefixEncoder(
-            prefix.kv_shapes, length, hidden=config.get("hidden"),
-            embedding_dim=config.get("embedding_dim"), dropout=config.get("dropout", 0.0),
-            frozen=config.get("frozen", 0), gated=config.get("gated", False),
-        )  # fmt: skip
     size = config["embedding_dim"]
     if kind == "zero_gated":
         return ZeroGatedPrompt(config["n_layers"], length, size, config["n_heads"])

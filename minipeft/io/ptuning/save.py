@@ -1,7 +1,6 @@
 """A prefix or prompt written to a directory of minipeft's own."""
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,9 @@ from minipeft.integrations.transformers.attached import NAME, Prefix
 from minipeft.integrations.transformers.prompted import ZeroGated
 from minipeft.io.heads import head_tensors
 from minipeft.io.ptuning.config import CONFIG_NAME, WEIGHTS_NAME
-from minipeft.io.tensors import check_writable, write_atomically, write_tensors
+from minipeft.io.replace import Replacement
+from minipeft.io.seal import stage
+from minipeft.io.tensors import check_writable
 from minipeft.layers.trained import TrainedModule
 from minipeft.prefix import PrefixEncoder
 from minipeft.prompt import PromptEncoder
@@ -72,35 +73,64 @@ def save_prefix(
 ) -> None:  # fmt: skip
     """Write one prefix or prompt, with the `heads` that train with it, to directory `path`.
 
-    An MLP or a prompt's network is folded into what it produces, unless `reparametrization`: then
-    training can go on from the file.  `state_dict` gives values gathered elsewhere (a sharded
-    model's), under the model's own names.
+    `model` is a model that has it attached, or, for attention of your own, the PrefixEncoder
+    itself.  An MLP or a prompt's network is folded into what it produces, unless
+    `reparametrization`: then training can go on from the file.  `state_dict` gives values gathered
+    elsewhere (a sharded model's), under the model's own names.  Both files are of one save, see
+    io/replace.py.
 
     Raises:
         ValueError: the model has no such prefix, or its values are not here or not finite.  Nothing
             is written then.
+        OSError: the disk is full, and the like; the old files are as they were.
     """
-    prefix, encoder = prefix_of("save_prefix", model, name)
-    gathered = gathered_by_id(model, state_dict or {})
-    settings, tensors = _described(with_values(encoder, gathered), reparametrization)
-    states = head_tensors(model, name, gathered) if heads else {}
-    config = {
-        "format": 1, **settings,
-        "position": prefix.position, "window": prefix.window, "locations": prefix.locations,
-        "kv_shapes": [list(shape) for shape in prefix.kv_shapes],
-        "model": type(model).__name__, "model_type": getattr(model.config, "model_type", ""),
-        "heads": sorted(states),
-    }  # fmt: skip
-    for place, state in states.items():
-        tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
+    described = describe_prefix(
+        model, name, gathered_by_id(model, state_dict or {}),
+        reparametrization=reparametrization, heads=heads,
+    )  # fmt: skip
+    with Replacement(Path(path)) as unit:
+        stage(unit, (CONFIG_NAME, WEIGHTS_NAME), *described)
+
+
+def describe_prefix(
+    model: Any, name: str, gathered: Mapping[int, Tensor], *, reparametrization: bool, heads: bool
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The configuration and the tensors of one prefix or prompt; as of save_prefix.
+
+    `gathered` has values by the id of the parameter that they are of, in the place of its own.
+    """
+    if isinstance(model, PrefixEncoder):
+        config, tensors = _alone(with_values(model, gathered), reparametrization)
+    else:
+        prefix, encoder = prefix_of("save_prefix", model, name)
+        settings, tensors = _described(with_values(encoder, gathered), reparametrization)
+        states = head_tensors(model, name, gathered) if heads else {}
+        config = {
+            "format": 1, **settings,
+            "position": prefix.position, "window": prefix.window, "locations": prefix.locations,
+            "kv_shapes": [list(shape) for shape in prefix.kv_shapes],
+            "model": type(model).__name__,
+            "model_type": getattr(model.config, "model_type", ""), "heads": sorted(states),
+        }  # fmt: skip
+        for place, state in states.items():
+            tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
     for key, value in tensors.items():
         if not value.is_meta and not bool(value.isfinite().all()):
             raise ValueError(f"save_prefix: {key} holds NaN or Inf; look for a diverged training")
     check_writable(tensors)
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / WEIGHTS_NAME, tensors)
-    write_atomically(directory / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True).encode())
+    return config, tensors
+
+
+def _alone(
+    encoder: PrefixEncoder, reparametrization: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same of an encoder whose attention is its owner's: nothing is known of positions."""
+    settings, tensors = _described(encoder, reparametrization)
+    shapes = [list(shape) for shape in encoder.kv_shapes]
+    return {
+        "format": 1, **settings, "kind": "encoder", "kv_shapes": shapes,
+        "locations": ["own"] * len(shapes), "position": "own", "window": "own", "heads": [],
+    }, tensors  # fmt: skip
 
 
 def gathered_by_id(model: nn.Module, state: Mapping[str, Tensor]) -> dict[int, Tensor]:

@@ -1,0 +1,86 @@
+"""A configuration and the weights that were saved with it: the weights' file knows both.
+
+The metadata of a weights file holds the configuration as it was written.  A reader reads the
+configuration first and the weights second, and compares: so it notices a save that came between,
+and an edit.  What says only where an adapter comes from may be edited.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minipeft.io.replace import NotOneSave, Replacement
+from minipeft.io.tensors import encoded, parse_object, read_all
+
+CONFIG, TRAINING = "minipeft_config", "minipeft_training"
+# Of these no number depends; PEFT fills in the last two by itself.
+_FREE = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "model", "peft_version",
+    "revision", "task_type", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+_SETS = {"exclude_modules", "modules_to_save", "target_modules", "target_parameters"}
+_OFF: tuple[object, ...] = (None, False, [], {}, "")
+
+
+def stage(
+    unit: Replacement,
+    names: tuple[str, str],
+    config: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    training: Mapping[str, object] | None = None,
+) -> None:
+    """Write a configuration and weights that belong together; names: of the two files.
+
+    `training` is what other readers need not know and going on with training does.
+    """
+    more = {CONFIG: json.dumps(config, sort_keys=True)}
+    if training:
+        more[TRAINING] = json.dumps(training, sort_keys=True)
+    unit.write(names[1], encoded(tensors, more))
+    unit.write(names[0], json.dumps(config, indent=2, sort_keys=True).encode())
+
+
+def read_sealed(
+    path: Path, config: Mapping[str, Any], config_name: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a weights file, and what it says for training (empty: nothing).
+
+    `config` is the content of the configuration beside it, which was read before.
+
+    Raises:
+        NotOneSave: the weights were saved with another configuration.
+        ValueError: no such file, or a damaged one.
+    """
+    tensors, metadata = read_all(path)
+    if CONFIG in metadata:
+        _compare(path, parse_object(metadata[CONFIG].encode(), f"{path}: {CONFIG}"), config,
+                 config_name)  # fmt: skip
+    if TRAINING not in metadata:
+        return tensors, {}
+    return tensors, parse_object(metadata[TRAINING].encode(), f"{path}: {TRAINING}")
+
+
+def _compare(
+    path: Path, saved: Mapping[str, object], found: Mapping[str, object], config_name: str
+) -> None:
+    for key in sorted(saved.keys() | found.keys() - _FREE):
+        here, there = found.get(key), saved.get(key)
+        if key in _FREE or (here in _OFF and there in _OFF) or _same(key, here, there):
+            continue
+        raise NotOneSave(
+            f"{path}: was saved with {key:.40} = {there!r:.60}, and {config_name} says "
+            f"{here!r:.60}: they are of two saves, or the configuration was edited. Take both from "
+            "one save; to load an edited configuration as it is, write the weights again as plain "
+            "tensors: safetensors.torch.save_file(safetensors.torch.load_file(path), path, "
+            'metadata={"format": "pt"})'
+        )
+
+
+def _same(key: str, here: object, there: object) -> bool:
+    """Whether two values are one; names that PEFT keeps as a set have no order."""
+    if key in _SETS and isinstance(here, list) and isinstance(there, list):
+        return sorted(map(repr, here)) == sorted(map(repr, there))
+    return here == there
