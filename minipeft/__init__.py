@@ -6,13 +6,13 @@ from minipeft import integrations, io
 from minipeft.adapters import (
     adapter_parameters,
     adapter_state_dict,
-    base_state_dict,
     disable_adapters,
     freeze,
     load_adapter_state_dict,
     scale_adapters,
 )
 from minipeft.bank import LoRABank
+from minipeft.base_state import base_state_dict, load_base_state_dict
 from minipeft.codebooks import (
     FP4_CODEBOOK,
     FP4_E3M0_CODEBOOK,
@@ -128,6 +128,7 @@ __all__ = [
     "integrations",
     "io",
     "load_adapter_state_dict",
+    "load_base_state_dict",
     "load_peft",
     "loftq",
     "lora_delta",

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from minipeft.plain_names import PlainNames, Spellings
 from minipeft.protocol import Adapter, is_adapter
 from minipeft.registry import adapters_called
 
@@ -37,6 +38,8 @@ def named_adapter_parameters(
 ) -> dict[str, nn.Parameter]:
     """Of one adapter by its name, under the modules' names in the plain model; None: of all.
 
+    What torch wraps around modules (torch.compile, DDP) is in no name.
+
     Raises:
         ValueError: no such adapter, or one that has two layers of one kind over the same module
             (stacked by hand), whose parameters have one name.
@@ -49,9 +52,12 @@ def named_adapter_parameters(
         called = adapters_called(caller, model, name)
         adapters = [(place, adapter) for place, stack in called.items() for adapter in stack]
     found: dict[str, nn.Parameter] = {}
+    names = PlainNames(model)
     for place, adapter in adapters:
+        inner = PlainNames(adapter)  # type: ignore[arg-type]  # a head saved whole may hold some
         for own, parameter in adapter.adapter_parameters().items():
-            key = f"{place}.{own}" if place else own
+            plain = names.plain(place)
+            key = f"{plain}.{inner.plain(own)}" if plain else inner.plain(own)
             if key in found:
                 raise ValueError(
                     f"{caller}: adapter {name!r} has two layers over {place!r}; give the second "
@@ -93,29 +99,6 @@ def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str
     return {key: value.detach() for key, value in found.items()}
 
 
-def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the adapters, under the names that the plain model had."""
-    modules = model.named_modules(remove_duplicate=False)  # a shared one under each of its names
-    adapters = {name: module for name, module in modules if is_adapter(module)}
-    owned = {
-        f"{name}.{own}" if name else own
-        for name, adapter in adapters.items()
-        for own in adapter.adapter_parameters()
-    }
-    # the longest first: of a stack, the innermost loses its ".base" before the outer ones
-    wrappers = sorted((n for n in adapters if hasattr(adapters[n], "base")), key=len, reverse=True)
-    state = {}
-    for key, value in model.state_dict().items():
-        if key in owned:
-            continue
-        for name in wrappers:
-            prefix = f"{name}.base." if name else "base."
-            if key.startswith(prefix):
-                key = f"{name}.{key[len(prefix) :]}" if name else key[len(prefix) :]
-        state[key] = value
-    return state
-
-
 def refuse_merged(caller: str, adapters: Mapping[str, Adapter]) -> None:
     """Raise ValueError if an adapter is merged: its precomputed weight would not follow."""
     merged = [n for n, a in adapters.items() if getattr(a, "merged_module", None) is not None]
@@ -128,8 +111,9 @@ def load_adapter_state_dict(
 ) -> tuple[list[str], list[str]]:
     """Copy adapter tensors into the model's adapters; all are checked before the first is copied.
 
-    `name` chooses one adapter, as in `adapter_state_dict`.  Returns (missing, unexpected) keys,
-    which are empty if `strict`.
+    `name` chooses one adapter, as in `adapter_state_dict`.  Names that hold what torch wraps around
+    modules (`_orig_mod.`, `module.`) are understood.  Returns (missing, unexpected) keys, which are
+    empty if `strict`.
 
     Raises:
         ValueError: a missing or unexpected name (if strict), another shape, no floating-point
@@ -138,6 +122,7 @@ def load_adapter_state_dict(
     adapters = require_adapters("load_adapter_state_dict", model)
     refuse_merged("load_adapter_state_dict", adapters)
     own = named_adapter_parameters("load_adapter_state_dict", model, name)
+    state = understood("load_adapter_state_dict", state, own)
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     if strict and (missing or unexpected):
@@ -162,6 +147,23 @@ def load_adapter_state_dict(
         for key in own.keys() & state.keys():
             own[key].copy_(state[key])
     return missing, unexpected
+
+
+def understood(
+    caller: str, state: Mapping[str, Tensor], own: Mapping[str, object]
+) -> dict[str, Tensor]:
+    """The state under the model's `own` plain names; what fits none keeps its name.
+
+    Raises:
+        ValueError: two names in the state that mean the same tensor.
+    """
+    spellings, found = Spellings(own), {}
+    for key, value in state.items():
+        plain = spellings.find(key) or key
+        if plain in found:
+            raise ValueError(f"{caller}: {key!r} is in the state twice, in two spellings")
+        found[plain] = value
+    return found
 
 
 @contextmanager

@@ -23,6 +23,9 @@ LEVELS = [
     {"layers", "variants", "optim"},
     {
         "targets",
+        "plain_names",
+        "base_state",
+        "peft_words",
         "registry",
         "kinds",
         "inject",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters import base_state_dict
+from minipeft.base_state import base_state_dict, plain_modules
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import entries
 from minipeft.io.replace import Replacement
@@ -17,27 +17,12 @@ from minipeft.protocol import is_adapter, is_packed, linear_shape
 from minipeft.qlora import NF4Linear
 
 
-def _plain_names(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules by the names that they have without adapters around them."""
-    wrappers = sorted((n for n, m in model.named_modules(remove_duplicate=False)
-                       if is_adapter(m) and hasattr(m, "base")), key=len)  # fmt: skip
-    names = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for wrapper in wrappers:
-            prefix = f"{wrapper}.base" if wrapper else "base"
-            if name == prefix or name.startswith(f"{prefix}."):
-                name = f"{wrapper}{name[len(prefix) :]}".lstrip(".")
-                break
-        names[name] = module
-    return names
-
-
 def _tensors(
     model: nn.Module, quant_storage: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, PackedModule]]:
     """The checkpoint's tensors, and the 4-bit layers by their names."""
     layers: dict[str, PackedModule] = {}
-    for name, module in _plain_names(model).items():
+    for name, module in plain_modules(model).items():
         if not is_packed(module):
             continue
         if not isinstance(module, NF4Linear):
@@ -77,7 +62,7 @@ def _config(
     config["architectures"] = config["architectures"] or [type(model).__name__]
     first = next(iter(layers.values()))
     compute = next((m.compute_dtype for m in layers.values() if isinstance(m, NF4Linear)), None)
-    dense = [n for n, m in _plain_names(model).items()
+    dense = [n for n, m in plain_modules(model).items()
              if n and not is_packed(m) and not is_adapter(m) and linear_shape(m)]  # fmt: skip
     fp4 = first.codebook is not None
     config["quantization_config"] = checkpoint.quantization_config(
