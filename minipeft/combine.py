@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters import freeze, named_adapters, refuse_merged
+from minipeft.atomic import restoring
 from minipeft.bank import refuse_rows
-from minipeft.inject import build, restoring, swap
+from minipeft.inject import build, swap
 from minipeft.layers.lora_conv import LoRAConv
 from minipeft.layers.lora_embedding import LoRAEmbedding
 from minipeft.lora import LoRALinear, LowRank

@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from minipeft.adapters import freeze, named_adapters, refuse_merged
+from minipeft.atomic import restoring
 from minipeft.bank import refuse_rows
-from minipeft.inject import build, check_model, restoring, settled, swap
+from minipeft.inject import build, check_model, settled, swap
 from minipeft.layers.lora_embedding import LoRAEmbedding
 from minipeft.layers.lora_tied import LoRATiedLinear, tied_heads
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens

@@ -10,13 +10,14 @@ several names is wrapped once and put back under each.
 quantize.py does the same with 4-bit layers.  Read next: nf4.py.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from minipeft.adapters import freeze
+from minipeft.atomic import check_ready, restoring
 from minipeft.kinds import layer_class
 from minipeft.layers.lora_experts import LoRAExperts
 from minipeft.targets import (
@@ -47,12 +48,15 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter])
     try:
         for name, value in replacements.items():
             put(name, value)
+        for listener in after_swap:
+            listener(model)
     except BaseException:
         for name, value in before.items():
             put(name, value)
+        for listener in after_swap:
+            with suppress(Exception):
+                listener(model)
         raise
-    for listener in after_swap:
-        listener(model)
 
 
 def settled(caller: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> Modules:
@@ -65,18 +69,6 @@ def settled(caller: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> 
     chosen = {id(module) for module in modules.values()}
     everything: dict[str, Any] = {**visible_modules(model), **expert_weights(model)}
     return {n: m for n, m in everything.items() if id(m) in chosen}
-
-
-@contextmanager
-def restoring(model: nn.Module) -> Iterator[None]:
-    """On an error, give every parameter its `requires_grad` back: wrapping freezes bases."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
-        raise
 
 
 def build(
@@ -96,13 +88,14 @@ def build(
 
 
 def check_model(caller: str, model: object) -> None:
-    """Raise unless this is a module with submodules to replace."""
+    """Raise unless this is a module with submodules to replace, all there and whole."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{caller}: expected a module, got {type(model).__name__}")
     if not any(True for _ in model.children()) and not expert_weights(model):
         raise ValueError(
             f"{caller}: {type(model).__name__} has no submodules to replace; wrap it yourself"
         )
+    check_ready(caller, model)
 
 
 def inject(model: nn.Module, target: Target, wrap: Callable[[nn.Module], nn.Module]) -> Names:
@@ -131,7 +124,7 @@ def inject(model: nn.Module, target: Target, wrap: Callable[[nn.Module], nn.Modu
 
     with restoring(model):
         swap(model, build(modules, make))
-    freeze(model)
+        freeze(model)
     return Names(modules, left_out)
 
 
@@ -214,7 +207,7 @@ def inject_over(
     with restoring(model):
         wrapped = build(modules, make)
         swap(model, {**quantized, **wrapped})
-    freeze(model)
+        freeze(model)
     return Names(wrapped, left_out, made_of)
 
 

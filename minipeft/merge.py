@@ -8,6 +8,7 @@ remove(model, merge=True)   plain modules with the merged weights, folded layer 
 """
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -42,13 +43,16 @@ def merge(model: nn.Module) -> list[str]:
     Returns the names of the modules.
 
     Raises:
-        ValueError: nothing to merge, or a weight that is not finite; no layer is merged then.
+        ValueError: nothing to merge, a weight that is not finite, a module below an adapter that
+            is not proved to compute the formula of its kind (linearity.py); no layer is merged
+            then.
     """
     found = _layer_stacks("merge", model)
     outermost = {n: next((x for x in stack if x.enabled), None) for n, stack in found.items()}
     chosen = {name: layer for name, layer in outermost.items() if layer is not None}
     if not chosen:
         raise ValueError("merge: every adapter is off; see use_adapters and disable_adapters")
+    _refuse_unfoldable("merge", chosen)
     every = [layer for stack in found.values() for layer in stack]
     before = [(layer, layer.merged_module) for layer in every]
     try:
@@ -64,6 +68,20 @@ def merge(model: nn.Module) -> list[str]:
             layer.__dict__["merged_module"] = merged
         raise
     return list(chosen)
+
+
+def _refuse_unfoldable(caller: str, layers: Mapping[str, AdapterLayer]) -> None:
+    """Raise unless the module below each of these computes the formula of its kind.
+
+    A layer of somebody's own that has no `why_not_foldable` is taken at its word.
+    """
+    for place, layer in layers.items():
+        ask = getattr(layer, "why_not_foldable", None)
+        if ask is not None and (reason := ask()):
+            raise ValueError(
+                f"{caller}: {place}: {reason}; an adapter cannot be folded into it: leave it "
+                "unmerged (it runs as it is), or take it off with remove(model)"
+            )
 
 
 def unmerge(model: nn.Module) -> list[str]:
@@ -215,6 +233,8 @@ def _check_foldable(
     model: nn.Module, found: dict[str, list[AdapterLayer]], requantize: bool
 ) -> None:
     holders = _holders(model)
+    on = {p: stack[0] for p, stack in found.items() if any(layer.enabled for layer in stack)}
+    _refuse_unfoldable("remove", on)
     for place, stack in found.items():
         plain = innermost(stack[0])  # type: ignore[arg-type]
         if requantize and not is_packed(plain):

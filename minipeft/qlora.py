@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from minipeft import derivatives, ops, products
 from minipeft.double_quant import decoded_absmax
+from minipeft.linearity import why_not_replaceable
 from minipeft.packed import PackedModule, encoded, frozen
-from minipeft.protocol import has_stored_weight
 
 PANEL_BYTES = 16 * 2**20
 GPU_PANEL_BYTES = 256 * 2**20
@@ -153,8 +153,8 @@ class NF4Linear(PackedModule):
 
         Raises:
             TypeError: not a module.
-            ValueError: not an nn.Linear, or a subclass with a forward of its own (it would be
-                lost; LoRA can wrap it); weights that cannot be quantised.
+            ValueError: not an nn.Linear, or a subclass that computes something else than
+                x W^T + b (it would be lost; LoRA can wrap it); weights that cannot be quantised.
         """
         weight, bias = check_quantizable(linear)
         layer = cls.from_weight(
@@ -228,26 +228,15 @@ class NF4Linear(PackedModule):
         )
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether a linear layer computes something else than nn.Linear's forward."""
-    return type(module).forward is not nn.Linear.forward
-
-
 def check_quantizable(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of an nn.Linear whose forward is nn.Linear's; raises on others."""
+    """The weight and bias of an nn.Linear that computes x W^T + b (linearity.py); or raises."""
     if not isinstance(linear, nn.Module):
         raise TypeError(f"NF4Linear: expected a module, got {type(linear).__name__}")
     if not isinstance(linear, nn.Linear):
         raise ValueError(f"NF4Linear: {type(linear).__name__} is no nn.Linear")
-    if has_own_forward(linear):
+    if reason := why_not_replaceable(linear):
         raise ValueError(
-            f"NF4Linear: {type(linear).__name__} has a forward of its own, which NF4Linear would "
-            "replace by x W^T + b; leave it dense (LoRA can wrap it), or name the class in "
-            "quantize_model(also=...) if its forward is only that"
-        )
-    if not has_stored_weight(linear):
-        raise ValueError(
-            f"NF4Linear: {type(linear).__name__} computes its weight (weight norm, a "
-            "parametrisation); take that off first"
+            f"NF4Linear: {reason}, and NF4Linear would replace it by that; leave it dense (LoRA "
+            "can wrap it), or name the class in quantize_model(also=...) if you know better"
         )
     return linear.weight, linear.bias

@@ -16,8 +16,9 @@ from minipeft.inject import build, check_model, inject_over, settled, swap
 from minipeft.layers.conv1d import NF4Conv1D
 from minipeft.layers.embedding import NF4Embedding
 from minipeft.layers.experts import NF4Experts
+from minipeft.linearity import why_no_float, why_not_replaceable
 from minipeft.protocol import has_stored_weight, is_conv1d, is_packed, linear_shape
-from minipeft.qlora import NF4Linear, has_own_forward
+from minipeft.qlora import NF4Linear
 from minipeft.targets import (
     Names,
     Target,
@@ -28,17 +29,9 @@ from minipeft.targets import (
     in_attention,
     visible_modules,
 )
+from minipeft.wrapper import take_hooks
 
 Skip = Target | tuple[()]
-
-
-def _take_hooks(layer: nn.Module, module: nn.Module) -> None:
-    """Let the layer run the module's hooks; their handles still remove them."""
-    for name, hooks in vars(module).items():
-        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and (
-            "state_dict" not in name
-        ):
-            vars(layer)[name] = hooks
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -56,25 +49,18 @@ def _keeps_dense(
     module: nn.Module, also: tuple[type[nn.Module], ...], embeddings: bool
 ) -> str | None:
     """Why a layer with a weight cannot be replaced by a 4-bit one; None if it can."""
+    vouched = type(module) in also
     if isinstance(module, nn.Embedding):
         if not embeddings:
             return "an embedding (embeddings=True quantises it)"
-        if type(module).forward is not nn.Embedding.forward and type(module) not in also:
-            return f"{type(module).__name__} has a forward of its own"
         if module.max_norm is not None:
             return "max_norm rescales its rows in forward"
-    elif is_conv1d(module):
-        if type(module).__name__ != "Conv1D":
-            return f"{type(module).__name__} has a forward of its own"
-    elif not isinstance(module, nn.Linear):
+    elif not isinstance(module, nn.Linear) and not is_conv1d(module):
         return f"{type(module).__name__} is no nn.Linear"
-    elif has_own_forward(module) and type(module) not in also:
-        return f"{type(module).__name__} has a forward of its own"
-    if not has_stored_weight(module):
-        return "its weight is computed (weight norm, a parametrisation)"
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance (offloading?)"
-    return None
+    reason = why_not_replaceable(module)
+    if reason and vouched and has_stored_weight(module) and "forward" not in vars(module):
+        reason = why_no_float(module.weight)  # type: ignore[arg-type]
+    return reason
 
 
 def quantizable(
@@ -172,7 +158,7 @@ def _quantized(
             layer = NF4Conv1D.from_linear(module, **settings)  # type: ignore[arg-type]
         else:  # not from_linear: it refuses the classes that `also` admits
             layer = NF4Linear.from_weight(module.weight, module.bias, **settings)  # type: ignore[arg-type]
-        _take_hooks(layer, module)
+        take_hooks(layer, module)
         return layer.train(module.training)
 
     layers = build(settled("quantize_model", model, modules), make)
@@ -236,7 +222,7 @@ def dequantize_model(model: nn.Module) -> list[str]:
             if id(layer) not in made:
                 plain = layer.dense()
                 if isinstance(plain, nn.Module):
-                    _take_hooks(plain, before[name])
+                    take_hooks(plain, before[name])
                 made[id(layer)] = plain
             swap(model, {name: made[id(layer)]})
             done[name] = before[name]

@@ -22,7 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minipeft.ops import without_autocast
+from minipeft.linearity import why_not_foldable
+from minipeft.ops import autocast_is_on, without_autocast
 from minipeft.protocol import is_adapter, is_packed
 
 
@@ -53,6 +54,17 @@ def stored_parameter(caller: str, module: nn.Module, name: str) -> Tensor:
             "remove_parametrizations or torch.nn.utils.remove_weight_norm"
         )
     return value
+
+
+def hooks_of(module: nn.Module) -> dict[str, Any]:
+    """The dicts that hold a module's hooks, but those of its state dict, by their names."""
+    ends = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+    return {n: h for n, h in vars(module).items() if n.endswith(ends) and "state_dict" not in n}
+
+
+def take_hooks(layer: nn.Module, module: nn.Module) -> None:
+    """Let the layer run the module's hooks; their handles still remove them."""
+    vars(layer).update(hooks_of(module))
 
 
 class Wrapper(nn.Module):
@@ -169,6 +181,9 @@ class Wrapper(nn.Module):
     def _effective(self, name: str) -> Any:
         if self.merged_module is not None and self._enabled:
             return getattr(self.merged_module, name)
+        stored = innermost(self)._parameters.get(name)
+        if stored is not None and not stored.is_floating_point():
+            return stored  # somebody's codes: models look at the dtype
         value = self.effective_parameters().get(name) if self._anything_on() else None
         return getattr(innermost(self), name) if value is None else value
 
@@ -191,8 +206,8 @@ class Wrapper(nn.Module):
         Adapters below take part; the base is not changed, and no state dict knows of it.
 
         Raises:
-            ValueError: a merged weight is not finite, or the base computes its weight (weight
-                norm, a parametrisation); nothing has changed then.
+            ValueError: a merged weight is not finite, or the base is not proved to compute the
+                formula of its kind; nothing has changed then.
         """
         merged = self.merged()
         for name, value in merged.named_parameters():
@@ -208,14 +223,39 @@ class Wrapper(nn.Module):
         self.__dict__["merged_module"] = None
 
     def call_merged(self, *args: Any, **kwargs: Any) -> Any:
-        """What the merged module computes; raises RuntimeError while training."""
+        """What the merged module computes; raises RuntimeError while training.
+
+        A packed layer takes every floating-point dtype and gives it back, so this does too.
+        """
         if self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(self).__name__}: training while merged would give the adapter no gradient; "
                 "call minipeft.unmerge(model) first, or model.eval() to run it merged"
             )
-        assert self.merged_module is not None
-        return self.merged_module(*args, **kwargs)
+        merged = self.merged_module
+        assert merged is not None
+        x = args[0] if args and isinstance(args[0], Tensor) else None
+        if x is not None and x.is_floating_point() and is_packed(innermost(self)):
+            named = dict(merged.named_parameters())
+            other = any(p.dtype != x.dtype for p in named.values())
+            if other and (x.dtype == torch.float64 or not autocast_is_on(x.device)):
+                cast_to = {name: p.to(x.dtype) for name, p in named.items()}
+                return torch.func.functional_call(merged, cast_to, args, kwargs)
+        return merged(*args, **kwargs)
+
+    def why_not_foldable(self) -> str | None:
+        """Why the innermost module cannot take this layer into its parameters; None: it can.
+
+        It must compute the formula of its kind, which is tried (linearity.py).
+        """
+        return why_not_foldable(innermost(self)) if self.folds_into_base else None
+
+    def _check_foldable(self, caller: str) -> None:
+        if reason := self.why_not_foldable():
+            raise ValueError(
+                f"{type(self).__name__}.{caller}: {reason}; leave it unmerged (it runs), or take "
+                "it off with minipeft.remove(model)"
+            )
 
     def merged(self, *, requantize: bool = False) -> nn.Module:
         """A plain module with the effective parameters: of the innermost module's own class.
@@ -224,17 +264,20 @@ class Wrapper(nn.Module):
         4 bits again.  Parameters that no adapter changes are shared.
 
         Raises:
-            ValueError: requantize on a base that is not packed, or a base that computes its
-                weight.
+            ValueError: requantize on a base that is not packed, or a base that is not proved to
+                compute the formula of its kind.
         """
         with torch.inference_mode(False), torch.no_grad():
             values = self.effective_parameters()
         plain = innermost(self)
+        if values or is_packed(plain):
+            self._check_foldable("merged")
         if is_packed(plain):
             weight = values.pop("weight", None)
             if weight is None:
                 weight = plain.dequantize()
             made = plain.requantized(weight) if requantize else plain.dense(weight)
+            take_hooks(cast(nn.Module, made), plain)  # type: ignore[arg-type]
             plain = cast(nn.Module, made)
         elif requantize:
             raise ValueError(
@@ -242,6 +285,8 @@ class Wrapper(nn.Module):
             )
         # deepcopy finds tensors in its memo, so no old one is copied
         memo: dict[int, Any] = {id(t): t for t in (*plain.parameters(), *plain.buffers())}
+        for part in plain.modules():  # a hook may be a method of something that holds the model
+            memo |= {id(hook): hook for own in hooks_of(part).values() for hook in own.values()}
         for name, value in values.items():
             memo[id(plain.get_parameter(name))] = nn.Parameter(value, requires_grad=False)
         return copy.deepcopy(plain, memo).requires_grad_(False).train(self.training)
@@ -252,7 +297,10 @@ class Wrapper(nn.Module):
         if is_packed(plain) or requantize:
             return self.merged(requantize=requantize)
         with torch.no_grad():
-            for name, value in self.effective_parameters().items():
+            values = self.effective_parameters()
+            if values:
+                self._check_foldable("fold")
+            for name, value in values.items():
                 try:
                     plain.get_parameter(name).copy_(value)
                 except RuntimeError:  # an expanded or inference tensor takes no values

@@ -17,6 +17,7 @@ KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 LEVELS = [
     {"ops", "derivatives", "products", "protocol"},
+    {"trial_copy", "linearity"},
     {"wrapper"},
     {"lora", "nf4", "codebooks", "double_quant", "prefix", "prefix_merge", "prompt"},
     {"packed", "qlora"},
@@ -31,6 +32,7 @@ LEVELS = [
         "inject",
         "quantize",
         "adapters",
+        "atomic",
         "switch",
         "merge",
         "bank",

@@ -240,7 +240,7 @@ def test_peft_is_bypassed_in_that_fast_path():
 
 class OwnForward(nn.Linear):
     def forward(self, x):
-        return x @ self.weight.T + self.bias
+        return 2 * super().forward(x)
 
 
 class TiedModel(Model):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from minipeft import nf4, ops
 from minipeft.double_quant import absmax_of_blocks
+from minipeft.linearity import why_not_replaceable
 from minipeft.packed import PackedModule, encoded, frozen
-from minipeft.protocol import has_stored_weight
 
 
 @ops.implements("nf4_embedding")
@@ -90,8 +90,9 @@ class NF4Embedding(PackedModule):
 
         Raises:
             TypeError: not a module.
-            ValueError: no nn.Embedding, a subclass with a forward of its own, one with `max_norm`
-                (it rescales rows in forward); weights that cannot be quantised.
+            ValueError: no nn.Embedding, a subclass that gives something else than rows of its
+                table, one with `max_norm` (it rescales rows in forward); weights that cannot be
+                quantised.
         """
         table = check_embedding(embedding)
         state = encoded(table.weight, block_size, double_quant)
@@ -132,15 +133,10 @@ def check_embedding(embedding: object) -> nn.Embedding:
         raise TypeError(f"NF4Embedding: expected a module, got {type(embedding).__name__}")
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(f"NF4Embedding: {type(embedding).__name__} is no nn.Embedding")
-    if type(embedding).forward is not nn.Embedding.forward:
-        raise ValueError(
-            f"NF4Embedding: {type(embedding).__name__} has a forward of its own, which would be "
-            "lost; leave it dense"
-        )
     if embedding.max_norm is not None:
         raise ValueError(
             "NF4Embedding: max_norm rescales rows in forward, which codes cannot; leave it dense"
         )
-    if not has_stored_weight(embedding):
-        raise ValueError("NF4Embedding: the table is computed (a parametrisation); take it off")
+    if reason := why_not_replaceable(embedding):
+        raise ValueError(f"NF4Embedding: {reason}, and NF4Embedding gives no more; leave it dense")
     return embedding

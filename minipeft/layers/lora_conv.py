@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minipeft.linearity import why_not_formula
 from minipeft.lora import LowRank, lora_scaling
 from minipeft.wrapper import innermost
 
@@ -34,8 +35,8 @@ class LoRAConv(LowRank):
 
     Raises:
         TypeError: base is no module.
-        ValueError: base is no such convolution, or has a forward of its own; `groups` does not
-            divide the rank; rank, alpha, dropout as of LoRALinear.
+        ValueError: base is no such convolution, or computes something else than torch's by its
+            settings; `groups` does not divide the rank; rank, alpha, dropout as of LoRALinear.
 
     >>> layer = LoRAConv(nn.Conv1d(4, 6, 3), rank=2)
     >>> layer.lora_a.shape, layer.lora_b.shape, layer.delta().shape
@@ -103,7 +104,8 @@ class LoRAConv(LowRank):
             x = F.dropout(x, self.dropout)
         plain: Any = innermost(self)
         first = self.across if self.across_groups else plain
-        hidden = first._conv_forward(x, a, None) * strength
+        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[a.dim() - 3]
+        hidden = kind._conv_forward(first, x, a, None) * strength
         if isinstance(strength, Tensor):
             hidden = torch.where(strength == 0, 0.0, hidden)
         return _POINTWISE[a.dim() - 2](hidden, b, groups=plain.groups)
@@ -199,10 +201,9 @@ def _checked_convolution(caller: str, base: nn.Module) -> nn.Conv1d | nn.Conv2d 
         raise ValueError(
             f"{caller}: {type(plain).__name__} is none of nn.Conv1d, nn.Conv2d, nn.Conv3d"
         )
-    own = type(plain).forward, type(plain)._conv_forward
-    if own not in ((k.forward, k._conv_forward) for k in (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if reason := why_not_formula(plain, hooks=False):
         raise ValueError(
-            f"{caller}: {type(plain).__name__} has a forward of its own (padding, standardised "
-            "weights), which the branch and a merged kernel cannot follow; leave it out (exclude=)"
+            f"{caller}: {reason} (padding, standardised weights?), so the branch and a merged "
+            "kernel could not follow it; leave it out (exclude=)"
         )
     return plain

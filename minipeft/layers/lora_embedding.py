@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minipeft.layers.embedding import NF4Embedding
+from minipeft.linearity import why_not_formula
 from minipeft.lora import LowRank
 from minipeft.wrapper import innermost
 
@@ -27,8 +28,8 @@ class LoRAEmbedding(LowRank):
 
     Raises:
         TypeError: base is no module.
-        ValueError: base is no embedding, or one with another forward; rank, alpha, dropout as of
-            LoRALinear.
+        ValueError: base is no embedding, or one that gives something else than rows of its table
+            (times `embed_scale`); rank, alpha, dropout as of LoRALinear.
 
     >>> layer = LoRAEmbedding(nn.Embedding(10, 4), rank=2)
     >>> torch.equal(layer(torch.tensor([3])), layer.base(torch.tensor([3])))  # A = 0
@@ -97,15 +98,19 @@ def _checked_table(caller: str, base: nn.Module) -> tuple[int, int]:
     plain = innermost(base)
     if not isinstance(plain, nn.Embedding | NF4Embedding):
         raise ValueError(f"{caller}: {type(plain).__name__} is no embedding")
-    own = type(plain).forward not in (nn.Embedding.forward, NF4Embedding.forward)
-    if own and not hasattr(plain, "embed_scale"):
-        raise ValueError(
-            f"{caller}: {type(plain).__name__} has a forward of its own, which may take other "
-            "arguments or count rows differently; leave it out (exclude=), or wrap it in a layer "
-            "of your own"
-        )
     if getattr(plain, "max_norm", None) is not None:
         raise ValueError(
             f"{caller}: max_norm rescales the table's rows in forward, so it is not frozen"
+        )
+    own = type(plain).__name__
+    if isinstance(plain, NF4Embedding):
+        same = type(plain).forward is NF4Embedding.forward
+        reason = None if same else f"{own} has a forward of its own"
+    else:
+        reason = why_not_formula(plain, hooks=False)
+    if reason:
+        raise ValueError(
+            f"{caller}: {reason}, so rows of the branch would not be its rows; leave it out "
+            "(exclude=), or wrap it in a layer of your own"
         )
     return plain.num_embeddings, plain.embedding_dim

@@ -19,10 +19,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft import derivatives
+from minipeft.linearity import check_own_weight
 from minipeft.lora import LoRALinear, add_lora
 from minipeft.ops import without_autocast
 from minipeft.protocol import is_adapter, is_packed
 from minipeft.qlora import NF4Linear
+from minipeft.wrapper import innermost
 
 _CHUNK_BYTES = 16 * 2**20  # of float32 copies of a 16-bit weight
 
@@ -102,7 +104,8 @@ class DoRALinear(LoRALinear):
     the layers below.
 
     Raises:
-        TypeError, ValueError: as LoRALinear.
+        TypeError, ValueError: as LoRALinear; a base that computes something else than its weight
+            says, since its lengths are read off the weight.
 
     >>> layer = DoRALinear(nn.Linear(8, 4), rank=2)
     >>> x = torch.randn(3, 8)
@@ -127,6 +130,7 @@ class DoRALinear(LoRALinear):
             base, rank, alpha,
             dropout=dropout, rank_stabilized=rank_stabilized, init=init, dtype=dtype,
         )  # fmt: skip
+        check_own_weight(type(self).__name__, innermost(base))
         self._kept_norms, self._kept_square = Kept(), Kept()
         self.magnitude = nn.Parameter(self.norms(self.scaling))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from minipeft.layers.embedding import NF4Embedding
 from minipeft.layers.lora_conv import LoRAConv, kernel_product
 from minipeft.layers.lora_embedding import LoRAEmbedding
+from minipeft.linearity import check_own_weight
 from minipeft.ops import without_autocast
 from minipeft.protocol import is_adapter
 from minipeft.variants.dora import Kept, length_ratio, lengths_of, row_norms
@@ -32,6 +33,7 @@ class DoRAEmbedding(LoRAEmbedding):
 
     def __init__(self, base: nn.Module, rank: int, alpha: float | None = None, **lora: Any) -> None:
         super().__init__(base, rank, alpha, **lora)
+        check_own_weight(type(self).__name__, innermost(base))
         self._kept = Kept()
         with torch.no_grad():
             square, _ = self._table_products(torch.zeros_like(self.lora_a, dtype=torch.float32))
@@ -131,6 +133,7 @@ class DoRAConv(LoRAConv):
                 "DoRA needs; leave across_groups out"
             )
         super().__init__(base, rank, alpha, **lora)
+        check_own_weight(type(self).__name__, innermost(base))
         with torch.no_grad():
             kernel = self.exact_below("weight", torch.float32)
             self.magnitude = nn.Parameter(kernel.flatten(1).norm(dim=1).to(torch.float32))
@@ -154,8 +157,10 @@ class DoRAConv(LoRAConv):
             dense = self.base(x)
         plain: Any = innermost(self)
         a, b = (factor.to(out.dtype) for factor in self.factors())
-        hidden = plain._conv_forward(x.to(out.dtype), a, None) * strength
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(axes) - 1]
+        number = len(axes) - 1
+        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[number]
+        hidden = kind._conv_forward(plain, x.to(out.dtype), a, None) * strength
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[number]
         branch = convolve(hidden, b, groups=plain.groups)
         made = (out + ((dense - shift + branch) * ratio - (dense - shift))).to(out.dtype)
         return torch.where(self.strength == 0, out, made) if compiling else made

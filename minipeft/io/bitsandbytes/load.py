@@ -19,8 +19,9 @@ from minipeft.io.buffers import restore_buffers
 from minipeft.io.replace import read_whole
 from minipeft.io.shards import Reader
 from minipeft.layers.conv1d import NF4Conv1D
+from minipeft.linearity import why_not_replaceable
 from minipeft.protocol import is_conv1d
-from minipeft.qlora import NF4Linear, has_own_forward
+from minipeft.qlora import NF4Linear
 from minipeft.targets import Names
 
 
@@ -43,7 +44,7 @@ def _holder(model: nn.Module, key: str) -> nn.Module:
         raise ValueError(
             f"{key}: the model has no module {name!r}; is it another model's?"
         ) from None
-    plain = isinstance(module, nn.Linear) and not has_own_forward(module)
+    plain = isinstance(module, nn.Linear) and why_not_replaceable(module) is None
     if own != "weight" or not (plain or (is_conv1d(module) and type(module).__name__ == "Conv1D")):
         raise ValueError(
             f"{key}: 4-bit codes for a {type(module).__name__}; only nn.Linear and Conv1D take them"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters import freeze, named_adapters, refuse_merged
+from minipeft.atomic import restoring
 from minipeft.bank import refuse_rows
-from minipeft.inject import check_model, restoring, swap
+from minipeft.inject import check_model, swap
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, MatchedConfig, read_config
 from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.prompts import kind_in, load_prompts
