@@ -192,9 +192,9 @@ class NF4Linear(PackedModule):
             raise ValueError(
                 f"NF4Linear: input of shape {tuple(x.shape)}; expected (*, {self.in_features})"
             )
-        dtype, device = x.dtype, x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)
+        dtype = x.dtype
+        if ops.autocast_is_on(x.device):
+            dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
         compute_dtype = self.compute_dtype or dtype
         bias = None if self.bias is None else self.bias.to(compute_dtype)
         out = derivatives.call(

@@ -140,9 +140,9 @@ class NF4Experts(PackedModule):
                 f"NF4Experts: x {tuple(x.shape)} and expert {tuple(expert.shape)}; expected "
                 f"(tokens, {in_features}) and (tokens,)"
             )
-        dtype, device = x.dtype, x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(device)
+        dtype = x.dtype
+        if ops.autocast_is_on(x.device):
+            dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
         compute_dtype = self.compute_dtype or dtype
         out = derivatives.call(
             "nf4_experts", x.to(compute_dtype), expert, *self.state(), list(self.shape), False,
