@@ -3,15 +3,19 @@
 They find adapters through protocol.py alone, so a layer of your own takes part.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from minipeft.buffers import hold
 from minipeft.plain_names import PlainNames, Spellings
 from minipeft.protocol import Adapter, is_adapter
 from minipeft.registry import adapters_called
+
+T = TypeVar("T", bound=Tensor)
 
 
 def named_adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -41,6 +45,23 @@ def named_adapter_parameters(
     What torch wraps around modules (torch.compile, DDP) is in no name.
 
     Raises:
+        ValueError: as `_named_tensors`.
+    """
+    return _named_tensors(caller, model, name, lambda adapter: adapter.adapter_parameters())
+
+
+def _buffers_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The statistics that an adapter owns, by their name within the module; most have none."""
+    own = getattr(type(adapter), "adapter_buffers", None)
+    return {} if own is None else own(adapter)
+
+
+def _named_tensors(
+    caller: str, model: nn.Module, name: str | None, own_of: Callable[[Adapter], dict[str, T]]
+) -> dict[str, T]:
+    """What `own_of` gives for each layer of one adapter, by its name in the plain model.
+
+    Raises:
         ValueError: no such adapter, or one that has two layers of one kind over the same module
             (stacked by hand), whose parameters have one name.
     """
@@ -51,11 +72,11 @@ def named_adapter_parameters(
     else:
         called = adapters_called(caller, model, name)
         adapters = [(place, adapter) for place, stack in called.items() for adapter in stack]
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, T] = {}
     names = PlainNames(model)
     for place, adapter in adapters:
         inner = PlainNames(adapter)  # type: ignore[arg-type]  # a head saved whole may hold some
-        for own, parameter in adapter.adapter_parameters().items():
+        for own, parameter in own_of(adapter).items():
             plain = names.plain(place)
             key = f"{plain}.{inner.plain(own)}" if plain else inner.plain(own)
             if key in found:
@@ -77,26 +98,39 @@ def _without_banks(place: str, banks: list[str]) -> str:
 
 
 def adapter_parameters(model: nn.Module, *, name: str | None = None) -> Iterator[nn.Parameter]:
-    """The parameters that adapters own, or the adapter called `name`: what an optimiser gets."""
-    yield from named_adapter_parameters("adapter_parameters", model, name).values()
+    """The parameters that adapters own, or the adapter called `name`: what an optimiser gets.
+
+    Each comes once, also one that two layers share (copies of tied modules).
+    """
+    found = named_adapter_parameters("adapter_parameters", model, name).values()
+    yield from {id(parameter): parameter for parameter in found}.values()
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze every parameter that no adapter owns; adapters keep their `requires_grad`."""
+    """Freeze every parameter that no adapter owns; adapters keep their `requires_grad`.
+
+    Running statistics are frozen with them: while the model has adapters its normalisations stay
+    in eval mode, whatever `train()` says, and the base is what it was, bit for bit.  To let them
+    follow new data name the normalisations in `train_modules`.  inject_lora, load_peft and all
+    others that add an adapter call this.
+    """
     owned = {id(parameter) for parameter in adapter_parameters(model)}
     for parameter in model.parameters():
         if id(parameter) not in owned:
             parameter.requires_grad_(False)
+    hold(model)
 
 
 def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str, Tensor]:
     """The adapters' parameters, detached and not copied: '<module name>.lora_a', and so on.
 
-    Of the adapter called `name` under the modules' names in the plain model, so that they fit a
-    model in which it is alone; without `name` of all, under the names of the layers.
+    With the running statistics of modules that train whole.  Of the adapter called `name` under
+    the modules' names in the plain model, so that they fit a model in which it is alone; without
+    `name` of all, under the names of the layers.
     """
-    found = named_adapter_parameters("adapter_state_dict", model, name)
-    return {key: value.detach() for key, value in found.items()}
+    parameters = named_adapter_parameters("adapter_state_dict", model, name)
+    buffers = _named_tensors("adapter_state_dict", model, name, _buffers_of)
+    return {key: value.detach() for key, value in {**parameters, **buffers}.items()}
 
 
 def refuse_merged(caller: str, adapters: Mapping[str, Adapter]) -> None:
@@ -113,7 +147,7 @@ def load_adapter_state_dict(
 
     `name` chooses one adapter, as in `adapter_state_dict`.  Names that hold what torch wraps around
     modules (`_orig_mod.`, `module.`) are understood.  Returns (missing, unexpected) keys, which are
-    empty if `strict`.
+    empty if `strict`.  Running statistics may be missing.
 
     Raises:
         ValueError: a missing or unexpected name (if strict), another shape, no floating-point
@@ -121,9 +155,11 @@ def load_adapter_state_dict(
     """
     adapters = require_adapters("load_adapter_state_dict", model)
     refuse_merged("load_adapter_state_dict", adapters)
-    own = named_adapter_parameters("load_adapter_state_dict", model, name)
+    parameters = named_adapter_parameters("load_adapter_state_dict", model, name)
+    buffers = _named_tensors("load_adapter_state_dict", model, name, _buffers_of)
+    own: dict[str, Tensor] = {**parameters, **buffers}
     state = understood("load_adapter_state_dict", state, own)
-    missing = [key for key in own if key not in state]
+    missing = [key for key in parameters if key not in state]
     unexpected = [key for key in state if key not in own]
     if strict and (missing or unexpected):
         raise ValueError(
@@ -131,8 +167,10 @@ def load_adapter_state_dict(
             f"{unexpected[:5]} ({len(unexpected)} in all); is it another model's adapter?"
         )
     for key in own.keys() & state.keys():
-        if not isinstance(state[key], Tensor) or not state[key].is_floating_point():
-            raise ValueError(f"load_adapter_state_dict: {key} is no floating-point tensor")
+        floating = own[key].is_floating_point()
+        if not isinstance(state[key], Tensor) or state[key].is_floating_point() != floating:
+            what = "floating-point" if floating else "integer"
+            raise ValueError(f"load_adapter_state_dict: {key} is no {what} tensor")
         if own[key].is_meta:
             raise ValueError(
                 f"load_adapter_state_dict: {key} is on the meta device and cannot hold values; "

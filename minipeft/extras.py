@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from minipeft.adapters import freeze, named_adapters, refuse_merged
@@ -94,10 +95,13 @@ def train_biases(model: nn.Module, mode: str = "lora_only", *, name: str = DEFAU
     return Names(modules, left_out)
 
 
-def train_modules(model: nn.Module, target: Target, *, name: str = DEFAULT) -> Names:
+def train_modules(
+    model: nn.Module, target: Target, *, name: str = DEFAULT, dtype: torch.dtype | None = None
+) -> Names:
     """Train the modules that `target` names as a whole: a classification head, new embeddings.
 
-    Each gets a trainable copy; the original stays frozen below it.  Modules that share a weight
+    Each gets a trainable copy; the original stays frozen below it.  Copies of 16-bit modules are
+    float32, unless `dtype` asks for something else.  Modules that share a weight
     share it in their copies too, if both are named; one of two that is named alone is untied, with
     a warning.  Returns the names.
 
@@ -121,7 +125,7 @@ def train_modules(model: nn.Module, target: Target, *, name: str = DEFAULT) -> N
             stacklevel=2,
         )
     memo: dict[int, Any] = {}
-    _wrap(model, name, modules, lambda _, module: TrainedModule(module, memo=memo))
+    _wrap(model, name, modules, lambda _, module: TrainedModule(module, dtype=dtype, memo=memo))
     return Names(modules)
 
 

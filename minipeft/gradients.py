@@ -3,6 +3,7 @@
 from torch import nn
 
 from minipeft.adapters import require_adapters
+from minipeft.buffers import changed_buffers, complaint
 from minipeft.protocol import Adapter
 
 
@@ -31,7 +32,8 @@ def check_gradients(model: nn.Module) -> int:
 
     Raises:
         ValueError: parameters without a gradient (named, with the usual reason), a gradient that
-            is not finite, nothing trainable, or no backward at all.
+            is not finite, nothing trainable, or no backward at all; a buffer of the frozen base
+            that forward has changed.
     """
     adapters = require_adapters("check_gradients", model)
     trainable = {
@@ -67,4 +69,6 @@ def check_gradients(model: nn.Module) -> int:
     wrong = [n for n, (_, p) in trainable.items() if not bool(p.grad.isfinite().all())]  # type: ignore[union-attr]
     if wrong:
         raise ValueError(f"check_gradients: NaN or Inf in the gradients of {wrong[:5]}")
+    if changed := changed_buffers(model):
+        raise ValueError(f"check_gradients: {complaint(changed)}")
     return len(trainable)

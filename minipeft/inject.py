@@ -18,6 +18,7 @@ from torch import nn
 
 from minipeft.adapters import freeze
 from minipeft.atomic import check_ready, restoring
+from minipeft.buffers import release
 from minipeft.kinds import layer_class
 from minipeft.layers.lora_experts import LoRAExperts
 from minipeft.targets import (
@@ -31,7 +32,7 @@ from minipeft.targets import (
 )
 
 # called with the model after modules were swapped (io makes `save_pretrained` write adapters)
-after_swap: list[Callable[[nn.Module], None]] = []
+after_swap: list[Callable[[nn.Module], None]] = [release]
 Modules = dict[str, nn.Module]
 
 

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from minipeft import flops
 from minipeft.products import is_slow
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -290,3 +291,4 @@ for _name, _schema in SCHEMAS.items():
     LIBRARY.define(_name + _schema)
     LIBRARY.impl(_name, _body(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"minipeft::{_name}", _FAKES[_name], lib=LIBRARY)
+flops.count_products()

@@ -134,7 +134,16 @@ class PackedModule(nn.Module):
         return "absmax_code" in self._parameters
 
     def state(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """packed, absmax, scale, offset as the operators take them; the last two may be None."""
+        """packed, absmax, scale, offset as the operators take them; the last two may be None.
+
+        Raises:
+            RuntimeError: within torch.jit.trace, which has no word for bytes viewed as float32.
+        """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise RuntimeError(
+                f"{type(self).__name__}: torch.jit.trace cannot hold 4-bit layers; use "
+                "torch.export or torch.compile, or minipeft.dequantize_model before"
+            )
         stored = cast(dict[str, Tensor], self._parameters)
         if not self.double_quant:
             return stored["packed"], as_float32(stored["absmax"]), None, None

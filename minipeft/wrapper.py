@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from minipeft.buffers import mode_of
 from minipeft.linearity import why_not_foldable
 from minipeft.ops import autocast_is_on, without_autocast
 from minipeft.protocol import is_adapter, is_packed
@@ -101,7 +102,7 @@ class Wrapper(nn.Module):
     def take_over(self) -> None:
         """The last line of a constructor: freeze the innermost module, take over its mode."""
         innermost(self).requires_grad_(False)
-        self.train(self.base.training)
+        self.train(mode_of(self.base))
 
     @property
     def enabled(self) -> bool:
@@ -167,6 +168,8 @@ class Wrapper(nn.Module):
     def effective_parameters(self) -> dict[str, Tensor]:
         """`exact_parameters`, each rounded once to the dtype of the innermost module's."""
         plain, found = innermost(self), {}
+        if next(plain.parameters(), None) is None:  # statistics alone
+            return {}
         with without_autocast(next(plain.parameters()).device):  # float32 means float32
             exact = self.exact_parameters()
         for name, value in exact.items():

@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "minipeft").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 LEVELS = [
-    {"ops", "derivatives", "products", "protocol"},
+    {"flops", "ops", "derivatives", "products", "protocol", "buffers"},
     {"trial_copy", "linearity"},
     {"wrapper"},
     {"lora", "nf4", "codebooks", "double_quant", "prefix", "prefix_merge", "prompt"},

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minipeft.buffers import keeps_statistics
+from minipeft.layers.casting import CastCall, rounded_like, widened
 from minipeft.wrapper import Wrapper, innermost, stored_parameter
 
 _CHANNELS_FIRST = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
@@ -123,9 +125,11 @@ def spatial_axes(module: nn.Module) -> int:
 class TrainedModule(Unscaled):
     """A copy of a module that trains whole, beside the frozen original.
 
-    Computes as `copy` while enabled, as `base` otherwise.  Parameters of `copy` have the base's
-    dtypes, or `dtype`.  `memo` is deepcopy's: modules copied with the same one share what their
-    originals share.
+    Computes as `copy` while enabled, as `base` otherwise.  `copy` is float32 where the base has 16
+    bits (`dtype` asks for another dtype); it takes what the base takes and gives the dtypes that
+    the base would give (casting.py).  Merged it is rounded to the base's dtypes, once.  `memo` is
+    deepcopy's: modules copied with the same one share what their originals share.  Running
+    statistics of norms in it follow the data, as part of the adapter.
 
     Raises:
         ValueError: the module has no parameters, holds adapters, or holds 4-bit codes.
@@ -133,6 +137,7 @@ class TrainedModule(Unscaled):
 
     copy: nn.Module
     folds_into_base = False
+    _call: CastCall
 
     def __init__(
         self,
@@ -143,7 +148,7 @@ class TrainedModule(Unscaled):
     ) -> None:
         super().__init__(base)
         parameters = list(base.parameters())
-        if not parameters:
+        if not parameters and not any(map(keeps_statistics, base.modules())):
             raise ValueError(f"TrainedModule: {type(base).__name__} has no parameters to train")
         if any(not p.is_floating_point() for p in parameters):
             raise ValueError(
@@ -152,7 +157,8 @@ class TrainedModule(Unscaled):
         if any(isinstance(module, Wrapper) for module in base.modules()):
             raise ValueError(f"TrainedModule: {type(base).__name__} holds an adapter already")
         made = copy.deepcopy(base, {} if memo is None else memo)
-        self.copy = made if dtype is None else made.to(dtype)
+        self.copy = made._apply(widened) if dtype is None else made.to(dtype)  # type: ignore[no-untyped-call]
+        self.__dict__["_call"] = CastCall()
         self.take_over()
         self.copy.requires_grad_(True)
 
@@ -161,7 +167,7 @@ class TrainedModule(Unscaled):
             return self.base(*args, **kwargs)
         if self.merged_module is not None:
             return self.call_merged(*args, **kwargs)
-        return self.copy(*args, **kwargs)
+        return self._call(self.copy, self.base, args, kwargs)
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """What the copy computes, in place of the layers below.
@@ -176,27 +182,37 @@ class TrainedModule(Unscaled):
 
     @property
     def bias(self) -> Tensor | None:
-        """The copy's bias, or the base's while off."""
-        return getattr(self.copy if self._enabled else self.base, "bias", None)
+        """The copy's bias in the base's dtype, or the base's while off."""
+        its = getattr(self.base, "bias", None)
+        mine: Tensor | None = getattr(self.copy, "bias", None) if self._enabled else its
+        return mine.to(its.dtype) if isinstance(mine, Tensor) and isinstance(its, Tensor) else mine
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Those of the copy."""
         return {f"copy.{name}": p for name, p in self.copy.named_parameters()}
+
+    def adapter_buffers(self) -> dict[str, Tensor]:
+        """Running statistics of the copy, and what else its state dict has."""
+        state = self.copy.state_dict(keep_vars=True)
+        return {f"copy.{n}": b for n, b in self.copy.named_buffers() if n in state}
 
     def exact_parameters(self) -> dict[str, Tensor]:
         """Those of the copy, if it is on."""
         return dict(self.copy.named_parameters()) if self.enabled else {}
 
     def merged(self, *, requantize: bool = False) -> nn.Module:
-        """The copy, copied and frozen; or the base's copy while off."""
+        """The copy, copied, rounded to the base's dtypes and frozen; the base's copy while off."""
         if requantize:
             raise ValueError("TrainedModule.merged: there are no codes to renew")
         source = self.copy if self.enabled else self.base
-        return copy.deepcopy(source).requires_grad_(False).train(self.training)
+        made = rounded_like(copy.deepcopy(source), self.base)
+        return made.requires_grad_(False).train(self.training)
 
     def fold(self, *, requantize: bool = False) -> nn.Module:
-        """The trained copy itself, frozen: the base is not written to."""
-        return self.copy.requires_grad_(False) if self.enabled else self.base
+        """The trained copy itself, rounded and frozen: the base is not written to."""
+        if not self.enabled:
+            return self.base
+        return rounded_like(self.copy, self.base).requires_grad_(False)
 
 
 class TrainedTokens(Unscaled):

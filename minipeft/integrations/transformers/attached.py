@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.bank import ByRow, refuse_rows
+from minipeft.buffers import release
 from minipeft.inject import swap
 from minipeft.integrations.transformers import probe, saving
 from minipeft.integrations.transformers.attention import Part
@@ -403,6 +404,7 @@ class Prefix(nn.Module):
             delattr(self.model, NAME)
         forget(self.model)
         saving.adopt(self.model)
+        release(self.model)
 
     def extra_repr(self) -> str:
         where = (

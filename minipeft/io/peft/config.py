@@ -251,7 +251,8 @@ def read_config(path: Path) -> LoRAConfig:
         raise ValueError(f"{where}: bias is {bias!r}, expected 'none', 'all' or 'lora_only'")
     target = _names(config, "target_modules", where)
     parameters = _list(config, "target_parameters", where)
-    if not target and not parameters:
+    saved, tokens = _list(config, "modules_to_save", where), _tokens(config, where)
+    if not (target or parameters or saved or tokens or bias != "none"):
         raise ValueError(f"{where}: target_modules is {target!r}, expected names")
     ranks: dict[str, object] = {**_patterns(config, "rank_pattern", where)}
     return LoRAConfig(
@@ -265,9 +266,9 @@ def read_config(path: Path) -> LoRAConfig:
         alpha_pattern=_patterns(config, "alpha_pattern", where),
         dora=config.get("use_dora") is True,
         bias=bias,
-        modules_to_save=_list(config, "modules_to_save", where),
+        modules_to_save=saved,
         target_parameters=parameters,
-        tokens=_tokens(config, where),
+        tokens=tokens,
         tied=config.get("ensure_weight_tying") is True,
         content=config,
     )

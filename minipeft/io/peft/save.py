@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from minipeft.buffers import changed_buffers, complaint
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
 from minipeft.io.peft.prompts import describe_prompts, prompt_in
@@ -284,6 +285,8 @@ def describe(
         found[name] = Described(config, tensors, described(written, own.scales), modules)
     if not found:
         raise ValueError("save_peft: the model has no adapter; inject one first")
+    if changed := changed_buffers(model):
+        warnings.warn(f"save_peft: {complaint(changed)}", stacklevel=3)
     for adapter in found.values():
         check_writable(adapter.tensors)
     return found

@@ -1,0 +1,57 @@
+"""FLOPs of the 4-bit products for torch.utils.flop_counter: those of the dense ones.
+
+torch's counter keeps formulas by operator, and counts nothing for an operator that has none.  It
+is not imported here, since it imports triton; the formulas are added when somebody imports it.
+"""
+
+import importlib.abc
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import torch
+
+COUNTER = "torch.utils.flop_counter"
+PRODUCTS = ("nf4_linear", "nf4_linear_input_gradient", "nf4_experts")
+
+
+def product_flops(x: Sequence[int], *_: object, out_shape: Sequence[int], **__: object) -> int:
+    """A multiplication and an addition for each element of `x` and column of the result."""
+    return 2 * math.prod(x) * out_shape[-1]
+
+
+def _add_formulas(counter: ModuleType) -> None:
+    for name in PRODUCTS:
+        counter.register_flop_formula(getattr(torch.ops.minipeft, name))(product_flops)
+
+
+class _WhenImported(importlib.abc.MetaPathFinder):
+    """Finds the counter as others do, once, and adds the formulas after it has run."""
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_add(module: ModuleType) -> None:
+                execute(module)
+                _add_formulas(module)
+
+            spec.loader.exec_module = execute_and_add  # type: ignore[method-assign]
+        return spec
+
+
+def count_products() -> None:
+    """Let torch's counter know the operators: now if it is there, or once it is imported."""
+    if COUNTER in sys.modules:
+        _add_formulas(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, _WhenImported())

@@ -1,0 +1,145 @@
+"""A trained copy in another dtype than its original: inputs cast in, outputs cast back.
+
+A 16-bit number moves only by steps of its last bit, which an optimiser's steps seldom reach, so
+copies of 16-bit modules train in float32.  The model around them must not notice:
+
+    x, bfloat16 -> float32 -> copy -> float32 -> bfloat16, as the original would give it
+
+What the original would give is found by calling it, once for each combination of dtypes, mode and
+autocast.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.ops import autocast_is_on
+
+Dtypes = tuple[torch.dtype, ...]
+
+
+def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `change` of every floating-point tensor in it, however nested.
+
+    Looked for in tuples, lists, mappings and data classes.  What holds none stays the same object,
+    so that a module can go on filling a list that it was given.
+    """
+    if isinstance(value, Tensor):
+        return change(value) if value.is_floating_point() else value
+    if not _holds_tensors(value):
+        return value
+    if isinstance(value, tuple | list):
+        parts = [mapped(change, part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, Mapping):
+        made: Any = {key: mapped(change, part) for key, part in value.items()}
+        # the outputs of transformers models are both
+        return type(value)(**made) if dataclasses.is_dataclass(value) else type(value)(made)  # type: ignore[call-arg]
+    names = [field.name for field in dataclasses.fields(value) if field.init]
+    new = {name: mapped(change, getattr(value, name)) for name in names}
+    return dataclasses.replace(value, **new)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    if isinstance(value, tuple | list):
+        return any(_holds_tensors(part) for part in value)
+    if isinstance(value, Mapping):
+        return any(_holds_tensors(part) for part in value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        return any(_holds_tensors(getattr(value, name)) for name in names)
+    return False
+
+
+def dtypes_in(value: Any) -> Dtypes:
+    """The dtypes of the floating-point tensors in `value`, in the order of `mapped`."""
+    found: list[torch.dtype] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor.dtype)
+        return tensor
+
+    mapped(note, value)
+    return tuple(found)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32 where it has 16 bits; others as they are."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def rounded_like(module: nn.Module, original: nn.Module) -> nn.Module:
+    """The module with every parameter and buffer in the dtype that the original's has."""
+    for mine, its in (*zip(module.parameters(), original.parameters(), strict=True),
+                      *zip(module.buffers(), original.buffers(), strict=True)):  # fmt: skip
+        if mine.dtype != its.dtype:
+            mine.data = mine.data.to(its.dtype)
+    return module
+
+
+class CastCall:
+    """Calls a copy so that inputs and outputs are the original's; remembers what dtypes those are.
+
+    Where the copy has the original's dtypes it is called as it is.
+    """
+
+    def __init__(self) -> None:
+        self.given: dict[Any, Dtypes] = {}
+
+    def __call__(
+        self, copy: nn.Module, original: nn.Module, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """What `copy(*args, **kwargs)` computes, in the dtypes of `original(*args, **kwargs)`."""
+        pairs = zip(original.parameters(), copy.parameters(), strict=True)
+        changed = {its.dtype: mine.dtype for its, mine in pairs if its.dtype != mine.dtype}
+        if not changed:
+            return copy(*args, **kwargs)
+        wanted = self._outputs(original, tuple(changed.items()), args, kwargs)
+
+        def cast_in(tensor: Tensor) -> Tensor:
+            return tensor.to(changed.get(tensor.dtype, tensor.dtype))
+
+        args, kwargs = mapped(cast_in, (args, kwargs))
+        out = copy(*args, **kwargs)
+        left = list(wanted)
+        if len(left) != len(dtypes_in(out)):  # a random number of outputs, say
+            back = {mine: its for its, mine in changed.items()}
+            return mapped(lambda tensor: tensor.to(back.get(tensor.dtype, tensor.dtype)), out)
+        return mapped(lambda tensor: tensor.to(left.pop(0)), out)
+
+    def _outputs(
+        self, original: nn.Module, changed: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Dtypes:
+        device = next(original.parameters()).device
+        if torch.compiler.is_compiling():  # of the call only its dtypes are left in the graph
+            return _dtypes_of_call(original, args, kwargs)
+        autocast = torch.get_autocast_dtype(device.type) if autocast_is_on(device) else None
+        key = (changed, dtypes_in((args, kwargs)), autocast, original.training)
+        if key not in self.given:
+            with _random_numbers_kept(device):
+                self.given[key] = _dtypes_of_call(original, args, kwargs)
+        return self.given[key]
+
+
+def _random_numbers_kept(device: torch.device) -> Any:
+    """A context after which the generators are as before: dropout draws no other numbers."""
+    on_gpu = device.type in ("cuda", "xpu")
+    kind = device.type if on_gpu else "cuda"
+    return torch.random.fork_rng([device.index or 0] if on_gpu else [], device_type=kind)
+
+
+def _dtypes_of_call(original: nn.Module, args: Any, kwargs: dict[str, Any]) -> Dtypes:
+    """The dtypes of what the original returns; its buffers and the arguments do not change."""
+    buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
+    args, kwargs = mapped(lambda tensor: tensor.detach().clone(), (args, kwargs))
+    with torch.no_grad():
+        if buffers:
+            return dtypes_in(torch.func.functional_call(original, buffers, args, kwargs))
+        return dtypes_in(original(*args, **kwargs))

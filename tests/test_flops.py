@@ -1,0 +1,49 @@
+"""torch's counter of FLOPs counts 4-bit products as the dense ones."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import minipeft as mp
+
+
+def counted(model, *inputs):
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("rows", [(1,), (7,), (2, 3)])
+def test_a_4_bit_layer_counts_as_the_dense_one_forward_and_backward(rows):
+    layer = mp.NF4Linear.from_linear(nn.Linear(128, 33))
+    x = torch.randn(*rows, 128, requires_grad=True)
+    expected = 2 * x.numel() * 33  # y = x W^T, and the same for dx = dy W
+    assert counted(layer, x) == 2 * expected == counted(layer.dense(), x)
+
+
+def test_experts_and_adapters_count():
+    experts = mp.NF4Experts.from_weight(torch.randn(3, 8, 64))
+    x, expert = torch.randn(5, 64, requires_grad=True), torch.tensor([0, 1, 0, 2, 2])
+    assert counted(experts, x, expert) == 2 * (2 * 5 * 64 * 8)
+    dense = nn.Linear(64, 32)
+    packed = mp.LoRALinear(mp.NF4Linear.from_linear(dense), 2)
+    assert counted(packed, x) == counted(mp.LoRALinear(dense, 2), x)
+
+
+COUNT = """
+import sys
+{first}
+assert ("torch.utils.flop_counter" in sys.modules) == {there}
+layer = minipeft.NF4Linear.from_linear(torch.nn.Linear(64, 8))
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    layer(torch.ones(3, 64))
+print(counter.get_total_flops())
+"""
+
+
+def test_formulas_are_there_whichever_is_imported_first(plain_python):
+    before = COUNT.format(first="import torch, torch.utils.flop_counter, minipeft", there=True)
+    after = COUNT.format(first="import torch, minipeft", there=False)  # triton comes with it
+    assert [int(plain_python(script)) for script in (before, after)] == [2 * 3 * 64 * 8] * 2
