@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from benchmarks.data import chat_batches
 from benchmarks.harness import commit, hardware, versions
 from benchmarks.models import data_file, load_model, load_tokenizer
 from benchmarks.worker import loss_of
+from minipeft.progress import Progress
 from minipeft.quantize import quantizable
 
 RESULTS = Path(__file__).parent / "results"
@@ -147,7 +147,7 @@ def perplexities(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     originals = {name: layer.weight.data for name, layer in layers.items()}
     found = {}
     every: list[tuple[str, Any]] = [("none", None), *types()]
-    for name, through in track(every, "perplexity", transient=True):
+    for name, through in Progress(every, desc="perplexity", leave=False):
         for key, layer in layers.items():
             w = originals[key]
             layer.weight.data = w if through is None else through(w, arguments.block_size)
@@ -177,7 +177,7 @@ def main() -> int:
     }  # fmt: skip
     measured = {
         source: errors(weights, arguments.block_size)
-        for source, weights in track(sources.items(), "errors", transient=True)
+        for source, weights in Progress(sources.items(), desc="errors", leave=False)
     }
     del model, chosen, smollm2, sources
     ppl = perplexities(arguments)

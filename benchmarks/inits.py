@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 import minipeft as mp
@@ -22,6 +21,7 @@ from benchmarks.data import Batches, chat_batches
 from benchmarks.harness import save_result
 from benchmarks.models import load_model, load_tokenizer
 from benchmarks.worker import decoder_and_head, loss_of
+from minipeft.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 INITS: dict[str, Callable[[], Any]] = {
@@ -70,7 +70,7 @@ def run(name: str, arguments: argparse.Namespace, train: Batches, valid: Batches
     trained = [p for p in mp.adapter_parameters(model) if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate, weight_decay=0.0)
     losses = []
-    for step in track(range(arguments.steps), name, transient=True):
+    for step in Progress(range(arguments.steps), desc=name, leave=False):
         loss = loss_of(model, train.rows(step * arguments.batch, (step + 1) * arguments.batch))
         loss.backward()
         optimizer.step()

@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 
 import minipeft as mp
 from benchmarks.harness import save_result
 from benchmarks.models import data_file, require
 from benchmarks.ner_data import LABELS, Row, collate, encode, sentences, shuffled, span_f1
+from minipeft.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -249,9 +249,9 @@ def sweep(train: list[Row], valid: list[Row], console: Console) -> list[dict[str
     tried = list(sweep_settings())
     found = []
     table = Table("method", "setting", "epochs", "span F1 (valid)", "trained", "share", "kept", "s")
-    with tqdm(total=sum(s.epochs for *_, s in tried), unit="epoch") as bar:
+    with Progress(total=sum(s.epochs for *_, s in tried), unit="epoch") as bar:
         for name, what, settings in tried:
-            bar.set_description(f"{name}: {what}")
+            bar.set_description(f"{name}: {what}", refresh=False)
             r = run(settings, train, valid, 0, bar)
             found.append({"method": name, "change": what, "settings": asdict(settings), **r})
             table.add_row(
@@ -301,10 +301,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             chosen = {n: replace(s, epochs=max(1, s.epochs // 2)) for n, s in chosen.items()}
         seeds = 1 if options.quick else options.seeds
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
-        with tqdm(total=seeds * sum(s.epochs for s in chosen.values()), unit="epoch") as bar:
+        with Progress(total=seeds * sum(s.epochs for s in chosen.values()), unit="epoch") as bar:
             for seed in range(seeds):  # seed by seed: drift of the machine hits all methods alike
                 for name, settings in chosen.items():
-                    bar.set_description(f"{name}, seed {seed}")
+                    bar.set_description(f"{name}, seed {seed}", refresh=False)
                     found[name].append(run(settings, train, rows, seed, bar))
         content["settings"] = {name: asdict(settings) for name, settings in chosen.items()}
         content["runs"], content["summary"] = found, summary(found)

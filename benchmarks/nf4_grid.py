@@ -18,7 +18,6 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from benchmarks.nf4_sweep import (
 )
 from minipeft import dequantize_absmax, quantize_absmax, quantize_nf4
 from minipeft.double_quant import dynamic_codebook
+from minipeft.progress import Progress
 
 SHAPES = [
     (0,), (1,), (2,), (7,), (31,), (32,), (33,), (63,), (64,), (65,), (101,), (127,), (1000,),
@@ -146,7 +146,9 @@ def run(shapes: list[tuple[int, ...]], show: bool) -> tuple[Table, Counter[str],
     ours_all: Counter[str] = Counter()
     theirs_all: Counter[str] = Counter()
     cells = list(itertools.product(DTYPES, BLOCK_SIZES, (False, True)))
-    for dtype, block_size, double_quant in track(cells, disable=not show, transient=True):
+    for dtype, block_size, double_quant in Progress(
+        cells, shown=None if show else False, leave=False
+    ):
         torch.manual_seed(block_size)
         ours: Counter[str] = Counter()
         theirs: Counter[str] = Counter()

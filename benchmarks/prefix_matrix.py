@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from benchmarks.harness import save_result
 from benchmarks.peft_prefix import IN_PEFT
 from benchmarks.prefix_behaviours import BEHAVIOURS
 from benchmarks.prefix_families import FAMILIES
+from minipeft.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 Cell = float | str | None
@@ -64,7 +64,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     ours: dict[str, dict[str, Cell]] = {}
     peft: dict[str, dict[str, Cell]] = {}
-    for family in track(arguments.families, "architectures", transient=True):
+    for family in Progress(arguments.families, desc="architectures", leave=False):
         torch._dynamo.reset()
         ours[family] = {name: measured(m, family) for name, m in BEHAVIOURS.items()}
         if arguments.peft:

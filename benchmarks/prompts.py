@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 import minipeft as mp
@@ -24,6 +23,7 @@ from benchmarks.harness import save_result
 from benchmarks.inits import validation_loss
 from benchmarks.models import load_model, load_tokenizer
 from benchmarks.worker import loss_of
+from minipeft.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 TEXT = "The following is a casual chat between two people. The reply is short and friendly."
@@ -79,7 +79,7 @@ def run(name: str, arguments: argparse.Namespace, train: Batches, valid: Batches
     optimizer = torch.optim.AdamW(mp.adapter_parameters(model), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, arguments.steps)
     losses, begun = [], time.perf_counter()
-    for step in track(range(arguments.steps), name, transient=True):
+    for step in Progress(range(arguments.steps), desc=name, leave=False):
         loss = loss_of(model, train.rows(step * arguments.batch, (step + 1) * arguments.batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(mp.adapter_parameters(model), 1.0)

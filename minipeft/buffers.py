@@ -51,8 +51,9 @@ def _let_go(module: nn.Module) -> None:
 def _split(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """The modules that are the base's, and those that are part of an adapter."""
     parts: dict[int, nn.Module] = {}
-    for module in model.modules():
-        if is_adapter(module):
+    for holder in model.modules():
+        if is_adapter(holder):
+            module: nn.Module = holder  # type: ignore[assignment]
             base = getattr(module, "base", None)
             below = set(base.modules()) if isinstance(base, nn.Module) else set()
             parts |= {id(part): part for part in module.modules() if part not in below}
@@ -73,7 +74,7 @@ def hold(model: nn.Module) -> None:
     for module in base:
         if keeps_statistics(module) and _MODE not in vars(module):
             # a partial, not a bound method: pickle would look a bound method up by its name
-            module.train = functools.partial(_train_held, module)  # type: ignore[assignment]
+            module.train = functools.partial(_train_held, module)  # type: ignore[method-assign]
             module.train(module.training)
     _note(model, base)
 

@@ -1,6 +1,8 @@
 """attach_prompt and attach_zero_gated on small random models of the real classes."""
 
 import copy
+import gc
+import threading
 
 import pytest
 import torch
@@ -205,3 +207,101 @@ def test_refusals_leave_the_model_as_it_was(family, call, message):
     assert set(case.model.state_dict()) == names
     assert all(p.requires_grad for p in case.model.parameters())
     assert torch.equal(case.logits(), before)
+
+
+def runs_alive(case: Case) -> int:
+    """Tensors of one layer's keys or values of a prompt that this process holds."""
+    gc.collect()
+    shape = case.model.minipeft_prefix.kv_shapes[0]
+    sizes = {(shape.kv_heads, P, size) for size in (shape.key_dim, shape.value_dim)}
+    return sum(type(x) is torch.Tensor and tuple(x.shape) in sizes for x in gc.get_objects())
+
+
+def in_threads(count: int, work) -> None:
+    """`work(number)` in as many threads, which all live until the last is done."""
+    together, errors = threading.Barrier(count, timeout=60), []
+
+    def run(number: int) -> None:
+        try:
+            together.wait()
+            work(number)
+            together.wait()
+        except BaseException as error:
+            together.abort()
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_runs_of_threads_that_have_ended_are_freed(capsys):
+    case = Case("LLaMA")
+    mp.attach_prompt(case.model, P)
+    case.logits()
+    before = runs_alive(case)
+    in_threads(50, lambda _: case.logits())
+    after = runs_alive(case)
+    with capsys.disabled():
+        print(f"\nkeys and values of prompts alive: {before}, after 50 threads {after}")
+    assert before == after == 2 * len(case.model.minipeft_prefix.kv_shapes)  # this thread's own
+
+
+def test_threads_that_serve_rows_or_prompts_of_their_own_do_not_meet():
+    first, second = Case("LLaMA"), Case("LLaMA")
+    for case, name in ((first, "one"), (second, "two")):
+        mp.attach_prompt(case.model, P, name=name, init_std=0.5)
+    mp.attach_prompt(first.model, P, name="other", kind="mlp", init_std=0.5)
+    mp.use_adapters(first.model, rows=["one", "other"])
+    texts = [torch.randint(3, 97, (2, 5 + number)) for number in range(4)]
+    cases = [first, second, first, second]
+    expected = [case.model(text).logits for case, text in zip(cases, texts, strict=True)]
+    worst = [0.0] * 4
+
+    def work(number: int) -> None:
+        for turn in range(8):  # with gradients and without
+            with torch.set_grad_enabled(turn % 2 == 0):
+                seen = cases[number].model(texts[number]).logits
+            if turn % 2 == 0:
+                seen.sum().backward()
+            worst[number] = max(worst[number], difference(seen, expected[number]))
+
+    in_threads(4, work)
+    assert max(worst) <= TOLERANCE
+
+
+def test_a_thread_that_ran_nothing_gets_the_run_of_one_that_lives():
+    """As backward's does, where checkpointing computes a layer again."""
+    case = Case("LLaMA")
+    prompt = mp.attach_prompt(case.model, P).encoder
+    case.logits()
+    found = []
+    in_threads(1, lambda _: found.append(prompt.part(0, case.model.minipeft_prefix).k))
+    assert found[0] is prompt.part(0, case.model.minipeft_prefix).k
+    twin = copy.deepcopy(case.model)
+    with pytest.raises(RuntimeError, match="has not been run"):
+        twin.minipeft_prefix.encoder.part(0, twin.minipeft_prefix)
+
+
+def test_a_conversation_is_not_taken_for_that_of_a_later_prompt(monkeypatch):
+    """An id() is given out again; the keys of a prompt that is gone must not come back with it."""
+    from transformers import DynamicCache
+
+    from minipeft.integrations.transformers import prompted
+
+    monkeypatch.setattr(prompted, "id", lambda _: 1, raising=False)
+    case = Case("LLaMA")
+    cache = DynamicCache(config=case.model.config)
+    with torch.no_grad():
+        prefix = mp.attach_prompt(case.model, P, init_std=0.5)
+        case.model(case.text[:, :3], past_key_values=cache)
+        prefix.remove()
+        prefix = mp.attach_prompt(case.model, P, init_std=0.5)
+        case.model(case.text[:, 3:5], past_key_values=cache)
+        seen = prefix.encoder.part(0, prefix).k
+        case.model(case.text[:, :3])
+        assert torch.equal(seen, prefix.encoder.part(0, prefix).k)

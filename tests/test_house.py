@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "minipeft").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 LEVELS = [
-    {"flops", "ops", "derivatives", "products", "protocol", "buffers"},
+    {"flops", "ops", "derivatives", "products", "progress", "protocol", "buffers"},
     {"trial_copy", "linearity"},
     {"wrapper"},
     {"lora", "nf4", "codebooks", "double_quant", "prefix", "prefix_merge", "prompt"},

@@ -332,7 +332,7 @@ def test_odd_padding_ids_and_models_without_tokens():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
              "intermediate_size": 48, "image_size": 8, "patch_size": 4}  # fmt: skip
     vision = transformers.ViTModel(transformers.ViTConfig(**sizes))
-    with pytest.raises(ValueError, match="embeds no tokens"):
+    with pytest.raises(ValueError, match="ViTModel embeds its input by a"):
         mp.attach_prefix(vision, 4)
 
 

@@ -17,22 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipeft.io.header import DTYPES, NAMES, UnmappedFile
+from minipeft.io.header import Spec as Spec  # for those who write
+from minipeft.io.header import nbytes as nbytes
 from minipeft.io.replace import current
 from minipeft.io.tensors import checksums_in, digest, metadata_with
-
-Spec = tuple[torch.dtype, tuple[int, ...]]
-NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
-
-
-def nbytes(spec: Spec) -> int:
-    """Bytes of a tensor with this dtype and shape."""
-    return spec[0].itemsize * math.prod(spec[1])
 
 
 class ShardWriter:
@@ -151,18 +140,18 @@ def shard_names(count: int) -> list[str]:
 
 
 class Reader:
-    """Tensors by name from safetensors files of one directory; each file is mapped, not read.
+    """Tensors by name from safetensors files of one directory.
 
-    Damage to the structure is found on opening, a wrong checksum when a tensor is read.  Use as a
-    context.
+    Each file is mapped into memory; with `mmap=False` each tensor is read from its file instead,
+    when it is asked for: nothing is mapped, as a disk on the network may want it.  Damage to the
+    structure is found on opening, a wrong checksum when a tensor is read.  Use as a context.
 
     Raises:
         ValueError: a file that is missing, damaged, or holds a name that another one holds.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        from safetensors import SafetensorError, safe_open
-
+    def __init__(self, paths: Iterable[Path], *, mmap: bool = True) -> None:
+        self.mmap = mmap
         self._files: dict[Path, Any] = {}
         self._sums: dict[Path, dict[str, object] | None] = {}
         self.file_of: dict[str, Path] = {}
@@ -171,24 +160,14 @@ class Reader:
             place = current(path)
             if not place.is_file():
                 raise ValueError(f"{path}: no such file")
-            try:
-                file: Any = safe_open(place, framework="pt")
-                metadata = file.metadata() or {}
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-                described = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
-            except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{path}: damaged safetensors file ({error})") from error
-            self._files[path] = file
+            self._files[path], metadata, specs = _opened(place, mmap)
             self._sums[path] = sums = checksums_in(path, metadata)
-            if sums is not None and (lost := sums.keys() - described.keys()):
+            if sums is not None and (lost := sums.keys() - specs.keys()):
                 raise ValueError(f"{path}: {sorted(lost)[0]:.80} is missing; the file is damaged")
-            for name, (dtype, shape) in described.items():
+            for name, spec in specs.items():
                 if name in self.file_of:
                     raise ValueError(f"{path}: {name} is in {self.file_of[name].name} too")
-                if dtype not in DTYPES:
-                    raise ValueError(f"{path}: {name} has dtype {dtype}, which is not supported")
-                self.file_of[name] = path
-                self.specs[name] = (DTYPES[dtype], shape)
+                self.file_of[name], self.specs[name] = path, spec
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU: memory of its own, so that the file may go.
@@ -196,10 +175,11 @@ class Reader:
         Raises:
             ValueError: it cannot be read, or its checksum differs.
         """
-        return self.view(name).clone()
+        found = self.view(name)
+        return found.clone() if self.mmap else found
 
     def view(self, name: str) -> Tensor:
-        """One tensor that lies in the mapped file: for as long as this context lasts.
+        """One tensor, in the mapped file if it is mapped: for as long as this context lasts.
 
         Raises:
             ValueError: it cannot be read, or its checksum differs.
@@ -208,7 +188,8 @@ class Reader:
 
         path = self.file_of[name]
         try:
-            tensor: Tensor = self._files[path].get_tensor(name)
+            file = self._files[path]
+            tensor: Tensor = file.get_tensor(name) if self.mmap else file.read(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {name} cannot be read ({error})") from error
         sums = self._sums[path]
@@ -218,6 +199,9 @@ class Reader:
 
     def close(self) -> None:
         """Let the files go."""
+        for file in self._files.values():
+            if not self.mmap:
+                file.close()
         self._files.clear()
 
     def __enter__(self) -> "Reader":
@@ -225,3 +209,23 @@ class Reader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _opened(path: Path, mmap: bool) -> tuple[Any, dict[str, str], dict[str, Spec]]:
+    """The file, what its header holds, and dtype and shape of each tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if not mmap:
+            plain = UnmappedFile(path)
+            return plain, plain.metadata, plain.specs
+        file: Any = safe_open(path, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        found = {n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}
+        if unknown := [name for name, (dtype, _) in found.items() if dtype not in DTYPES]:
+            raise ValueError(
+                f"{unknown[0]} has dtype {found[unknown[0]][0]}, which is not supported"
+            )
+        return file, file.metadata() or {}, {n: (DTYPES[d], s) for n, (d, s) in found.items()}
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: damaged safetensors file ({error})") from error

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minipeft.lora import LoRALinear
+from minipeft.progress import Progress
 
 
 class IncrementalSVD:
@@ -162,10 +162,9 @@ def _watch(
         for name, layer in layers.items()
     ]
     modes = {module: module.training for module in model.modules()}
-    hidden = None if progress is None else not progress
     try:
         model.eval()
-        for batch in tqdm(batches, desc="EVA", unit="batch", disable=hidden):
+        for batch in Progress(batches, desc="EVA", unit="batch", shown=progress):
             forward(model, batch)
             last[:] = None, None, None
             if all(svd.converged for svd in found.values()):

@@ -23,12 +23,10 @@ from minipeft.registry import DEFAULT, forget, stacks
 NAME = "minipeft_prefix"  # of the submodule in the model
 
 
-def check_key(name: str) -> None:
+def check_key(caller: str, name: str) -> None:
     """Raise ValueError if a ModuleDict cannot hold a module under this name."""
     if hasattr(nn.ModuleDict, name) or name in nn.ModuleDict().__dict__:
-        raise ValueError(
-            f"attach_prefix: name={name!r} means something in a ModuleDict; choose another"
-        )
+        raise ValueError(f"{caller}: name={name!r} means something in a ModuleDict; choose another")
 
 
 def _counts(encoder: Any) -> bool:
@@ -175,7 +173,7 @@ class Prefix(nn.Module):
         Raises:
             ValueError: it has other layers, or gates where only the cache is reached.
         """
-        check_key(name)
+        check_key("add_adapter", name)
         if encoder.kv_shapes != self.kv_shapes:
             raise ValueError(
                 f"add_adapter: the encoder has layers {encoder.kv_shapes[:2]} "
@@ -327,7 +325,7 @@ class Prefix(nn.Module):
                 )
         if probe.is_encoder_decoder(self.model) and "decoder_input_ids" not in inputs:
             raise ValueError("load_tokens: an encoder-decoder needs decoder_input_ids too")
-        with self.use(None):
+        with self.use(None), probe.errors_of("load_tokens"):
             seen = probe.look(self.model, input_ids=input_ids, **inputs)
         if self.route == "cache":
             encoder.load_kv(seen.pairs)

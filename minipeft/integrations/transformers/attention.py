@@ -157,7 +157,7 @@ def check_implementation(name: str) -> None:
         or name not in AttentionMaskInterface._global_mapping
     ):
         raise ValueError(
-            f"attach_prefix: attention implementation {name!r}; a prefix works with 'sdpa' and "
+            f"attention implementation {name!r}; a prefix works with 'sdpa' and "
             "'eager': call model.set_attn_implementation('sdpa') first"
         )
 

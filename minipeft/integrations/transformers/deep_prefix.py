@@ -79,8 +79,8 @@ def attach_prefix(
         return encoder
 
     return attach(
-        model, prefix_length, make, name=name, position=position, window=window,
-        locations=locations, train_head=train_head,
+        model, prefix_length, make, caller="attach_prefix", name=name, position=position,
+        window=window, locations=locations, train_head=train_head,
     )  # fmt: skip
 
 

@@ -140,7 +140,7 @@ def run(model: nn.Module, *, use_cache: bool = False, **arguments: Any) -> Any:
             return model(**arguments)
         except Exception as error:
             raise ValueError(
-                f"attach_prefix: {type(model).__name__} could not be run on a few tokens: {error}"
+                f"{type(model).__name__} could not be run on a few tokens: {error}"
             ) from error
 
 
@@ -194,7 +194,7 @@ def device_of(table: nn.Module) -> torch.device:
     if isinstance(weight, Tensor) and not weight.is_meta:
         return weight.device
     if elsewhere is None:
-        raise ValueError("attach_prefix: the model has no values yet (meta device); load it first")
+        raise ValueError("the model has no values yet (meta device); load it first")
     return torch.device(elsewhere)
 
 

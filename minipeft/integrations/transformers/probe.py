@@ -7,7 +7,8 @@ No name in the config is trusted for shapes: they are those of the keys and valu
 
 import copy
 import itertools
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,14 +64,23 @@ def look(model: nn.Module, **tokens: Tensor) -> Reach:
         return _through_attention(model, tokens)
     except _NotReached as by_attention:
         if is_encoder_decoder(model):
-            raise ValueError(f"attach_prefix: {by_attention}") from None
+            raise ValueError(str(by_attention)) from None
         try:
             return _through_cache(model, tokens)
         except _NotReached as by_cache:
             raise ValueError(
-                f"attach_prefix: the attention of {type(model).__name__} cannot be reached. "
+                f"the attention of {type(model).__name__} cannot be reached. "
                 f"Tried its attention function: {by_attention}.  Tried its cache: {by_cache}"
             ) from None
+
+
+@contextmanager
+def errors_of(caller: str) -> Iterator[None]:
+    """Within this context errors about the model begin with the name of the function called."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{caller}: {error}") from error
 
 
 class _NotReached(Exception):
@@ -82,8 +92,10 @@ def _inputs(model: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Any]:
         return tokens
     table = model.get_input_embeddings()  # type: ignore[operator]
     if not hasattr(table, "num_embeddings"):
+        kind = type(table).__name__
         raise ValueError(
-            f"attach_prefix: {type(model).__name__} embeds no tokens ({type(table).__name__})"
+            f"{type(model).__name__} embeds its input by a {kind}, which is no nn.Embedding and "
+            "has no num_embeddings; prefixes are for models with a table of tokens"
         )
     device = positions.device_of(table)
     one = torch.zeros(1, 1, dtype=torch.long, device=device)

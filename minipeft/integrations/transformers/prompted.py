@@ -6,7 +6,10 @@ rows of a batch at once, and from there on the prompt is a prefix.  Caches, mask
 those of the text, and a prompt can be on in one row and off in another.
 """
 
+import itertools
 import threading
+import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +25,7 @@ from minipeft.prompt import ZeroGatedPrompt
 
 KEPT = "_minipeft_prompts"  # on a cache: the keys and values of the prompts it was filled with
 Pairs = list[tuple[Tensor, Tensor]]
+_numbers = itertools.count(1)
 
 
 class Prompted(nn.Module):
@@ -56,6 +60,48 @@ class Prompted(nn.Module):
         raise NotImplementedError
 
 
+class Run:
+    """What one run over a prompt gave, and its number among all runs."""
+
+    def __init__(self, pairs: Pairs, number: int) -> None:
+        self.pairs, self.number = pairs, number
+
+
+class LastRun:
+    """The last run of each thread, for as long as the thread lives.
+
+    Backward may compute a layer again in a thread of its own, which has run nothing: that one gets
+    the last run of any thread, while the thread that made it lives.  Compiled code, which cannot
+    ask for its thread, keeps one run for all.  A copy has run nothing: tensors of a graph cannot
+    be copied.
+    """
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+        self._latest: weakref.ref[Run] | None = None
+        self._traced: Run | None = None
+
+    def set(self, run: Run) -> None:
+        """This thread's last run is this one."""
+        if torch.compiler.is_compiling():
+            self._traced = run
+            return
+        self._own.run, self._traced = run, None
+        self._latest = weakref.ref(run)
+
+    def get(self) -> Run | None:
+        """The last run of this thread, or of any; None: there is none."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        found: Run | None = getattr(self._own, "run", None)
+        if found is None and self._latest is not None:
+            found = self._latest()
+        return found or self._traced
+
+    def __reduce__(self) -> tuple[type["LastRun"], tuple[()]]:
+        return LastRun, ()
+
+
 class RunPrompt(Prompted):
     """The keys and values of prompt embeddings, by a run of the model over them.
 
@@ -66,12 +112,8 @@ class RunPrompt(Prompted):
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
         self.source = source
-        self.pairs: dict[int, Pairs] = {}  # of the last run, by thread
-        self.last: Pairs | None = None
-        self.runs = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pairs": {}, "last": None}  # tensors of a graph cannot be copied
+        self.last = LastRun()
+        self.key = uuid.uuid4().hex  # on caches: an id() may be another prompt's later
 
     def before_forward(self, holder: nn.Module, cache: Any, *, by_attention: bool) -> None:
         """Run the prompt.
@@ -81,24 +123,27 @@ class RunPrompt(Prompted):
         """
         keeps = cache is not None and not torch.is_grad_enabled() and not _compiling()
         kept = cache.__dict__.setdefault(KEPT, {}) if keeps else {}
-        pairs = kept.get(id(self)) if keeps and cache.get_seq_length() else None
-        if pairs is None:
+        run = kept.get(self.key) if keeps and cache.get_seq_length() else None
+        if run is None:
             _refuse_reentrant(holder)
-            pairs = kept[id(self)] = run_prompt(holder, self.source(), by_attention=by_attention)
-            self.runs += 1
-        self.last = self.pairs[0 if _compiling() else threading.get_ident()] = pairs
+            pairs = run_prompt(holder, self.source(), by_attention=by_attention)
+            run = kept[self.key] = Run(pairs, 0 if _compiling() else next(_numbers))
+        self.last.set(run)
 
     def run_number(self) -> int:
         """Another number after each run of a network with dropout."""
         lstm = getattr(self.source, "lstm", None)
-        return self.runs if lstm is not None and lstm.dropout and lstm.training else 0
+        if lstm is None or not lstm.dropout or not lstm.training:
+            return 0
+        run = self.last.get()
+        return 0 if run is None else run.number
 
     def part(self, layer: int, prefix: Any) -> Part:
         """The keys and values of the last run."""
-        pairs = self.pairs.get(0 if _compiling() else threading.get_ident(), self.last)
-        if pairs is None:
+        run = self.last.get()
+        if run is None:
             raise RuntimeError("the prompt has not been run: call the model, not a part of it")
-        k, v = pairs[layer]
+        k, v = run.pairs[layer]
         return Part(k, v, None, self.prefix_length)
 
     def bake(self, prefix: Any) -> PrefixEncoder:

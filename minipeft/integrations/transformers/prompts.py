@@ -77,8 +77,8 @@ def attach_prompt(
         return RunPrompt(source)
 
     return attach(
-        model, prompt_length, make, name=name, position=position, window=window,
-        train_head=train_head,
+        model, prompt_length, make, caller="attach_prompt", name=name, position=position,
+        window=window, train_head=train_head,
     )  # fmt: skip
 
 
@@ -111,7 +111,9 @@ def attach_zero_gated(
         source = ZeroGatedPrompt(count, prompt_length, size, heads, init_std=init_std)
         return ZeroGated(source, depth - count)
 
-    return attach(model, prompt_length, make, name=name, train_head=train_head)
+    return attach(
+        model, prompt_length, make, caller="attach_zero_gated", name=name, train_head=train_head
+    )
 
 
 def sizes_for_zero_gated(

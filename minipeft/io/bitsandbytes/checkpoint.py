@@ -54,17 +54,17 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in dict.fromkeys(weight_map.values())]
 
 
-def open_weights(path: Path) -> Reader:
+def open_weights(path: Path, *, mmap: bool = True) -> Reader:
     """All tensors of a checkpoint directory, or of one safetensors file.
 
     Raises:
         ValueError: a file that is missing or damaged; the index and the files disagree.
     """
     if path.is_file():
-        return Reader([path])
+        return Reader([path], mmap=mmap)
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory")
-    reader = Reader(weight_files(path))
+    reader = Reader(weight_files(path), mmap=mmap)
     if current(path / INDEX).is_file():
         weight_map = _json(path / INDEX)["weight_map"]
         found = {name: file.name for name, file in reader.file_of.items()}

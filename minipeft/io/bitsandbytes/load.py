@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import is_state_key, state_of, weight_of
@@ -20,6 +19,7 @@ from minipeft.io.replace import read_whole
 from minipeft.io.shards import Reader
 from minipeft.layers.conv1d import NF4Conv1D
 from minipeft.linearity import why_not_replaceable
+from minipeft.progress import Progress
 from minipeft.protocol import is_conv1d
 from minipeft.qlora import NF4Linear
 from minipeft.targets import Names
@@ -101,6 +101,7 @@ def load_quantized(
     dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     progress: bool | None = None,
+    mmap: bool = True,
 ) -> Names:
     """Fill `model`, built on the meta device, from a 4-bit checkpoint; bitsandbytes is not needed.
 
@@ -110,7 +111,8 @@ def load_quantized(
     the rest is loaded in the file's dtype, or in `dtype`.  Weights go to `device`, one tensor at a
     time; tied tensors stay tied; buffers that no file holds (rotary frequencies) are computed by
     the model's own `_init_weights`.  Checksums are verified where the file has them.  `progress`
-    shows a bar; None: on a terminal.  Returns the names of the 4-bit layers.
+    shows a bar; None: on a terminal.  `mmap=False` reads each tensor from its file instead of
+    mapping the files: for disks on a network.  Returns the names of the 4-bit layers.
 
     Raises:
         ValueError: the checkpoint is incomplete, damaged, not in 4 bits, or another model's; the
@@ -120,7 +122,9 @@ def load_quantized(
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_quantized: expected a module, got {type(model).__name__}")
     folder = path.parent if path.is_file() else path
-    return read_whole(folder, lambda: _load(model, path, device, dtype, compute_dtype, progress))
+    return read_whole(
+        folder, lambda: _load(model, path, device, dtype, compute_dtype, progress, mmap)
+    )
 
 
 def _load(
@@ -130,9 +134,10 @@ def _load(
     dtype: torch.dtype | None,
     compute_dtype: torch.dtype | None,
     progress: bool | None,
+    mmap: bool,
 ) -> Names:
     checkpoint.check_four_bits(path, checkpoint.config_of(path))
-    with checkpoint.open_weights(path) as reader:
+    with checkpoint.open_weights(path, mmap=mmap) as reader:
         groups = _groups(reader)
         if not groups:
             raise ValueError(
@@ -152,7 +157,7 @@ def _load(
         names = [*groups, *(name for name in wanted if name in reader.specs)]
         layers: dict[str, NF4Linear] = {}
         tensors: dict[str, Tensor] = {}
-        for name in tqdm(names, desc="loading", unit="tensor", disable=_hidden(progress)):
+        for name in Progress(names, desc="loading", unit="tensor", shown=progress):
             if name not in groups:
                 tensors[name] = _converted(reader.read(name), device, dtype)
                 continue
@@ -163,10 +168,6 @@ def _load(
                 raise ValueError(f"{reader.file_of[name]}: {error}") from error
     buffers = restore_buffers(model, device)
     return _assign(model, layers, tensors, wanted, buffers)
-
-
-def _hidden(progress: bool | None) -> bool | None:
-    return None if progress is None else not progress
 
 
 def _converted(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import Settings, entries, specs
@@ -25,6 +24,7 @@ from minipeft.io.replace import locked, write_file
 from minipeft.io.shards import Reader, ShardWriter, Spec, nbytes, shard_names, split
 from minipeft.io.tensors import parse_object
 from minipeft.nf4 import check_block_size
+from minipeft.progress import Progress
 from minipeft.protocol import is_conv1d, linear_shape
 from minipeft.qlora import NF4Linear
 from minipeft.quantize import Skip, quantizable
@@ -128,11 +128,11 @@ def _working_in(directory: Path, wanted: Mapping[str, object]) -> Iterator[None]
         yield
 
 
-def _is_done(path: Path, expected: Mapping[str, Spec]) -> bool:
+def _is_done(path: Path, expected: Mapping[str, Spec], *, mmap: bool) -> bool:
     if not path.is_file():
         return False
     try:
-        with Reader([path]) as reader:
+        with Reader([path], mmap=mmap) as reader:
             return reader.specs == dict(expected)
     except ValueError:
         return False
@@ -156,6 +156,7 @@ def quantize_checkpoint(
     double_quant: bool = True,
     max_shard_bytes: int = 10**9,
     progress: bool | None = None,
+    mmap: bool = True,
 ) -> Names:
     """Write the 4-bit copy of a checkpoint in 16 or 32 bits, one tensor in memory at a time.
 
@@ -167,8 +168,9 @@ def quantize_checkpoint(
     Interrupted, the same call goes on after the last whole shard (`max_shard_bytes` each) and ends
     with the same bytes.  `destination` appears when all is done; until then the work lies in
     `<destination>.unfinished`.  Needs about the largest packed tensor and 64 MiB of memory beside
-    the mapped source.  `progress` shows a bar; None: on a terminal.  Returns the names of the
-    4-bit layers; `.left_out` says what stayed dense and why.
+    the mapped source; with `mmap=False`, for disks on a network, nothing is mapped, and it needs
+    the largest tensor of the source too.  `progress` shows a bar; None: on a terminal.  Returns
+    the names of the 4-bit layers; `.left_out` says what stayed dense and why.
 
     Raises:
         ValueError: a source that is damaged, quantised already or another model's; weights that
@@ -187,7 +189,7 @@ def quantize_checkpoint(
         from minipeft.integrations.transformers.meta import meta_model
 
         model = meta_model(source)
-    with checkpoint.open_weights(source) as reader:
+    with checkpoint.open_weights(source, mmap=mmap) as reader:
         weights, left_out = _chosen(model, reader, skip, block_size, double_quant)
         becomes = {
             key: specs(key, weights[key][0]) if key in weights else {key: spec}
@@ -211,10 +213,12 @@ def quantize_checkpoint(
             return names
         with (
             _working_in(directory, record),
-            tqdm(total=sum(map(nbytes, reader.specs.values())), desc="quantising", unit="B",
-                 unit_scale=True, disable=None if progress is None else not progress) as bar,
+            Progress(total=sum(map(nbytes, reader.specs.values())), desc="quantising", unit="B",
+                     unit_scale=True, shown=progress) as bar,
         ):  # fmt: skip
-            done = {file for file, _ in files if _is_done(directory / file, expected[file])}
+            done = {
+                file for file, _ in files if _is_done(directory / file, expected[file], mmap=mmap)
+            }
             _check_room(
                 directory, sum(sizes[k] for f, keys in files if f not in done for k in keys)
             )
@@ -247,7 +251,7 @@ def _write(
     keys: list[str],
     weights: Mapping[str, tuple[Settings, bool]],
     reader: Reader,
-    bar: "tqdm[object]",
+    bar: Progress,
 ) -> None:
     with ShardWriter(path, expected) as writer:
         for key in keys:

@@ -116,7 +116,7 @@ def load_prompts(
         source.load_table(table.float())
         return RunPrompt(source)
 
-    attach(model, length, make, name=name, position="shift", train_head=modules)
+    attach(model, length, make, caller="load_peft", name=name, position="shift", train_head=modules)
     fill_heads(model, name, heads)
     return [f"{NAME}.encoders.{name}", *modules], unexpected
 

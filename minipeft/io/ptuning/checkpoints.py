@@ -104,7 +104,9 @@ def load_prefix_encoder(
         encoder.load_flat(flat)
         return encoder
 
-    return attach(model, len(flat), make, name=name, position=position)
+    return attach(
+        model, len(flat), make, caller="load_prefix_encoder", name=name, position=position
+    )
 
 
 def save_prefix_encoder(

@@ -125,8 +125,9 @@ def _load(model: nn.Module, directory: Path, name: str) -> Prefix:
         None if set(config["locations"]) == {"self"} else list(dict.fromkeys(config["locations"]))
     )
     prefix = attach(
-        model, config["prefix_length"], make, name=name, position=config["position"],
-        window=config["window"], locations=locations, train_head=modules,
+        model, config["prefix_length"], make, caller="load_prefix", name=name,
+        position=config["position"], window=config["window"], locations=locations,
+        train_head=modules,
     )  # fmt: skip
     fill_heads(model, name, heads)
     return prefix
