@@ -328,7 +328,6 @@ class Trial:
             in_child(lambda: self.writer.save(self.folder),
                      kill_after=seconds * (number + 0.5) / count)  # fmt: skip
             self.look()
-        self.at_calls()
 
     def at_calls(self, step: int = 1) -> int:
         """Die before each `step`-th call that changes the disk; returns how many there are."""
@@ -390,7 +389,8 @@ def beside(folder: Path, seconds: float, *, threads: bool) -> Counter[str]:
     for thread in running:
         thread.join()
     for child in children:
-        counts["errors"] += os.waitpid(child, 0)[1] != 0
+        if os.waitpid(child, 0)[1] != 0:
+            counts["errors"] += 1
     if left := [path.name for path in folder.iterdir() if path.name.startswith(".")]:
         print(f"left over: {left}", file=sys.stderr)
         counts["errors"] += 1
@@ -400,8 +400,11 @@ def beside(folder: Path, seconds: float, *, threads: bool) -> Counter[str]:
 GOOD = {"old", "new", "refused", "right"}
 
 
-def run(folder: Path, kills: int, seconds: float) -> dict[str, Counter[str]]:
-    """Everything, in a folder; counts of what was found by writer."""
+def run(folder: Path, kills: int, step: int, seconds: float) -> dict[str, Counter[str]]:
+    """Everything, in a folder; counts of what was found by writer.
+
+    `kills` moments for each writer, and each `step`-th call (0: none).
+    """
     torch.set_num_threads(1)  # forks of a process with threads hang
     source, found = folder / "source", dict[str, Counter[str]]()
     write_source(source)
@@ -409,10 +412,15 @@ def run(folder: Path, kills: int, seconds: float) -> dict[str, Counter[str]]:
         warnings.simplefilter("ignore")  # Python warns of forks beside threads
         for writer in writers(source):
             trial = Trial(writer, folder / "case")
-            trial.kill(kills)
+            if kills:
+                trial.kill(kills)
+            if step:
+                trial.at_calls(step)
             found[writer.name] = trial.counts
             print(f"{writer.name:26} {dict(sorted(trial.counts.items()))}", flush=True)
         for threads in (False, True):
+            if not seconds:
+                break
             (place := folder / f"beside{threads}").mkdir()
             name = f"two {'threads' if threads else 'processes'} and a reader"
             found[name] = beside(place, seconds, threads=threads)
@@ -424,16 +432,19 @@ def main() -> int:
     """Print what was found; exit status 1 if a state was mixed, lost or wrong."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50, help="of each writer, spread over a save")
+    parser.add_argument("--calls", type=int, default=1, help="die at each so-many-th call; 0: none")
     parser.add_argument("--seconds", type=float, default=5.0, help="of writers beside a reader")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--print-only", action="store_true", help="write no file of results")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        found = run(folder, arguments.kills, arguments.seconds)
+        found = run(folder, arguments.kills, arguments.calls, arguments.seconds)
     finally:
         shutil.rmtree(folder)
-    save_result(arguments.output, "saves", kills=arguments.kills, found=found)
+    if not arguments.print_only:
+        save_result(arguments.output, "saves", kills=arguments.kills, found=found)
     return int(any(outcome not in GOOD for counts in found.values() for outcome in counts))
 
 

@@ -148,6 +148,50 @@ def test_killed_and_resumed(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("left", [[], [f".{quantize_module.PROGRESS}.1-0123456789abcdef.tmp"]])
+def test_a_run_that_died_before_its_record_is_gone_on_with(left, tmp_path):
+    source(tmp_path / "source")
+    (tmp_path / "out.unfinished").mkdir()
+    for name in left:
+        (tmp_path / "out.unfinished" / name).write_bytes(b"half")
+    settings = {"model": on_meta(), "max_shard_bytes": 5000}
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", **settings)
+    quantize_checkpoint(tmp_path / "source", tmp_path / "whole", **settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_folder_of_somebody_else_is_not_worked_in(tmp_path):
+    source(tmp_path / "source")
+    (tmp_path / "out.unfinished").mkdir()
+    (tmp_path / "out.unfinished" / "thesis.txt").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="another source or other settings"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta())
+
+
+def test_a_run_that_died_after_its_last_rename_is_whole_and_is_finished_by_the_same_call(
+    tmp_path, monkeypatch
+):
+    source(tmp_path / "source")
+    settings = {"model": on_meta(), "max_shard_bytes": 5000}
+    unlink = Path.unlink
+    monkeypatch.setattr(
+        Path, "unlink",
+        lambda path, **rest: 1 / 0 if path.parent.name == "out" else unlink(path, **rest),
+    )  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", **settings)
+    monkeypatch.undo()
+    assert (tmp_path / "out" / quantize_module.PROGRESS).is_file()
+    load_quantized(on_meta(), tmp_path / "out")
+    with pytest.raises(ValueError, match="exists already"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", **settings, block_size=32)
+    names = quantize_checkpoint(tmp_path / "source", tmp_path / "out", **settings)
+    whole = quantize_checkpoint(tmp_path / "source", tmp_path / "whole", **settings)
+    assert names == whole and contents(tmp_path / "out") == contents(tmp_path / "whole")
+    with pytest.raises(ValueError, match="exists already"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", **settings)
+
+
 def test_a_shard_cut_short_is_made_again(tmp_path, monkeypatch):
     source(tmp_path / "source")
     settings = {"model": on_meta(), "max_shard_bytes": 5000}

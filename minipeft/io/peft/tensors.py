@@ -104,7 +104,7 @@ def written_experts(place: str, layers: list[LoRAExperts]) -> Tensors:
     """
     made: Tensors = {}
     for depth, layer in enumerate(reversed(layers)):
-        a, b = peft_from_experts(layer.lora_a, layer.lora_b)
+        a, b = peft_from_experts(*layer.factors())
         path = f"{place}{'.base_layer' * depth}"
         made |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
     return made
@@ -207,8 +207,8 @@ def copy_into(where: str, layer: nn.Module, values: Mapping[str, Tensor]) -> Non
                 f"{where}: {name} has shape {tuple(value.shape)}; the model and the configuration "
                 f"ask for {tuple(target.shape)}"
             )
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{where}: {name} holds NaN or Inf")
+        if not bool(value.to(target.dtype).isfinite().all()):
+            raise ValueError(f"{where}: {name} holds NaN or Inf, or what is so in {target.dtype}")
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)

@@ -15,7 +15,7 @@ All of it is checked against the tensors before a layer is made of it.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,15 @@ from minipeft.wrapper import innermost
 _DTYPES = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STARTS = ("lora_a0", "lora_b0")
 _NEAR = 1e-9  # two ways to write one scaling differ by rounding
-Slice = tuple[str, int, float, list[tuple[int, int]]]
+
+
+class Slice(NamedTuple):
+    """One slice of a fused layer: rows [first, end) of each run, in this order."""
+
+    name: str
+    rank: int
+    scaling: float
+    runs: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,9 @@ def _parsed(own: Any, where: str) -> Training:
             good = isinstance(value, list) and all(isinstance(name, str) for name in value)
         else:
             good = isinstance(value, list) and all(_is_slice(part) for part in value)
+            if good:
+                value = [Slice(part[0], part[1], part[2], [(first, end) for first, end in part[3]])
+                         for part in value]  # fmt: skip
         if not good:
             raise wrong(key)
         made[key] = tuple(value) if isinstance(value, list) else value
@@ -248,26 +259,28 @@ def _fused(
             f"{where}: slices over a {type(innermost(base)).__name__}, {sorted(roles)}"
         )
     a, b = roles["lora_A", ""], roles["lora_B", ""]
-    out, total = shape.out_features, sum(rank for _, rank, _, _ in training.slices)
+    slices, out = training.slices, shape.out_features
+    total = sum(part.rank for part in slices)
     expected = ((total, shape.in_features), (out, total))
     if (tuple(a.shape), tuple(b.shape)) != expected or settings["rank"] != total:
         raise ValueError(
             f"{where}: factors {tuple(a.shape)} and {tuple(b.shape)}; the slices ask for {expected}"
         )
-    counted = [max(0, end - first) for _, _, _, runs in training.slices for first, end in runs]
-    names = [name for name, *_ in training.slices]
+    counted = [max(0, end - first) for part in slices for first, end in part.runs]
+    names = [part.name for part in slices]
     if sum(counted) != out or 0 in counted or len(set(names)) < len(names):
         raise ValueError(f"{where}: slices {names[:5]} do not cover the {out} output rows once")
     rows = {
-        name: torch.cat([torch.arange(*run, device="cpu") for run in runs])
-        for name, _, _, runs in training.slices
+        part.name: torch.cat([torch.arange(*run, device="cpu") for run in part.runs])
+        for part in slices
     }
+    with_rank = [part for part in slices if part.rank]
     layer = LoRAFusedLinear(
-        base, {name: rank for name, rank, _, _ in training.slices},
-        {name: scaling * rank for name, rank, scaling, _ in training.slices if rank},
+        base, {part.name: part.rank for part in slices},
+        {part.name: part.scaling * part.rank for part in with_rank},
         slices=rows, dropout=settings["dropout"], dtype=training.dtype,
     )  # fmt: skip
-    layer.scalings = {name: scaling for name, rank, scaling, _ in training.slices if rank}
+    layer.scalings = {part.name: part.scaling for part in with_rank}  # without rounding
     whole = lora_scaling(settings["alpha"], total, rank_stabilized=settings["rank_stabilized"])
     values, rest, start = {"lora_a": a}, b.clone(), 0
     for name, rank in layer.ranks.items():
