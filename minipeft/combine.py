@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters import freeze, named_adapters, refuse_merged
-from minipeft.atomic import restoring
+from minipeft.atomic import check_ready, restoring
 from minipeft.bank import refuse_rows
 from minipeft.inject import build, swap
 from minipeft.layers.lora_conv import LoRAConv
@@ -57,6 +57,7 @@ def combine_adapters(
             model, a model that is an adapter layer itself.  Nothing has changed then.
     """
     refuse_merged("combine_adapters", named_adapters(model))
+    check_ready("combine_adapters", model)
     refuse_rows("combine_adapters", model)
     check_new_name("combine_adapters", model, new_name)
     names, weights = list(names), [float(weight) for weight in weights]
@@ -79,12 +80,12 @@ def combine_adapters(
         built = build({place: modules[place] for place in by_place}, make)
         of_module = {id(modules[place]): layer for place, layer in built.items()}
         swap(model, {n: of_module[id(m)] for n, m in modules.items() if id(m) in of_module})
-    give_name(model, new_name, built.values())
-    freeze(model)
-    for name in names:
-        for stack in adapters_called("combine_adapters", model, name).values():
-            for adapter in stack:
-                adapter.enabled = False
+        give_name(model, new_name, built.values())
+        freeze(model)
+        for name in names:
+            for stack in adapters_called("combine_adapters", model, name).values():
+                for adapter in stack:
+                    adapter.enabled = False
     return Names(built)
 
 

@@ -47,8 +47,8 @@ def _wrap(model: nn.Module, name: str, modules: dict[str, Any], make: Any) -> No
     with restoring(model):
         made = build(modules, make)
         swap(model, made)
-    _join(model, name, made)
-    freeze(model)
+        _join(model, name, made)
+        freeze(model)
 
 
 def train_biases(model: nn.Module, mode: str = "lora_only", *, name: str = DEFAULT) -> Names:

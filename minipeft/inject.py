@@ -22,18 +22,21 @@ from minipeft.buffers import release
 from minipeft.kinds import layer_class
 from minipeft.layers.lora_experts import LoRAExperts
 from minipeft.targets import (
+    Head,
     Names,
     Target,
+    Targets,
     adapter_targets,
     expert_weights,
     find,
+    names_of_ends,
     per_name,
     visible_modules,
 )
 
 # called with the model after modules were swapped (io makes `save_pretrained` write adapters)
 after_swap: list[Callable[[nn.Module], None]] = [release]
-Modules = dict[str, nn.Module]
+Modules = dict[str, Any]  # modules, and 3-D parameters of experts
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter]) -> None:
@@ -60,7 +63,7 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter])
         raise
 
 
-def settled(caller: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> Modules:
+def settled(caller: str, model: nn.Module, modules: Mapping[str, Any]) -> Modules:
     """The modules under every name that the model has for them; none lies inside another."""
     nested = [n for n in modules for outer in modules if n.startswith(f"{outer}.")]
     if nested:
@@ -73,7 +76,7 @@ def settled(caller: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> 
 
 
 def build(
-    modules: Mapping[str, nn.Module], make: Callable[[str, nn.Module], nn.Module]
+    modules: Mapping[str, Any], make: Callable[[str, Any], nn.Module]
 ) -> dict[str, nn.Module]:
     """make(name, module) for each; a module under several names is made once."""
     made: dict[int, nn.Module] = {}
@@ -99,7 +102,13 @@ def check_model(caller: str, model: object) -> None:
     check_ready(caller, model)
 
 
-def inject(model: nn.Module, target: Target, wrap: Callable[[nn.Module], nn.Module]) -> Names:
+def inject(
+    model: nn.Module,
+    target: Target,
+    wrap: Callable[[nn.Module], nn.Module],
+    *,
+    head: Head = None,
+) -> Names:
     """Replace every module that `target` names by `wrap(module)`; any kind of module will do.
 
     Freezes every parameter that no adapter owns.  Returns the names; see targets.py for what a
@@ -110,12 +119,12 @@ def inject(model: nn.Module, target: Target, wrap: Callable[[nn.Module], nn.Modu
         TypeError: `wrap` returned no module.
     """
     check_model("inject", model)
-    left_out: dict[str, str] = {}
     if isinstance(target, str) and target.lower() == "all-linear":
-        modules, left_out = adapter_targets(model, target)
+        found = adapter_targets(model, target, head=head)
     else:
-        modules = find(model, target)
-    modules = settled("inject", model, modules)
+        target = target if isinstance(target, str) or callable(target) else list(target)
+        found = Targets(find(model, target), {}, names_of_ends(model, target))
+    modules = settled("inject", model, found.chosen)
 
     def make(name: str, module: nn.Module) -> nn.Module:
         made = wrap(module)
@@ -126,7 +135,7 @@ def inject(model: nn.Module, target: Target, wrap: Callable[[nn.Module], nn.Modu
     with restoring(model):
         swap(model, build(modules, make))
         freeze(model)
-    return Names(modules, left_out)
+    return Names(modules, found.left_out, notes=found.notes)
 
 
 def inject_lora(
@@ -136,6 +145,7 @@ def inject_lora(
     alpha: float | Mapping[str, float] | None = None,
     *,
     exclude: Target | None = None,
+    head: Head = None,
     **lora: object,
 ) -> Names:
     """Wrap the layers that `target` names in LoRA layers, in place.
@@ -144,8 +154,9 @@ def inject_lora(
     LoRAEmbedding, and so on.  `rank` and `alpha` are numbers, or dicts from patterns to numbers
     (the first that fits a name counts).  Further keywords go to the layers: dropout,
     rank_stabilized, init, dtype; `dora=True` makes them DoRA layers.  Freezes every parameter that
-    no adapter owns.  Returns the names; `.report()` of the result says what was made of each, and
-    what "all-linear" left out and why.
+    no adapter owns.  `head` names the output head of a model of your own, which "all-linear" leaves
+    out.  Returns the names; `.report()` of the result says what was made of each, and what
+    "all-linear" left out and why.
 
     Raises:
         ValueError: nothing matches, or something that LoRA cannot wrap; a layer is wrapped
@@ -156,7 +167,7 @@ def inject_lora(
     >>> inject_lora(model, ["0"], rank=2)
     ['0']
     """
-    return inject_over(model, target, rank, alpha, exclude, lora, {})
+    return inject_over(model, target, rank, alpha, exclude, lora, {}, head=head)
 
 
 def inject_over(
@@ -169,6 +180,7 @@ def inject_over(
     quantized: Mapping[str, nn.Module],
     *,
     stack: bool = False,
+    head: Head = None,
 ) -> Names:
     """`inject_lora` on a model whose modules `quantized` take the places of their names too.
 
@@ -177,9 +189,10 @@ def inject_over(
     check_model("inject_lora", model)
     settings = dict(lora)
     dora = bool(settings.pop("dora", False))
-    modules, left_out = adapter_targets(model, target, exclude, stack=stack)
-    _check_kinds(modules, dora)
-    modules = settled("inject_lora", model, modules)
+    target = target if isinstance(target, str) or callable(target) else list(target)
+    found = adapter_targets(model, target, exclude, stack=stack, head=head)
+    _check_kinds(found.chosen, dora)
+    modules = settled("inject_lora", model, found.chosen)
     ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
     made_of: dict[str, str] = {}
 
@@ -209,7 +222,7 @@ def inject_over(
         wrapped = build(modules, make)
         swap(model, {**quantized, **wrapped})
         freeze(model)
-    return Names(wrapped, left_out, made_of)
+    return Names(wrapped, found.left_out, made_of, found.notes)
 
 
 def _check_kinds(modules: Mapping[str, Any], dora: bool) -> None:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters import named_adapters, refuse_merged, require_adapters
+from minipeft.atomic import restoring
 from minipeft.bank import refuse_rows
+from minipeft.dense_again import forget_codes
 from minipeft.inject import swap
 from minipeft.protocol import Adapter, AdapterLayer, is_adapter_layer, is_packed
 from minipeft.registry import adapters_called, forget, named, stacks
@@ -31,7 +33,10 @@ def _layer_stacks(caller: str, model: nn.Module) -> dict[str, list[AdapterLayer]
         if layers:
             found[name] = layers
     if not found:
-        raise ValueError(f"{caller}: none of the model's adapters wraps a module")
+        raise ValueError(
+            f"{caller}: none of the model's adapters wraps a module; a prefix or prompt is no "
+            "weight that could be folded: bake() keeps what it computes and drops its network"
+        )
     return found
 
 
@@ -112,10 +117,12 @@ def remove(
     overwritten by the merged ones (of the adapters that are on), layer by layer, and an NF4 base
     becomes dense; `requantize` keeps NF4 and warns of the error that this adds.  Prefixes and
     prompts go too, with the heads that came with them, but with `merge` they stay: they are no
-    weights.  Returns the names of the modules.
+    weights (their `bake` is what drops a network).  A model that has no 4-bit layer left no longer
+    says that it is one.  Returns the names of the modules.
 
     Raises:
-        ValueError: nothing to remove; a merged weight that is not finite or belongs to two
+        ValueError: nothing to remove; a module below an adapter that is not proved to compute the
+            formula of its kind (with `merge`); a merged weight that is not finite or belongs to two
             modules (tied embeddings); `merge` of one adapter among others (switch the others off
             or remove them first).  The model is then as it was.
     """
@@ -127,7 +134,8 @@ def remove(
         return gone
     found = _layer_stacks("remove", model)
     if name is not None:
-        return gone + _remove_one(model, name, found, merge)
+        with restoring(model):
+            return gone + _remove_one(model, name, found, merge)
     every_name: dict[str, AdapterLayer] = {
         place: module
         for place, module in model.named_modules(remove_duplicate=False)
@@ -137,9 +145,12 @@ def remove(
         _check_foldable(model, found, requantize)
         _fold_all(model, every_name, requantize)
     else:
-        swap(model, {place: original(layer) for place, layer in every_name.items()})
+        with restoring(model):
+            swap(model, {place: original(layer) for place, layer in every_name.items()})
         _restore([layer for stack in found.values() for layer in stack])
     forget(model)
+    if merge:
+        forget_codes(model)
     return gone + list(found)
 
 

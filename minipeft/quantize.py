@@ -12,14 +12,18 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from minipeft.atomic import restoring
+from minipeft.dense_again import forget_codes
 from minipeft.inject import build, check_model, inject_over, settled, swap
 from minipeft.layers.conv1d import NF4Conv1D
 from minipeft.layers.embedding import NF4Embedding
 from minipeft.layers.experts import NF4Experts
 from minipeft.linearity import why_no_float, why_not_replaceable
-from minipeft.protocol import has_stored_weight, is_conv1d, is_packed, linear_shape
+from minipeft.protocol import has_stored_weight, is_adapter, is_conv1d, is_packed, linear_shape
 from minipeft.qlora import NF4Linear
 from minipeft.targets import (
+    Head,
+    HeadWarning,
     Names,
     Target,
     adapter_targets,
@@ -27,6 +31,7 @@ from minipeft.targets import (
     find,
     head_reasons,
     in_attention,
+    likely_head,
     visible_modules,
 )
 from minipeft.wrapper import take_hooks
@@ -70,13 +75,15 @@ def quantizable(
     also: tuple[type[nn.Module], ...] = (),
     embeddings: bool = False,
     experts: bool = False,
+    head: Head = None,
 ) -> tuple[dict[str, nn.Module | nn.Parameter], dict[str, str]]:
     """What `quantize_model` would quantise, and why it leaves out the others.
 
-    Modules by their names, and 3-D parameters by theirs.
+    Modules by their names, and 3-D parameters by theirs.  Every weight of two or more axes is in
+    one of the two.
     """
     skipped = {} if skip == () else find(model, skip, caller="skip")
-    outside = {**in_attention(model), **head_reasons(model)}
+    outside = {**in_attention(model), **head_reasons(model, head)}
     float32 = {
         part
         for module in model.modules()
@@ -107,7 +114,37 @@ def quantizable(
     for name, parameter in expert_weights(model).items():
         reason = None if experts else "a 3-D weight of experts (experts=True quantises it)"
         consider(name, parameter, reason)
+    for name, reason in other_weights(model).items():
+        if not any(name == n or name.startswith(f"{n}.") for n in (*chosen, *left_out, *outside)):
+            inside = any(name == n or name.startswith(f"{n}.") for n in skipped)
+            left_out[name] = "skipped" if inside else reason
     return chosen, {**{n: w for n, w in outside.items() if n not in chosen}, **left_out}
+
+
+def other_weights(model: nn.Module) -> dict[str, str]:
+    """Weights of two or more axes that no kind of 4-bit layer holds, and where they are.
+
+    A module of torch's, or a convolution, comes once, under its own name; parameters that a module
+    of your own or an attention holds by itself under theirs.
+    """
+    found: dict[str, str] = {}
+    for name, module in {"": model, **visible_modules(model)}.items():
+        if is_packed(module) or is_adapter(module):
+            continue
+        kind = type(module).__name__
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or not parameter.is_floating_point():
+                continue
+            path = f"{name}.{own}" if name else own
+            if isinstance(module, nn.MultiheadAttention):
+                found[path] = f"{kind} multiplies by it itself"
+            elif type(module).__module__.startswith("torch.nn") and not isinstance(
+                module, nn.ParameterList | nn.ParameterDict
+            ):
+                found[name or own] = f"{kind} is no linear layer"
+            else:
+                found[path] = f"a bare parameter of a {kind}, which is no linear layer"
+    return found
 
 
 def _check_experts(model: nn.Module, names: list[str]) -> None:
@@ -129,10 +166,11 @@ def _quantized(
     embeddings: bool,
     experts: bool,
     nf4: Mapping[str, object],
+    head: Head,
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     check_model("quantize_model", model)
     chosen, left_out = quantizable(
-        model, skip=skip, also=also, embeddings=embeddings, experts=experts
+        model, skip=skip, also=also, embeddings=embeddings, experts=experts, head=head
     )
     if not chosen:
         raise ValueError(f"quantize_model: no layer to quantise; left out: {left_out}")
@@ -170,6 +208,8 @@ def _quantized(
     for name, why in left_out.items():
         if "forward of its own" in why:
             warnings.warn(f"quantize_model left {name} dense: {why}; see also=", stacklevel=3)
+    for name, note in likely_head(model, head, layers).items():
+        warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=3)
     return layers, left_out
 
 
@@ -180,6 +220,7 @@ def quantize_model(
     also: tuple[type[nn.Module], ...] = (),
     embeddings: bool = False,
     experts: bool = False,
+    head: Head = None,
     **nf4: object,
 ) -> Names:
     """Replace every linear layer it may by a 4-bit one, in place; all codes first, then the swap.
@@ -188,24 +229,27 @@ def quantize_model(
     nn.Embedding an NF4Embedding, `experts` makes 3-D weights of mixtures of experts NF4Experts,
     which models that index one expert at a time read like the tensor.  Left dense: the output
     head, tied weights, `_keep_in_fp32_modules`, new heads, what `skip` names, and, with a warning,
-    subclasses with a forward of their own; `also` admits such classes if you know that they
-    compute what nn.Linear (nn.Embedding) does.  Keywords: block_size, double_quant, compute_dtype.
-    Returns the names; `.left_out` says what stayed dense and why.
+    subclasses that, tried with a small batch, compute something else than nn.Linear (nn.Embedding);
+    `also` admits such classes if you know better.  `head` names the output head of a model of your
+    own (a name, a module, a list of them; () if there is none); not said, a layer that looks like
+    one gives a HeadWarning.  Keywords: block_size, double_quant, compute_dtype.  Returns the names;
+    `.left_out` says what stayed dense and why, every weight of two or more axes.
 
     Raises:
         ValueError: nothing to quantise, weights that are not finite, `embeddings` of a model
             whose embeddings are all tied; the model is as it was.
     """
-    layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4)
+    layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4, head)
     swap(model, layers)
-    return Names(layers, left_out)
+    return Names(layers, left_out, notes=likely_head(model, head, layers))
 
 
 def dequantize_model(model: nn.Module) -> list[str]:
     """Replace every 4-bit layer by the dense one it stands for, in place, under adapters too.
 
     The weights are the rounded ones, in the dtype that the dense layers had, and frozen: what the
-    model computes is the same but for the order of sums.  Returns the names.
+    model computes is the same but for the order of sums.  A Hugging Face model no longer says that
+    it is 4-bit, so that `save_pretrained` writes what `from_pretrained` loads.  Returns the names.
 
     Raises:
         ValueError: the model has no 4-bit layer.
@@ -214,21 +258,16 @@ def dequantize_model(model: nn.Module) -> list[str]:
     packed = {n: m for n, m in model.named_modules(remove_duplicate=False) if is_packed(m)}
     if not packed:
         raise ValueError("dequantize_model: the model has no 4-bit layer")
-    before = {name: model.get_submodule(name) for name in packed}
     made: dict[int, nn.Module | nn.Parameter] = {}
-    done: dict[str, nn.Module] = {}
-    try:
+    with restoring(model):
         for name, layer in packed.items():
             if id(layer) not in made:
                 plain = layer.dense()
                 if isinstance(plain, nn.Module):
-                    take_hooks(plain, before[name])
+                    take_hooks(plain, model.get_submodule(name))
                 made[id(layer)] = plain
             swap(model, {name: made[id(layer)]})
-            done[name] = before[name]
-    except BaseException:
-        swap(model, done)
-        raise
+    forget_codes(model)
     return list(packed)
 
 
@@ -246,6 +285,7 @@ def inject_qlora(
     block_size: int = 64,
     double_quant: bool = True,
     compute_dtype: object = None,
+    head: Head = None,
     **lora: object,
 ) -> Names:
     """QLoRA in place: quantise every layer that `quantize_model` would, wrap the targets in LoRA.
@@ -260,8 +300,11 @@ def inject_qlora(
         "block_size": block_size, "double_quant": double_quant, "compute_dtype": compute_dtype
     }  # fmt: skip
     target = target if isinstance(target, str) or callable(target) else list(target)
-    adapter_targets(model, target, exclude)  # a wrong target should not cost the quantisation
-    layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4)
-    names = inject_over(model, target, rank, alpha, exclude, lora, layers)
-    names.left_out = left_out | names.left_out
+    check_model("inject_qlora", model)
+    # a wrong target should not cost the quantisation
+    adapter_targets(model, target, exclude, head=head)
+    layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4, head)
+    notes = likely_head(model, head, layers)
+    names = inject_over(model, target, rank, alpha, exclude, lora, layers, head=head)
+    names.left_out, names.notes = left_out | names.left_out, notes | names.notes
     return names

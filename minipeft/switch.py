@@ -15,11 +15,12 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from minipeft.adapters import named_adapters, refuse_merged, require_adapters
+from minipeft.atomic import restoring
 from minipeft.bank import Row, refuse_rows, serve_rows, stop_rows
 from minipeft.inject import check_model, inject_over
 from minipeft.prefix import PrefixEncoder
 from minipeft.registry import adapters_called, check_new_name, give_name, named
-from minipeft.targets import Names, Target
+from minipeft.targets import Head, Names, Target
 
 
 def add_adapter(
@@ -30,6 +31,7 @@ def add_adapter(
     alpha: float | Mapping[str, float] | None = None,
     *,
     exclude: Target | None = None,
+    head: Head = None,
     **lora: object,
 ) -> Names:
     """One more adapter, called `name`, over layers that may have others; as `inject_lora` else.
@@ -52,8 +54,9 @@ def add_adapter(
         raise ValueError("add_adapter: expected a rank")
     refuse_rows("add_adapter", model)
     refuse_merged("add_adapter", named_adapters(model))
-    names = inject_over(model, target, rank, alpha, exclude, lora, {}, stack=True)
-    give_name(model, name, [model.get_submodule(place) for place in names])
+    with restoring(model):
+        names = inject_over(model, target, rank, alpha, exclude, lora, {}, stack=True, head=head)
+        give_name(model, name, [model.get_submodule(place) for place in names])
     return names
 
 
@@ -92,7 +95,8 @@ def use_adapters(
     if (names is None) == (rows is None):
         raise ValueError("use_adapters: expected names, or rows=, and not both")
     if rows is not None:
-        return serve_rows(model, rows)
+        with restoring(model):
+            return serve_rows(model, rows)
     refuse_merged("use_adapters", require_adapters("use_adapters", model))
     wanted = [names] if isinstance(names, str) else list(names or ())
     if not wanted:

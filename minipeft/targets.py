@@ -2,20 +2,27 @@
 
 "all-linear"                 every linear layer but the output head
 r".*\\.(q|v)_proj"            a regular expression that matches the full name
-["q_proj", "layers.0.up"]    names, or dotted ends of names
+["q_proj", "layers.0.up"]    names, or dotted ends of names; an entry that is the full name of a
+                             module means that one alone: ["1"] is not 0.1
 lambda name, module: ...     a predicate
+
+The output head, which "all-linear" and quantising leave out, is what `get_output_embeddings` gives,
+and in a model of your own what `head=` names.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
+from minipeft.layers.experts import NF4Experts
 from minipeft.protocol import is_adapter, linear_shape
 from minipeft.wrapper import innermost
 
 Target = str | Iterable[str] | Callable[[str, nn.Module], bool]
+# names (or modules) of the output head: one, several, () for none; None: not said
+Head = str | nn.Module | Iterable[str | nn.Module] | None
 Number = TypeVar("Number", int, float)
 
 # what transformers calls the new, untrained heads of its classes
@@ -25,7 +32,8 @@ NEW_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "lm_hea
 class Names(list[str]):
     """Names of modules that were touched; `left_out` says which others were not, and why.
 
-    `made` says of each name what was made there, and by which patterns; `report()` is all of it.
+    `made` says of each name what was made there, and by which patterns; `notes` of some names what
+    you may want otherwise; `report()` is all of it.
     """
 
     def __init__(
@@ -33,14 +41,17 @@ class Names(list[str]):
         names: Iterable[str],
         left_out: Mapping[str, str] | None = None,
         made: Mapping[str, str] | None = None,
+        notes: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(names)
         self.left_out, self.made = dict(left_out or {}), dict(made or {})
+        self.notes = dict(notes or {})
 
     def report(self) -> str:
-        """A line for each name and for each one left out."""
+        """A line for each name, for each one left out, and for each note."""
         rows = [(name, self.made.get(name, "")) for name in self]
         rows += [(name, f"left out: {why}") for name, why in self.left_out.items()]
+        rows += [(name, f"note: {note}") for name, note in self.notes.items()]
         width = max((len(name) for name, _ in rows), default=0)
         return "\n".join(f"{name:{width}}  {text}".rstrip() for name, text in rows)
 
@@ -59,25 +70,80 @@ def visible_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def head_reasons(model: nn.Module) -> dict[str, str]:
+class HeadWarning(UserWarning):
+    """A layer that looks like the output head was made 4-bit."""
+
+
+def head_reasons(model: nn.Module, head: Head = None) -> dict[str, str]:
     """The output heads of a model by name, and why each is left as it is.
 
     The head is what `get_output_embeddings()` returns; in models that have that method, modules
-    with one of transformers' names for new heads count too.
+    with one of transformers' names for new heads count too.  `head` names others: of each, with
+    all that is inside, and none for ().
+
+    Raises:
+        ValueError: `head` names no module of the model.
     """
     reasons: dict[str, str] = {}
-    for path, part in model.named_modules(remove_duplicate=False):
-        getter = getattr(part, "get_output_embeddings", None)
-        if not callable(getter):
-            continue
-        head = getter()
+    for path, part in _with_output_embeddings(model):
+        output = part.get_output_embeddings()  # type: ignore[operator]
         for name, module in part.named_modules(prefix=path, remove_duplicate=False):
             inside = name.removeprefix(path).lstrip(".")
-            if head is not None and module is head:
+            if output is not None and module is output:
                 reasons[name] = "the output head (get_output_embeddings)"
             elif inside and inside.split(".")[0] in NEW_HEADS:
                 reasons.setdefault(name, "a new head, trained or kept dense as a whole")
+    if head is None:
+        return reasons
+    modules = visible_modules(model)
+    for entry in [head] if isinstance(head, str | nn.Module) else list(head):
+        meant = exact([entry], modules) if isinstance(entry, str) else None
+        found = [n for n, m in modules.items() if (meant(n) if meant else m is entry)]
+        if not found:
+            what = repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}"
+            raise ValueError(f"head: {what} is no module of the model; {_hint(modules)}")
+        for name in modules:
+            if any(name == own or name.startswith(f"{own}.") for own in found):
+                reasons.setdefault(name, "the output head (head=)")
     return reasons
+
+
+def _with_output_embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, part) for name, part in model.named_modules(remove_duplicate=False)
+        if callable(getattr(part, "get_output_embeddings", None))
+    ]  # fmt: skip
+
+
+def likely_head(model: nn.Module, head: Head, touched: Iterable[str]) -> dict[str, str]:
+    """A note for a layer among these names that looks like the head of a model that names none.
+
+    Layers of a trunk feed each other, so their sizes recur.  A head has as many outputs as no other
+    layer has inputs or outputs, and is the last linear layer, or has one for each row of a table.
+    """
+    if head is not None or _with_output_embeddings(model):
+        return {}
+    modules = visible_modules(model)
+    shapes = {id(m): shape for m in modules.values() if (shape := linear_shape(m)) is not None}
+    tables = {
+        (m.num_embeddings, m.embedding_dim)
+        for m in map(innermost, modules.values()) if isinstance(m, nn.Embedding)
+    }  # fmt: skip
+    last = next(reversed(shapes), None) if len(shapes) > 1 else None
+    notes = {}
+    for name in touched:
+        own = shapes.get(id(modules.get(name)))
+        if own is None:
+            continue
+        others = (s for number, s in shapes.items() if number != id(modules[name]))
+        recurs = any(own.out_features in (s.in_features, s.out_features) for s in others)
+        is_last = id(modules[name]) == last
+        if not recurs and (is_last or (own.out_features, own.in_features) in tables):
+            notes[name] = (
+                f"looks like the output head: {own.out_features} outputs, as no other layer has; "
+                f"pass head={name!r} to leave it as it is, or head=() if the model has none"
+            )
+    return notes
 
 
 def in_attention(model: nn.Module) -> dict[str, str]:
@@ -97,6 +163,13 @@ def matches(target: Target, name: str, module: nn.Module | nn.Parameter) -> bool
     if isinstance(target, str):
         return re.fullmatch(target, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in target)
+
+
+def exact(entries: Iterable[str], names: Container[str]) -> Callable[[str], bool]:
+    """Whether a name is one of these entries, or ends in one that is no full name itself."""
+    full = {entry for entry in entries if entry in names}
+    ends = tuple(f".{entry}" for entry in entries if entry not in names)
+    return lambda name: name in full or name.endswith(ends)
 
 
 def check_expression(caller: str, expression: str) -> None:
@@ -124,6 +197,8 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[str, Any]:
     """Every module, and every 3-D weight of experts, that `target` names, by name.
 
+    PEFT's list entries are ends of names always; here one that is a full name means that alone.
+
     Raises:
         ValueError: nothing matches, a list entry matches nothing, or the expression is broken.
         TypeError: target is neither string, list of strings nor callable.
@@ -138,6 +213,8 @@ def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[st
         unmatched = [e for e in target if not any(matches([e], n, m) for n, m in modules.items())]
         if unmatched:
             raise ValueError(f"{caller}: {unmatched} match no module; {_hint(modules)}")
+        meant = exact(target, modules)
+        return {name: module for name, module in modules.items() if meant(name)}
     found = {name: module for name, module in modules.items() if matches(target, name, module)}
     if not found:
         hint = _hint(modules)
@@ -153,23 +230,38 @@ def _hint(modules: Mapping[str, Any]) -> str:
     return f"its linear layers are called {ends}" if ends else "it has no linear layers"
 
 
+class Targets(NamedTuple):
+    """What to wrap by name, what "all-linear" left out and why, and what you may want otherwise."""
+
+    chosen: dict[str, Any]
+    left_out: dict[str, str]
+    notes: dict[str, str]
+
+
 def adapter_targets(
-    model: nn.Module, target: Target, exclude: Target | None = None, *, stack: bool = False
-) -> tuple[dict[str, Any], dict[str, str]]:
+    model: nn.Module,
+    target: Target,
+    exclude: Target | None = None,
+    *,
+    stack: bool = False,
+    head: Head = None,
+) -> Targets:
     """What to wrap by name, and for "all-linear" what was left out and why.
 
-    "all-linear" takes linear layers and nn.MultiheadAttention, whose projections are linear.
-    `stack` allows modules that have an adapter.
+    "all-linear" takes linear layers and nn.MultiheadAttention, whose projections are linear, but
+    no output head and no 3-D weights of experts.  `stack` allows modules that have an
+    adapter.
 
     Raises:
         ValueError: as `find`; a target that is wrapped already, or belongs to
-            nn.MultiheadAttention; `exclude` leaves nothing.
+            nn.MultiheadAttention; `exclude` leaves nothing; `head` names no module.
     """
     excluded = set() if exclude is None else set(find(model, exclude, caller="exclude"))
     left_out: dict[str, str] = {}
+    notes = names_of_ends(model, target)
     inside_attention = in_attention(model)
+    heads = head_reasons(model, head)
     if isinstance(target, str) and target.lower() == "all-linear":
-        heads = head_reasons(model)
         chosen = {}
         for name, module in visible_modules(model).items():
             if linear_shape(module) is None and not isinstance(
@@ -183,8 +275,13 @@ def adapter_targets(
                 left_out[name] = reason
             else:
                 chosen[name] = module
+        for name in _experts(model):
+            left_out[name] = "excluded" if name in excluded else (
+                "a 3-D weight of experts, which stays frozen; name it as a target to wrap it"
+            )  # fmt: skip
         if not chosen:
             raise ValueError(f"target: 'all-linear' finds none; left out: {left_out}")
+        notes |= likely_head(model, head, chosen)
     else:
         chosen = {n: m for n, m in find(model, target).items() if n not in excluded}
         if not chosen:
@@ -199,7 +296,29 @@ def adapter_targets(
             raise ValueError(
                 f"target: {name!r} is {inside_attention[name]}; name the attention itself"
             )
-    return chosen, left_out
+    return Targets(chosen, left_out, notes)
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """Names of the 3-D weights of experts, dense or in 4 bits, that have no adapter."""
+    packed = [n for n, m in visible_modules(model).items() if isinstance(m, NF4Experts)]
+    return [*expert_weights(model), *packed]
+
+
+def names_of_ends(model: nn.Module, target: Target) -> dict[str, str]:
+    """A note for each list entry that is a full name, and would be the end of others too."""
+    if isinstance(target, str) or callable(target):
+        return {}
+    names = list({**visible_modules(model), **expert_weights(model)})
+    found = {}
+    for entry in target:
+        others = [name for name in names if name.endswith(f".{entry}")]
+        if entry in names and others:
+            found[entry] = (
+                f"{entry!r} is the full name of a module and means that alone, not {others[:3]} "
+                f"({len(others)} in all); r'(.*\\.)?{re.escape(entry)}' means all of them"
+            )
+    return found
 
 
 class Chosen(NamedTuple):
@@ -214,7 +333,8 @@ def per_name(
 ) -> dict[str, Chosen]:
     """One number for each name: the same for all, or by the first pattern that fits a name.
 
-    A pattern is a full-match expression, a name or a dotted end of one.
+    A pattern is a full-match expression, a name, or a dotted end of one (not where it is the full
+    name of a target itself).
 
     Raises:
         ValueError: a pattern fits no name, or a name no pattern.
@@ -227,7 +347,7 @@ def per_name(
     for pattern in value:
         check_expression(what, pattern)
     for name in names:
-        fitting = [p for p in value if re.fullmatch(p, name) or name == p or name.endswith(f".{p}")]
+        fitting = [p for p in value if re.fullmatch(p, name) or exact([p], names)(name)]
         if not fitting:
             raise ValueError(
                 f"{what}: no pattern of {list(value)} fits {name!r}; add '.*' last as the default"

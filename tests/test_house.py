@@ -32,6 +32,7 @@ LEVELS = [
         "inject",
         "quantize",
         "adapters",
+        "dense_again",
         "atomic",
         "switch",
         "merge",

@@ -94,7 +94,7 @@ def test_a_bad_target_raises_and_changes_nothing(inject, kind):
     model = Model()
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
-        inject(model, target, 2)
+        inject(model, target, 2, head="head")
     assert_untouched(model, before)
 
 
@@ -273,7 +273,7 @@ def test_what_quantize_model_leaves_dense():
     }
     for name, reason in reasons.items():
         assert reason in names.left_out[name], name
-    mp.quantize_model(model.layers[0], also=(type(own),))
+    mp.quantize_model(model.layers[0], also=(type(own),), head=())
     assert isinstance(model.layers[0].own, mp.NF4Linear)
     assert mp.inject_lora(TiedModel(), ["q_proj"], 2), "LoRA wraps what NF4 leaves dense"
 
@@ -297,13 +297,13 @@ def test_quantize_model_raises_if_there_is_nothing():
     with pytest.raises(ValueError, match="no layer to quantise"):
         mp.quantize_model(nn.Sequential(nn.ReLU()))
     model = Model()
-    mp.quantize_model(model)
+    mp.quantize_model(model, head=())
     with pytest.raises(ValueError, match="no layer to quantise"):
-        mp.quantize_model(model)
+        mp.quantize_model(model, head=())
     with pytest.raises(ValueError, match="skip"):
         mp.quantize_model(Model(), skip=["nothing"])
     with pytest.raises(ValueError, match="block_size"):
-        mp.quantize_model(Model(), block_size=33)
+        mp.quantize_model(Model(), block_size=33, head=())
 
 
 def test_inject_qlora_quantises_all_it_may_and_wraps_the_targets():

@@ -187,3 +187,55 @@ def test_bases_that_take_no_values_are_replaced_not_left_half_done(kind):
         mp.remove(model, merge=True)
         assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)  # float32
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "experts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_merged_four_bit_layers_take_every_dtype_that_unmerged_ones_take(kind, dtype):
+    """Made from 16 bits, a 4-bit layer computes in its input's dtype; so does its merged weight."""
+    if kind == "experts":
+        weight = nn.Parameter(torch.randn(4, 8, 64).bfloat16())
+        layer = mp.LoRAExperts(mp.NF4Experts.from_weight(weight), 2)
+        inputs = torch.randn(5, 64, dtype=dtype), torch.tensor([3, 0, 0, 1, 3])
+    else:
+        if kind == "conv1d":
+            transformers = pytest.importorskip("transformers")
+            base = mp.NF4Conv1D.from_linear(transformers.pytorch_utils.Conv1D(8, 64).bfloat16())
+        else:
+            base = mp.NF4Linear.from_linear(nn.Linear(64, 8).bfloat16())
+        layer, inputs = mp.LoRALinear(base, 2), (torch.randn(5, 64, dtype=dtype),)
+    nn.init.normal_(layer.lora_b, std=0.1)
+    layer.eval()
+    expected = layer(*inputs)
+    layer.merge()
+    out = layer(*inputs)
+    assert out.dtype == dtype == expected.dtype
+    off = (out - expected).abs().max() / expected.abs().max()
+    assert off < 2**-6  # the merged weight is rounded to bfloat16 once
+    if kind == "linear":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(inputs[0].float()).dtype == torch.bfloat16
+            assert layer(inputs[0].double()).dtype == torch.float64
+
+
+def test_a_merged_embedding_keeps_its_dtype():
+    layer = mp.LoRAEmbedding(mp.NF4Embedding.from_embedding(nn.Embedding(9, 64).bfloat16()), 2)
+    nn.init.normal_(layer.lora_a)
+    ids = torch.tensor([[1, 8]])
+    expected = layer.eval()(ids)
+    layer.merge()
+    assert layer(ids).dtype == expected.dtype == torch.bfloat16
+
+
+def test_removing_a_prefix_by_merging_names_bake():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=20,
+    )  # fmt: skip
+    for attach in (mp.attach_prefix, mp.attach_prompt):
+        model = transformers.LlamaForCausalLM(config)
+        attach(model, 3)
+        for call in (lambda m: mp.remove(m, merge=True), mp.merge):
+            with pytest.raises(ValueError, match=r"bake\(\)"):
+                call(model)

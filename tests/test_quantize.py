@@ -45,7 +45,7 @@ ROWS = torch.arange(10).view(2, 5)
 
 
 def everything(model):
-    return mp.quantize_model(model, embeddings=True, experts=True)
+    return mp.quantize_model(model, embeddings=True, experts=True, head=())
 
 
 def test_everything_in_four_bits_and_back():
@@ -54,7 +54,7 @@ def test_everything_in_four_bits_and_back():
     assert sorted(names) == ["embed", "experts.down", "experts.up", "head", "mixer"]
     kinds = [type(model.get_submodule(name)) for name in sorted(names)]
     assert kinds == [NF4Embedding, NF4Experts, NF4Experts, NF4Linear, NF4Linear]
-    assert names.left_out == {}
+    assert names.left_out == {"position": "a bare parameter of a Model, which is no linear layer"}
     expected = model(ROWS)
     weights = {name: model.get_submodule(name).weight for name in names}
     assert mp.count_parameters(model).total == mp.count_parameters(Model()).total
@@ -80,6 +80,7 @@ def test_what_is_left_dense_is_named_with_its_reason():
         "head": "its weight is tied to another module's",
         "experts.up": "a 3-D weight of experts (experts=True quantises it)",
         "experts.down": "a 3-D weight of experts (experts=True quantises it)",
+        "position": "a bare parameter of a Model, which is no linear layer",
     }
     report = mp.quantization_report(model, names.left_out)
     assert report.splitlines()[0].startswith("4-bit: 1 layer, 4,096 weights in 2,120 bytes, 4.141")
@@ -97,7 +98,7 @@ def test_ties_are_kept():
 
 
 def test_skipping_experts_and_embeddings():
-    names = mp.quantize_model(Model(), experts=True, skip=["mixer"])
+    names = mp.quantize_model(Model(), experts=True, skip=["mixer"], head=())
     assert sorted(names) == ["experts.down", "experts.up", "head"]
     with pytest.raises(ValueError, match="no 3-D weight"):
         mp.quantize_model(Model(), experts=True, skip=["experts"])
@@ -128,7 +129,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
 def test_shared_layers_stay_shared():
     shared = nn.Linear(64, 64)
     model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(64, 4))
-    mp.quantize_model(model)
+    mp.quantize_model(model, head=())
     assert model[0] is model[2] and isinstance(model[0], NF4Linear)
     mp.dequantize_model(model)
     assert model[0] is model[2] and type(model[0]) is nn.Linear
@@ -136,7 +137,8 @@ def test_shared_layers_stay_shared():
 
 def test_dequantising_under_adapters_keeps_them():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
-    mp.inject_qlora(model, ["0"], rank=2, init=lambda layer: nn.init.normal_(layer.lora_b))
+    init = lambda layer: nn.init.normal_(layer.lora_b)  # noqa: E731
+    mp.inject_qlora(model, ["0"], rank=2, init=init, head=())
     x = torch.randn(3, 64)
     expected = model(x)
     assert sorted(mp.dequantize_model(model)) == ["0.base", "2"]
@@ -218,5 +220,5 @@ def test_quantizable_says_the_same_on_meta():
         model = Model()
     chosen, left_out = quantizable(model)
     assert list(chosen) == ["mixer", "head"] and set(left_out) == {
-        "embed", "experts.up", "experts.down",
+        "embed", "experts.up", "experts.down", "position",
     }  # fmt: skip

@@ -28,7 +28,7 @@ def make(dtype=torch.float32, quantized=False):
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(SIZE, 33), nn.ReLU(), nn.Linear(33, 7)).to(dtype)
     if quantized:
-        mp.quantize_model(model)
+        mp.quantize_model(model, head=())
     mp.inject_lora(model, ["0", "2"], 3)
     mp.add_adapter(model, "fr", ["0"], 5, 15)
     mp.add_adapter(model, "de", ["0", "2"], 2, 4, rank_stabilized=True)
@@ -319,7 +319,7 @@ def test_named_state_dicts_have_the_names_of_the_plain_model():
 def test_the_base_state_dict_is_the_plain_models(quantized):
     plain = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 7))
     if quantized:
-        mp.quantize_model(plain)
+        mp.quantize_model(plain, head=())
     before = {k: v.clone() for k, v in plain.state_dict().items()}
     model = copy.deepcopy(plain)
     mp.inject_lora(model, ["0", "2"], 3)

@@ -4,7 +4,8 @@
 
 It stands where the parameter stood.  Models that multiply by one expert after the other index it,
 `layer[e]`, and get that expert's effective weight; `layer(x, expert)` multiplies each row by its
-expert and never makes a product of the factors.
+expert and never makes a product of the factors.  Models that take the tensor whole (grouped_mm of
+transformers) get the effective weights of all experts, made anew at every use.
 """
 
 from collections.abc import Callable
@@ -156,14 +157,23 @@ class LoRAExperts(LowRank):
         self, expert: int | Int[Tensor, "*index"]
     ) -> Float[Tensor, "*index rows columns"]:
         if self.merged_module is not None and self._enabled:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "LoRAExperts: training while merged would give the adapter no gradient; call "
-                    "minipeft.unmerge(model) first, or model.eval() to run it merged"
-                )
+            self._check_mode()
             merged: Tensor = self.merged_module[expert]  # type: ignore[index]
             return merged
         return self.exact_expert(expert).to(self.dtype)
+
+    def whole(self) -> Tensor:
+        """The effective weights of all experts, in the weight's dtype; the gradient flows."""
+        if self.merged_module is not None and self._enabled:
+            self._check_mode()
+        return self.weight
+
+    def _check_mode(self) -> None:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "LoRAExperts: training while merged would give the adapter no gradient; call "
+                "minipeft.unmerge(model) first, or model.eval() to run it merged"
+            )
 
     def exact_expert(self, expert: int | Int[Tensor, "*index"]) -> Tensor:
         """The effective weight of one expert, before it is rounded to the weight's dtype."""
@@ -238,13 +248,12 @@ class LoRAExperts(LowRank):
             return super().__getattr__(name)
         except AttributeError:
             if not name.startswith("_") and hasattr(Tensor, name):
-                raise AttributeError(_whole_tensor(f"the weights' {name}")) from None
+                return getattr(self.whole(), name)
             raise
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # no TypeError: of x @ layer, Python would make one that says nothing
-        raise RuntimeError(_whole_tensor(f"{getattr(func, '__name__', func)} over the weights"))
+        return func(*_whole(args), **_whole(kwargs or {}))
 
 
 def peft_from_experts(
@@ -313,8 +322,12 @@ def _as_experts(caller: str, base: object, transposed: bool) -> nn.Module:
     return base
 
 
-def _whole_tensor(what: str) -> str:
-    return (
-        f"LoRAExperts: {what} would need the effective weights of all experts at once; call "
-        "model.set_experts_implementation('eager'), so that the model indexes one expert at a time"
-    )
+def _whole(values: Any) -> Any:
+    """Arguments of a function of torch with tensors in the places of layers."""
+    if isinstance(values, LoRAExperts):
+        return values.whole()
+    if isinstance(values, list | tuple):
+        return type(values)(_whole(value) for value in values)
+    if isinstance(values, dict):
+        return {name: _whole(value) for name, value in values.items()}
+    return values

@@ -146,18 +146,24 @@ def test_it_looks_like_the_parameter():
         layer(torch.randn(1, 16).bfloat16(), torch.tensor([4]))
 
 
-def test_whole_tensor_use_says_what_to_do():
+def test_whole_tensor_use_takes_the_effective_weights_of_all_experts():
     layer, x = trained(weight()), torch.randn(4, 5, 16)
+    effective = layer.base.weight + layer.delta()
     for use in (
-        lambda: torch.bmm(x, layer), lambda: x @ layer, lambda: layer.transpose(1, 2),
-        lambda: layer.mT, lambda: torch.einsum("eti,eoi->eto", x, layer),
+        lambda w: x @ w.mT, lambda w: torch.bmm(x, w.transpose(1, 2)),
+        lambda w: torch.einsum("eti,eoi->eto", x, w), lambda w: torch.stack([w, w]).sum(),
+        lambda w: torch.add(input=w, other=1),
     ):  # fmt: skip
-        with pytest.raises(
-            (RuntimeError, AttributeError), match=r"set_experts_implementation\('eager'"
-        ):
-            use()
+        layer.zero_grad()
+        torch.testing.assert_close(use(layer), use(effective), **CLOSE)
+        use(layer).square().sum().backward()
+        assert layer.lora_b.grad.abs().max() > 0
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         layer.nonsense  # noqa: B018
+    layer.merge()
+    with pytest.raises(RuntimeError, match="training while merged"):
+        layer.train().transpose(1, 2)
+    torch.testing.assert_close(layer.eval().mT, effective.mT, **CLOSE)
 
 
 def test_layers_stack():
@@ -418,17 +424,43 @@ def test_folding_into_a_mixture_of_experts_fills_the_very_parameters():
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-def test_other_implementations_are_right_or_say_what_to_do(implementation):
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3-MoE", "gpt-oss"])
+def test_every_implementation_of_experts_gives_the_same(kind, implementation):
+    """grouped_mm takes the weights whole, batched_mm indexes by all tokens at once."""
     pytest.importorskip("transformers")
-    model, ids = mixture("Mixtral"), torch.randint(0, 32, (2, 9))
-    wrapped(model)
-    expected = model(ids).logits
-    model.set_experts_implementation(implementation)
-    if implementation == "batched_mm":  # it indexes, by all tokens at once
-        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
-    else:
-        with pytest.raises(AttributeError, match=r"set_experts_implementation\('eager'\)"):
-            model(ids)
+    model, ids = mixture(kind), torch.randint(0, 32, (2, 9))
+    _, layers = wrapped(model, transposed=kind == "gpt-oss")
+    results = []
+    for name in ("eager", implementation):
+        model.set_experts_implementation(name)
+        model.zero_grad()
+        logits = model(ids).logits
+        logits.square().sum().backward()
+        results += [logits, *(layer.lora_b.grad.clone() for layer in layers.values())]
+    half = len(results) // 2
+    for ours, eager in zip(results[half:], results[:half], strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)  # order of sums
+    with mp.disable_adapters(model):
+        off = model(ids).logits
+    assert (off - results[0]).abs().max() > 1e-3
+    mp.merge(model)
+    torch.testing.assert_close(model(ids).logits, results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_experts_under_the_implementation_that_a_model_has_by_default():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_experts_per_tok=2, head_dim=8, num_experts=4,
+        intermediate_size=24, moe_intermediate_size=24,
+    )  # fmt: skip
+    model, ids = transformers.Qwen3MoeForCausalLM(config).eval(), torch.randint(0, 32, (2, 9))
+    before = model(ids).logits
+    names = mp.inject_lora(model, ["gate_up_proj", "down_proj"], 2)
+    assert len(names) == 2
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-6)  # B = 0
+    model.train()(ids).logits.sum().backward()
+    assert mp.check_gradients(model) == 4
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # in PEFT

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from minipeft.progress import Progress
 from minipeft.protocol import is_conv1d, linear_shape
 from minipeft.qlora import NF4Linear
 from minipeft.quantize import Skip, quantizable
-from minipeft.targets import Names
+from minipeft.targets import Head, HeadWarning, Names, likely_head
 
 PROGRESS = ".quantize_checkpoint.json"
 _NOT_COPIED = {
@@ -38,10 +39,10 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _chosen(
-    model: nn.Module, reader: Reader, skip: Skip, block_size: int, double_quant: bool
+    model: nn.Module, reader: Reader, skip: Skip, block_size: int, double_quant: bool, head: Head
 ) -> tuple[dict[str, tuple[Settings, bool]], dict[str, str]]:
     """By key: what each weight becomes and whether it is transposed first; what stays dense."""
-    chosen, left_out = quantizable(model, skip=skip)
+    chosen, left_out = quantizable(model, skip=skip, head=head)
     weights: dict[str, tuple[Settings, bool]] = {}
     absent: dict[int, str] = {}
     present: set[int] = set()
@@ -157,13 +158,15 @@ def quantize_checkpoint(
     max_shard_bytes: int = 10**9,
     progress: bool | None = None,
     mmap: bool = True,
+    head: Head = None,
 ) -> Names:
     """Write the 4-bit copy of a checkpoint in 16 or 32 bits, one tensor in memory at a time.
 
     `source` is a directory with config.json and safetensors files.  `model`, on the meta device,
-    says which weights `quantize_model` would quantise; by default it is built from config.json
-    with transformers.  The result is what `save_quantized` writes: it loads with `load_quantized`
-    and with transformers + bitsandbytes.  Other files (tokeniser, licence) are copied.
+    says which weights `quantize_model` would quantise, `head` as there; by default it is built from
+    config.json with transformers.  The result is what `save_quantized` writes: it loads with
+    `load_quantized` and with transformers + bitsandbytes.  Other files (tokeniser, licence) are
+    copied.
 
     Interrupted, the same call goes on after the last whole shard (`max_shard_bytes` each) and ends
     with the same bytes.  `destination` appears when all is done; until then the work lies in
@@ -190,7 +193,11 @@ def quantize_checkpoint(
 
         model = meta_model(source)
     with checkpoint.open_weights(source, mmap=mmap) as reader:
-        weights, left_out = _chosen(model, reader, skip, block_size, double_quant)
+        weights, left_out = _chosen(model, reader, skip, block_size, double_quant, head)
+        wanted = [key.removesuffix(".weight") for key in weights]
+        notes = likely_head(model, head, wanted)
+        for name, note in notes.items():
+            warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=2)
         becomes = {
             key: specs(key, weights[key][0]) if key in weights else {key: spec}
             for key, spec in reader.specs.items()
@@ -208,7 +215,7 @@ def quantize_checkpoint(
                        for p in sorted(set(reader.file_of.values()))},
             "settings": described,
         }  # fmt: skip
-        names = Names([key.removesuffix(".weight") for key in weights], left_out)
+        names = Names(wanted, left_out, notes=notes)
         if _is_finished(destination, record):
             return names
         with (
