@@ -20,6 +20,7 @@ from minipeft.adapters import freeze, named_adapters, refuse_merged
 from minipeft.atomic import restoring
 from minipeft.bank import refuse_rows
 from minipeft.inject import build, check_model, settled, swap
+from minipeft.layers.lora_bias import LoRABias
 from minipeft.layers.lora_embedding import LoRAEmbedding
 from minipeft.layers.lora_tied import LoRATiedLinear, tied_heads
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
@@ -139,7 +140,8 @@ def train_tokens(
     """Train the embedding rows of these tokens, and of no others.
 
     `target` names the embedding; None: what `get_input_embeddings()` gives.  A head that shares
-    the table's weight gives logits by the trained rows too.  Returns the names of the modules.
+    the table's weight gives logits by the trained rows too, below a LoRA of its own.  Returns the
+    names of the modules.
 
     Raises:
         ValueError: no embedding, ids that are no rows; a table whose rows train already.
@@ -170,13 +172,24 @@ def train_tokens(
     made: dict[str, TrainedTokens] = {}
 
     def make(place: str, module: nn.Module) -> nn.Module:
-        if place in heads:
+        if place in below:
             return TrainedLogits(module, made[weights[id(innermost(module).weight)]])
         made[place] = TrainedTokens(module, ids)
         return made[place]
 
-    _wrap(model, name, {**modules, **heads}, make)
+    below = dict(_below_lora(place, module) for place, module in heads.items())
+    _wrap(model, name, {**modules, **below}, make)
     return Names([*modules, *heads])
+
+
+def _below_lora(place: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The module under the LoRA and biases of its own, with its name: rows are of its weight."""
+    while (
+        isinstance(module, LowRank | LoRABias | TrainedBias)
+        and "magnitude" not in module._parameters  # DoRA's norms are of the weight below
+    ):
+        place, module = f"{place}.base", module.base
+    return place, module
 
 
 def tie_lora(model: nn.Module, *, name: str = DEFAULT) -> Names:

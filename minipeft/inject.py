@@ -21,6 +21,7 @@ from minipeft.atomic import check_ready, restoring
 from minipeft.buffers import release
 from minipeft.kinds import layer_class
 from minipeft.layers.lora_experts import LoRAExperts
+from minipeft.peft_words import in_our_words
 from minipeft.targets import (
     Head,
     Names,
@@ -138,6 +139,7 @@ def inject(
     return Names(modules, found.left_out, notes=found.notes)
 
 
+@in_our_words
 def inject_lora(
     model: nn.Module,
     target: Target,

@@ -19,6 +19,7 @@ from minipeft.layers.conv1d import NF4Conv1D
 from minipeft.layers.embedding import NF4Embedding
 from minipeft.layers.experts import NF4Experts
 from minipeft.linearity import why_no_float, why_not_replaceable
+from minipeft.peft_words import in_our_words
 from minipeft.protocol import has_stored_weight, is_adapter, is_conv1d, is_packed, linear_shape
 from minipeft.qlora import NF4Linear
 from minipeft.targets import (
@@ -271,6 +272,7 @@ def dequantize_model(model: nn.Module) -> list[str]:
     return list(packed)
 
 
+@in_our_words
 def inject_qlora(
     model: nn.Module,
     target: Target,

@@ -18,11 +18,13 @@ from minipeft.adapters import named_adapters, refuse_merged, require_adapters
 from minipeft.atomic import restoring
 from minipeft.bank import Row, refuse_rows, serve_rows, stop_rows
 from minipeft.inject import check_model, inject_over
+from minipeft.peft_words import in_our_words
 from minipeft.prefix import PrefixEncoder
 from minipeft.registry import adapters_called, check_new_name, give_name, named
 from minipeft.targets import Head, Names, Target
 
 
+@in_our_words
 def add_adapter(
     model: nn.Module,
     name: str,

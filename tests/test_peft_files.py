@@ -143,7 +143,8 @@ TENSOR_CHANGES = {
         lambda t: t.update({k.replace(".up.", ".side."): v.clone() for k, v in t.items()}), "side",
     ),
     "an untargeted module": (
-        lambda t: t.update({k.replace(".up.", ".block.0."): torch.zeros(1) for k in t}), r"\(1,\)",
+        lambda t: t.update({k.replace(".up.", ".block.0."): torch.zeros(1) for k in t}),
+        r"unexpected 'base_model.model.block.0",
     ),
     "an unknown key": (lambda t: t.update({"up.bias": torch.zeros(3)}), "unexpected 'up.bias'"),
     "a magnitude": (

@@ -131,7 +131,7 @@ def _places(
             raise ValueError("use_adapters: the model is itself an adapter layer; put it in one")
         places[place] = Place(found, stack)
         for name, layer in found if places[place].joined else []:
-            if not finite(*layer.factors()):
+            if not finite(layer.factors()[0], layer.factors()[1] * (layer.scaling * layer.scale)):
                 raise ValueError(
                     f"use_adapters: {name!r} holds NaN or Inf over {place!r}, which would reach "
                     "the rows of others; remove it first"

@@ -1,15 +1,17 @@
 """What the tensors of an adapter file are for, in a given model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from minipeft.io.peft.config import CONFIG_NAME, MatchedConfig
-from minipeft.io.peft.keys import PREFIX, Key, parse, without_prefix
+from minipeft.io.peft.config import CONFIG_NAME
+from minipeft.io.peft.keys import Key
+from minipeft.io.peft.located import Located
+from minipeft.io.peft.matched import MatchedConfig
 from minipeft.protocol import is_packed
-from minipeft.targets import head_reasons, visible_modules
 from minipeft.wrapper import innermost
 
 
@@ -22,13 +24,26 @@ class Contents:
     biases: dict[str, Tensor] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
+    tables: dict[str, Tensor] = field(default_factory=dict)  # base tables with new rows at the end
+    resized: list[tuple[str, int, int]] = field(default_factory=list)  # rows in the file, the model
+    untargeted: str = ""  # the fields that say which modules, if they fit none
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     example: str = ""  # the name of some module of the model
 
     def complaint(self, where: Path) -> str:
         """What is wrong with the file, for an error."""
+        if self.resized:
+            name, rows, own = self.resized[0]
+            return (
+                f"{where}: {name!r} has {rows} rows in the file and {own} in the model: the "
+                "vocabulary was resized where the adapter was made; call "
+                f"model.resize_token_embeddings({rows}) first, or give the model tables of "
+                f"{rows} rows"
+            )
         parts = []
+        if self.untargeted:
+            parts.append(f"{self.untargeted} in {CONFIG_NAME} fit no module of the model")
         if self.unexpected:
             parts.append(
                 f"unexpected {self.unexpected[0]!r} ({len(self.unexpected)} in all; the model has "
@@ -42,57 +57,68 @@ class Contents:
             )
         return f"{where}: {'; '.join(parts)}"
 
+    @property
+    def wrong(self) -> bool:
+        """Whether there is something for `complaint` to say."""
+        return bool(self.missing or self.unexpected or self.resized or self.untargeted)
 
-def _base_value(model: nn.Module, key: Key) -> Tensor | None:
+
+def _base_value(model: nn.Module, found: Located, key: Key) -> Tensor | None:
     """The parameter of the plain model that a plain key names."""
-    try:
-        module = innermost(model.get_submodule(key.module)) if key.module else model
-    except AttributeError:
-        return None
+    module = innermost(found.modules[key.module]) if key.module else model
     return None if is_packed(module) else module._parameters.get(key.part)
 
 
 def sort_out(
-    where: Path, tensors: dict[str, Tensor], model: nn.Module, config: MatchedConfig
+    where: Path, tensors: dict[str, Tensor], model: nn.Module, config: MatchedConfig, found: Located
 ) -> Contents:
     """Give every tensor its purpose; what has none is unexpected, what lacks one is missing.
 
     Base weights in the file (PEFT adds those of targeted embeddings) are passed over where they
-    equal the model's.
+    equal the model's.  A table of them whose last rows alone differ is kept: rows of tokens that
+    were added, which are other random numbers in each model that is resized.
 
     Raises:
         ValueError: two keys that mean the same tensor.
     """
-    modules, contents = visible_modules(model), Contents()
+    modules, contents = found.modules, Contents()
     contents.example = next(iter(reversed(modules)), "")
-    saved = _saved_modules(model, modules, config)
+    saved = _saved_modules(found, config)
+    wrapped = _wrapped_ids(found, config)
     seen: dict[Key, str] = {}
     by_depth: dict[str, dict[int, dict[Key, Tensor]]] = {}
-    plain_keys = without_prefix(tensors, modules)
-    if len(plain_keys) < len(tensors):
-        raise ValueError(f"{where}: the same key with and without {PREFIX!r}")
-    for plain, in_file in plain_keys.items():
-        key, value = parse(plain), tensors[in_file]
+    for in_file, value in tensors.items():
+        key = found.keys[in_file]
+        if key.role == "unknown":
+            contents.unexpected.append(in_file)
+            continue
         if key in seen:
+            if key.role == "plain" and torch.equal(tensors[seen[key]], value):
+                continue  # a module saved whole, in two spellings
             raise ValueError(f"{where}: {in_file!r} and {seen[key]!r} are the same tensor")
         seen[key] = in_file
-        if key.module not in modules and not (key.role == "plain" and key.module == ""):
-            contents.unexpected.append(in_file)
-        elif key.role == "tokens":
+        if key.role == "tokens":
             ids = config.token_ids(key.module)
             if ids is None:
                 contents.unexpected.append(in_file)
             else:
                 contents.tokens[key.module] = (ids, value)
-        elif key.role != "plain":
-            by_depth.setdefault(key.module, {}).setdefault(key.depth, {})[key] = value
-        elif root := next((r for r in saved if f"{key.module}.".startswith(f"{r}.")), None):
+        elif key.role not in ("plain", "base"):
+            if id(modules[key.module]) in wrapped or config.has_expert_weights(key.module):
+                by_depth.setdefault(key.module, {}).setdefault(key.depth, {})[key] = value
+            else:
+                contents.unexpected.append(in_file)
+        elif key.role == "plain" and (root := _root(key, saved, config)) is not None:
             own = ".".join(filter(None, [key.module[len(root) + 1 :], key.part]))
             contents.saved.setdefault(root, {})[own] = value
-        elif key.part == "bias" and _is_trained(config.config.bias, key):
+        elif key.part == "bias" and key.role == "plain" and _is_trained(config.config.bias, key):
             contents.biases[key.module] = value
-        elif not _is_the_models(model, key, value):
-            contents.unexpected.append(in_file)
+        elif not _is_the_models(model, found, key, value):
+            if key.part == "weight" and _has_new_rows(model, found, key, value):
+                if key.role == "plain":  # below a module saved whole it is not computed with
+                    contents.tables[key.module] = value
+            else:
+                contents.unexpected.append(in_file)
     for name, levels in by_depth.items():
         if config.has_expert_weights(name):
             contents.experts[name] = [levels[depth] for depth in sorted(levels, reverse=True)]
@@ -100,11 +126,39 @@ def sort_out(
             contents.low_rank[name] = {k: v for level in levels.values() for k, v in level.items()}
     contents.biases = {
         name: value for name, value in contents.biases.items()
-        if not _is_the_models(model, Key(name, "plain", "bias"), value)
+        if not _is_the_models(model, found, Key(name, "plain", "bias"), value)
         or name in contents.low_rank
     }  # fmt: skip
-    contents.missing = _missing(model, modules, config, contents, saved)
+    if config.config.target_modules and not wrapped:
+        layers = "" if config.config.layers is None else " and layers_to_transform"
+        contents.untargeted = f"target_modules{layers}"
+    contents.missing = _missing(found, config, contents, saved)
+    contents.resized = _resized(found, seen, tensors)
     return contents
+
+
+def _wrapped_ids(found: Located, config: MatchedConfig) -> set[int]:
+    """The modules that PEFT would wrap, with the heads that follow an embedding."""
+    chosen = {name: module for name, module in found.modules.items()
+              if config.targets(name, module)
+              or (config.config.all_linear and isinstance(innermost(module), nn.MultiheadAttention))
+              }  # fmt: skip
+    if config.config.tied:
+        weights = {id(w) for name in chosen if (w := _weight(found, name)) is not None}
+        chosen |= {n: m for n, m in found.modules.items() if id(_weight(found, n)) in weights}
+    return {id(module) for module in chosen.values()}
+
+
+def _weight(found: Located, name: str) -> Tensor | None:
+    return innermost(found.modules[name])._parameters.get("weight")
+
+
+def _root(key: Key, saved: list[str], config: MatchedConfig) -> str | None:
+    """The module saved whole that a plain key belongs to."""
+    root = next((r for r in saved if f"{key.module}.".startswith(f"{r}.")), None)
+    if root is None and key.depth == 0 and key.module and config.may_save(key.module):
+        return key.module
+    return root
 
 
 def _is_trained(mode: str, key: Key) -> bool:
@@ -112,54 +166,97 @@ def _is_trained(mode: str, key: Key) -> bool:
     return mode == "all" or (mode == "lora_only" and key.depth == 1)
 
 
-def _is_the_models(model: nn.Module, key: Key, value: Tensor) -> bool:
-    own = _base_value(model, key)
+def _is_the_models(model: nn.Module, found: Located, key: Key, value: Tensor) -> bool:
+    own = _base_value(model, found, key)
     if own is None or own.is_meta or own.shape != value.shape:
         return False
     return torch.equal(own.detach().cpu().to(value.dtype), value)
 
 
-def _saved_modules(
-    model: nn.Module, modules: dict[str, nn.Module], config: MatchedConfig
-) -> list[str]:
+def _has_new_rows(model: nn.Module, found: Located, key: Key, value: Tensor) -> bool:
+    """Whether this is the model's table, or the head's weight, but for rows in its last half."""
+    own = _base_value(model, found, key)
+    if own is None or own.is_meta or own.shape != value.shape or value.dim() != 2:
+        return False
+    if not _is_vocabulary(found, key.module) or not value.is_floating_point():
+        return False
+    same = (own.detach().cpu().to(value.dtype) == value).all(dim=1)
+    first = int(same.logical_not().nonzero()[0])
+    return first > len(value) // 2
+
+
+def _is_vocabulary(found: Located, name: str) -> bool:
+    """Whether a module has a row for each token: the input embedding, or the output head."""
+    return bool(name) and id(innermost(found.modules[name])) in found.vocabulary
+
+
+def _rows(key: Key, value: Tensor) -> int | None:
+    """How many tokens a tensor of an embedding or a head is for, if it says so."""
+    if value.dim() != 2:
+        return None
+    if key.role == "lora_embedding_A":
+        return value.shape[1]
+    plain = key.role in ("plain", "base") and key.part == "weight"
+    return value.shape[0] if plain or key.role == "lora_B" else None
+
+
+def _resized(
+    found: Located, seen: dict[Key, str], tensors: dict[str, Tensor]
+) -> list[tuple[str, int, int]]:
+    """Tables and heads that have another number of rows in the file."""
+    result = []
+    for key, in_file in seen.items():
+        rows = _rows(key, tensors[in_file])
+        if rows is None or not _is_vocabulary(found, key.module):
+            continue
+        plain = innermost(found.modules[key.module])
+        sizes = ("num_embeddings", "out_features")
+        own = next((n for n in (getattr(plain, size, None) for size in sizes) if n), rows)
+        if own != rows:
+            result.append((key.module, rows, own))
+    return result
+
+
+def _saved_modules(found: Located, config: MatchedConfig) -> list[str]:
     """The modules that are saved whole, and the heads tied to them where the file ties weights."""
-    roots = [name for name in modules if config.saves(name)]
+    roots = [name for name in found.modules if config.saves(name)]
     roots = [r for r in roots if not any(r.startswith(f"{other}.") for other in roots)]
     if config.config.tied:
-        weights = {id(innermost(modules[r])._parameters.get("weight")) for r in roots}
-        weights.discard(id(None))
+        weights = {id(w) for r in roots if (w := _weight(found, r)) is not None}
         roots += [
-            name for name, module in modules.items()
-            if name not in roots and id(innermost(module)._parameters.get("weight")) in weights
+            name for name in found.modules
+            if name not in roots and id(_weight(found, name)) in weights
         ]  # fmt: skip
     return roots
 
 
 def _missing(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    config: MatchedConfig,
-    contents: Contents,
-    saved: list[str],
+    found: Located, config: MatchedConfig, contents: Contents, saved: list[str]
 ) -> list[str]:
-    heads = head_reasons(model) if config.config.all_linear else {}
-    covered = {id(modules[name]) for name in contents.low_rank}
+    heads = found.heads if config.config.all_linear else {}
+    covered = {id(found.modules[name]) for name in contents.low_rank}
     missing = [
-        name for name, module in modules.items()
+        name for name, module in found.modules.items()
         if config.targets(name, module) and id(module) not in covered and name not in heads
         and not _inside(name, contents.low_rank)
     ]  # fmt: skip
     missing += [name for name in saved if name not in contents.saved]
+    return [*missing, *_missing_tokens(found, config, contents)]
+
+
+def _missing_tokens(found: Located, config: MatchedConfig, contents: Contents) -> Iterator[str]:
+    """Entries of trainable_token_indices that have no rows of their own, nor follow a table's."""
     wanted = config.config.tokens
-    entries = (
-        list(wanted) if isinstance(wanted, dict) else ["trainable_token_indices"] * bool(wanted)
-    )
-    found = [name.split(".") for name in contents.tokens]
-    for entry in entries:
-        parts = entry.split(".") if isinstance(wanted, dict) else []
-        if not any(name[len(name) - len(parts) :] == parts for name in found):
-            missing.append(entry)
-    return missing
+    if not isinstance(wanted, dict):
+        if wanted and not contents.tokens:
+            yield "trainable_token_indices"
+        return
+    tables = {id(_weight(found, name)): ids for name, (ids, _) in contents.tokens.items()}
+    for entry, ids in wanted.items():
+        named = [n for n in found.modules if config.names(entry, n)]
+        follows = [n for n in named if tables.get(id(_weight(found, n))) == ids]
+        if not follows and not any(name in contents.tokens for name in named):
+            yield entry
 
 
 def _inside(name: str, wrapped: dict[str, dict[Key, Tensor]]) -> bool:

@@ -12,42 +12,50 @@ from minipeft.adapters import freeze, named_adapters, refuse_merged
 from minipeft.atomic import restoring
 from minipeft.bank import refuse_rows
 from minipeft.inject import check_model, swap
-from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, MatchedConfig, read_config
+from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, read_config
 from minipeft.io.peft.contents import Contents, sort_out
+from minipeft.io.peft.folder import read_weights, refuse_pickle
+from minipeft.io.peft.located import Located, locate
+from minipeft.io.peft.matched import MatchedConfig, matched
 from minipeft.io.peft.prompts import kind_in, load_prompts
-from minipeft.io.peft.tensors import copy_into, reaches_across_groups
+from minipeft.io.peft.tensors import copy_into, reaches_across_groups, taken_bias
 from minipeft.io.peft.training import PLAIN, Training, freeze_named, made_layer, parsed
-from minipeft.io.replace import current, read_whole
-from minipeft.io.seal import read_sealed
+from minipeft.io.replace import read_whole
 from minipeft.kinds import layer_class
 from minipeft.layers.experts import NF4Experts
+from minipeft.layers.lora_bias import LoRABias
 from minipeft.layers.lora_embedding import LoRAEmbedding
 from minipeft.layers.lora_experts import LoRAExperts
 from minipeft.layers.lora_tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
-from minipeft.protocol import is_adapter
+from minipeft.layers.trained_head import TrainedHeadRows
+from minipeft.plain_names import PlainNames
+from minipeft.protocol import is_adapter, linear_shape
 from minipeft.registry import DEFAULT, check_new_name, give_name
-from minipeft.targets import Names, expert_weights, in_attention, visible_modules
+from minipeft.targets import Names, visible_modules
 from minipeft.wrapper import Wrapper, innermost, stored_parameter
 
 
 class Loaded(Names):
-    """Names of the modules that got a layer; with strict=False what the file lacked or had more."""
+    """Names of the modules that got a layer; with strict=False what the file lacked or had more.
+
+    `ignored` are the configuration's fields that were read past.
+    """
 
     missing: list[str]
     unexpected: list[str]
+    ignored: dict[str, object]
 
 
 class _Builder:
     """The layers that a file asks for, over a model's modules, by the modules' names."""
 
     def __init__(
-        self, model: nn.Module, config: MatchedConfig, contents: Contents, *, stack: bool,
+        self, found: Located, config: MatchedConfig, contents: Contents, *, stack: bool,
         training: Mapping[str, Training],
     ) -> None:  # fmt: skip
-        self.model, self.config, self.contents, self.stack = model, config, contents, stack
-        self.training = training
-        self.modules = visible_modules(model)
+        self.found, self.config, self.contents, self.stack = found, config, contents, stack
+        self.modules, self.training = found.modules, training
         self.made: dict[str, nn.Module] = {}
 
     def top(self, name: str) -> nn.Module:
@@ -71,13 +79,21 @@ class _Builder:
         ]  # fmt: skip
 
     def build(self) -> dict[str, nn.Module]:
-        """All layers, filled; embeddings come before the heads that follow them."""
-        inside = in_attention(self.model)
+        """All layers, filled; embeddings come before the heads that follow them.
+
+        A head's LoRA lies over the rows that it takes from an embedding.
+        """
+        inside = self.found.in_attention
+        self._tables()
+        tokens = sorted(self.contents.tokens.items(), key=lambda item: self._is_linear(item[0]))
+        for name, (ids, rows) in tokens:  # embeddings first: heads may follow them
+            if name not in self.contents.low_rank:
+                self._tokens(name, ids, rows)
         for name, found in self.contents.low_rank.items():
-            module = self.modules[name]
+            module = self.top(name)
             if name in inside:
                 raise ValueError(f"load_peft: {name!r} is {inside[name]}")
-            if is_adapter(module) and not self.stack:
+            if is_adapter(self.modules[name]) and not self.stack:
                 raise ValueError(
                     f"load_peft: {name!r} already has an adapter; load onto the plain model, or "
                     "give this one a name"
@@ -88,12 +104,21 @@ class _Builder:
                     f"load_peft: {name!r} is a {type(module).__name__}, for which there is no "
                     f"{'DoRA' if self.config.config.dora else 'LoRA'} layer"
                 )
+            if self.config.config.dora and isinstance(module, TrainedLogits):
+                raise ValueError(
+                    f"load_peft: {name!r} has DoRA and rows of trained tokens, which PEFT cannot "
+                    "compute either"
+                )
             settings = self.settings(name)
             if reaches_across_groups(module, found):
                 settings["across_groups"] = True
             training = self.training.get(name, PLAIN)
             where = f"{WEIGHTS_NAME}: {name}"
+            bias = taken_bias(where, found, wanted=self.config.config.lora_bias)
             self.made[name] = made_layer(where, kind, module, found, settings, training)
+            if bias is not None:
+                self.made[name] = LoRABias(self.made[name])
+                copy_into(where, self.made[name], {"lora_bias": bias})
         for name, levels in self.contents.experts.items():
             self._experts(name, levels)
         if self.config.config.tied:
@@ -104,8 +129,9 @@ class _Builder:
         for name, values in self.contents.saved.items():
             own: dict[int, Any] = memo if self.config.config.tied else {}
             self._saved(name, values, TrainedModule(self.top(name), memo=own))
-        for name, (ids, rows) in self.contents.tokens.items():
-            self._tokens(name, ids, rows)
+        for name, (ids, rows) in tokens:
+            if name in self.contents.low_rank:
+                self._tokens(name, ids, rows)
         for name, training in self.training.items():
             where = f"{WEIGHTS_NAME}: {name:.80}"
             if name not in self.made:
@@ -114,9 +140,29 @@ class _Builder:
                          training.frozen)  # fmt: skip
         return self.made
 
+    def _tables(self) -> None:
+        """Copies of base tables that hold new tokens, frozen, with all that share their weight."""
+        memo: dict[int, Any] = {}
+        for name, value in self.contents.tables.items():
+            weight: Any = innermost(self.modules[name])._parameters["weight"]
+            sharing = [n for n, module in self.modules.items()
+                       if innermost(module)._parameters.get("weight") is weight
+                       and n not in self.contents.saved]  # fmt: skip
+            for place in sharing:
+                if place in self.made:
+                    copied = self.made[place].adapter_parameters()["copy.weight"]  # type: ignore[operator]
+                    if not torch.equal(copied.cpu().to(value.dtype), value):
+                        raise ValueError(
+                            f"{WEIGHTS_NAME}: the weights of {place!r} are one, and differ"
+                        )
+                    continue
+                layer = TrainedModule(self.modules[place], memo=memo)
+                copy_into(f"{WEIGHTS_NAME}: {place}", layer, {"copy.weight": value})
+                self.made[place] = layer.requires_grad_(False)
+
     def _experts(self, name: str, levels: Sequence[Mapping[Any, Tensor]]) -> None:
         weights: dict[str, Any] = {
-            n: w for n, w in expert_weights(self.model).items() if n.rpartition(".")[0] == name
+            n: w for n, w in self.found.experts.items() if n.rpartition(".")[0] == name
         }
         weights |= {
             n: m for n, m in self.modules.items()
@@ -143,7 +189,11 @@ class _Builder:
                 continue
             for head in self.sharing(innermost(layer)._parameters["weight"], but=name):  # type: ignore[arg-type]
                 before = self.made.pop(head, None)
-                tied = LoRATiedLinear(self.modules[head], layer)
+                if isinstance(before, TrainedModule):  # a table with new tokens
+                    below, before = before, None
+                else:
+                    below = self.modules[head] if before is None else before.base  # type: ignore[assignment]
+                tied = LoRATiedLinear(below, layer)
                 if before is not None:
                     pairs = zip(before.factors(), tied.factors(), strict=True)  # type: ignore[operator]
                     if not all(torch.equal(a, b) for a, b in pairs):
@@ -153,7 +203,7 @@ class _Builder:
                 self.made[head] = tied
 
     def _bias(self, name: str, value: Tensor) -> None:
-        if name in in_attention(self.model):
+        if name in self.found.in_attention:
             raise ValueError(f"load_peft: the bias of {name!r} lies inside nn.MultiheadAttention")
         layer = TrainedBias(self.top(name))
         where, bias = f"{WEIGHTS_NAME}: {name}.bias", stored_parameter(
@@ -168,8 +218,11 @@ class _Builder:
         self.made[name] = layer
 
     def _saved(self, name: str, values: Mapping[str, Tensor], layer: TrainedModule) -> None:
-        where = f"{WEIGHTS_NAME}: {name}"
-        own = {f"copy.{key}": value for key, value in values.items()}
+        where, names = f"{WEIGHTS_NAME}: {name}", PlainNames(layer.copy)
+        state = layer.copy.state_dict(keep_vars=True)
+        inner = {names.plain(key): f"copy.{key}" for key in state}
+        inner |= {names.plain(key): f"copy.{key}" for key, _ in layer.copy.named_parameters()}
+        own = {inner.get(key, f"copy.{key}"): value for key, value in values.items()}
         buffers = {f"copy.{key}": value for key, value in layer.copy.named_buffers()}
         given = {key: own.pop(key) for key in list(own) if key in buffers}
         for key, value in given.items():  # running means: older files lack them
@@ -187,13 +240,24 @@ class _Builder:
             buffers[key].copy_(value)
         self.made[name] = layer
 
+    def _is_linear(self, name: str) -> bool:
+        return linear_shape(innermost(self.modules[name])) is not None
+
     def _tokens(self, name: str, ids: list[int], rows: Tensor) -> None:
-        layer = TrainedTokens(self.top(name), ids)
-        copy_into(f"{WEIGHTS_NAME}: {name}", layer, {"token_rows": rows})
+        if name in self.made and isinstance(self.made[name], TrainedLogits):
+            return  # follows the embedding
+        module, where = self.top(name), f"{WEIGHTS_NAME}: {name}"
+        head = self._is_linear(name)
+        layer: Any = TrainedHeadRows(module, ids) if head else TrainedTokens(module, ids)
+        copy_into(where, layer, {"token_rows": rows})
         self.made[name] = layer
         weight = innermost(layer)._parameters["weight"]
-        for head in self.sharing(weight, but=name):  # type: ignore[arg-type]
-            self.made[head] = TrainedLogits(self.top(head), layer)
+        for other in self.sharing(weight, but=name) if not head else []:  # type: ignore[arg-type]
+            own_ids, own_rows = self.contents.tokens.get(other, (ids, rows))
+            if own_ids == ids and not torch.equal(own_rows, rows):
+                raise ValueError(f"{where} and {other} are tied, but their token rows differ")
+            if own_ids == ids:
+                self.made[other] = TrainedLogits(self.top(other), layer)
 
 
 def load_peft(
@@ -207,8 +271,10 @@ def load_peft(
     with or without PEFT's "base_model.model." before it, and every module that the configuration
     targets must have its keys.  Values take the dtype of the layers, float32.  With a `name` it is
     one more adapter, over those that are there.  Freezes every parameter that no adapter owns.
-    Returns the names; with `strict=False` what is missing or unexpected is in the result's
-    `.missing` and `.unexpected`, and the rest is loaded.
+    Names may hold what torch wraps around modules, in the file or in the model.  Returns the names;
+    with `strict=False` what is missing or unexpected is in the result's `.missing` and
+    `.unexpected`, and the rest is loaded; `.ignored` has the configuration's fields of other
+    trainers that were read past, and with `strict=False` those that nobody here knows.
 
     Raises:
         ValueError: a file missing or damaged, another kind of adapter, a key missing, extra or of
@@ -226,23 +292,24 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
     refuse_rows("load_peft", model)
     if kind_in(directory) is not None:
         return _prompts(model, directory, name, strict=strict)
-    plain = read_config(directory / CONFIG_NAME)
-    modules = visible_modules(model)
-    config = plain.of_model([*modules, *expert_weights(model)], CONFIG_NAME)
+    plain = read_config(directory / CONFIG_NAME, strict=strict)
+    where = directory / WEIGHTS_NAME
+    tensors, training = read_weights(directory, plain.content)
+    found = locate(model, tensors, str(where))
+    config = matched(plain, found.spelled, CONFIG_NAME)
     if strict and (unused := config.unused_patterns()):
         raise ValueError(f"{CONFIG_NAME}: the patterns {unused} fit no module of the model")
-    where = directory / WEIGHTS_NAME
-    _refuse_pickle(directory)
-    tensors, training = read_sealed(where, plain.content, CONFIG_NAME)
-    contents = sort_out(where, tensors, model, config)
-    if strict and (contents.missing or contents.unexpected):
+    contents = sort_out(where, tensors, model, config, found)
+    if strict and contents.wrong:
         raise ValueError(contents.complaint(where))
     with restoring(model):
-        made = _Builder(
-            model, config, contents, stack=name != DEFAULT, training=parsed(training, str(where))
+        built = _Builder(
+            found, config, contents, stack=name != DEFAULT, training=parsed(training, str(where))
         ).build()
-        if not made:
+        if not built:
             raise ValueError(f"{where}: holds no adapter")
+        modules = visible_modules(model)
+        made = {found.real[place]: layer for place, layer in built.items()}
         of_module = {id(modules[n]): layer for n, layer in made.items() if n in modules}
         shared = {n: of_module[id(m)] for n, m in modules.items() if id(m) in of_module}
         swap(model, {**made, **shared})
@@ -251,26 +318,16 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
     order = {name: number for number, name in enumerate(modules)}
     result = Loaded(sorted(made, key=lambda name: order.get(name, len(order))))
     result.missing, result.unexpected = contents.missing, contents.unexpected
+    result.ignored = plain.ignored
     return result
 
 
 def _prompts(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Loaded:
-    _refuse_pickle(directory)
+    refuse_pickle(directory)
     names, unexpected = load_prompts(model, directory, name, strict=strict)
     result = Loaded(names)
-    result.missing, result.unexpected = [], unexpected
+    result.missing, result.unexpected, result.ignored = [], unexpected, {}
     return result
-
-
-def _refuse_pickle(directory: Path) -> None:
-    if (
-        not current(directory / WEIGHTS_NAME).is_file()
-        and (directory / "adapter_model.bin").is_file()
-    ):
-        raise ValueError(
-            f"{directory}: adapter_model.bin is a pickle and can run code, so it is not read; "
-            "load it with PEFT where you trust it and save it with safe_serialization=True"
-        )
 
 
 def _new_layers(made: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> list[nn.Module]:

@@ -14,10 +14,13 @@ from collections.abc import Iterable
 SECONDS = 10
 _NAME = r"\^?(?:\w|-|\.|\\\.|\\-)*\$?"
 _PLAIN = re.compile(rf"{_NAME}|\(\.\*\\\.\)\?\({_NAME}\)", re.ASCII)  # or (.*\.)?(name)
+_LAYER = r"(?:{}\.(?P<layer_number>\d+)\.).*"
 _SCRIPT = """
 import json, re, sys
 patterns, names = json.load(sys.stdin)
-print(json.dumps([[re.fullmatch(p, n) is not None for n in names] for p in patterns]))
+found = [[re.fullmatch(p, n) for n in names] for p in patterns]
+group = lambda match: match and (match.groupdict().get("layer_number") or "")
+print(json.dumps([[group(match) for match in row] for row in found]))
 """
 
 
@@ -32,11 +35,34 @@ def fitting(patterns: Iterable[str], names: Iterable[str], where: str) -> dict[s
     other = [p for p in patterns if not _PLAIN.fullmatch(p)]
     found = {p: {n for n in names if re.fullmatch(p, n)} for p in plain}
     if other:
-        found |= zip(other, _matched_elsewhere(other, names, where), strict=True)
+        for pattern, row in zip(other, _matched_elsewhere(other, names, where), strict=True):
+            found[pattern] = {n for n, text in zip(names, row, strict=True) if text is not None}
     return found
 
 
-def _matched_elsewhere(patterns: list[str], names: list[str], where: str) -> list[set[str]]:
+def layer_numbers(
+    patterns: Iterable[str], names: Iterable[str], where: str
+) -> dict[str, int | None]:
+    """For each name the number of its layer: the first one after a part that a pattern matches.
+
+    The first pattern that fits counts.  Without patterns it is the first number that has two parts
+    before it (`model.layers.3.up`), in PEFT's way.
+
+    Raises:
+        ValueError: as `fitting`.
+    """
+    expressions = [_LAYER.format(rf"(?:^|.*?\.){pattern}") for pattern in patterns]
+    expressions = expressions or [_LAYER.format(r".*?\.[^.]*")]
+    names = list(names)
+    numbers: dict[str, int | None] = dict.fromkeys(names)
+    for row in reversed(_matched_elsewhere(expressions, names, where)):
+        fits = {n: text for n, text in zip(names, row, strict=True) if text is not None}
+        numbers |= {n: int(text) if text else None for n, text in fits.items()}
+    return numbers
+
+
+def _matched_elsewhere(patterns: list[str], names: list[str], where: str) -> list[list[str | None]]:
+    """For each expression and name: None, or what its group "layer_number" holds, or ""."""
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-c", _SCRIPT],
@@ -56,8 +82,8 @@ def _matched_elsewhere(patterns: list[str], names: list[str], where: str) -> lis
         raise ValueError(
             f"{where}: {_shortened(patterns)} holds what is no regular expression ({reason[0]})"
         )
-    rows = json.loads(done.stdout)
-    return [{n for n, fits in zip(names, row, strict=True) if fits} for row in rows]
+    rows: list[list[str | None]] = json.loads(done.stdout)
+    return rows
 
 
 def _shortened(patterns: list[str]) -> str:

@@ -15,19 +15,22 @@ from minipeft.buffers import changed_buffers, complaint
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
 from minipeft.io.peft.prompts import describe_prompts, prompt_in
-from minipeft.io.peft.tensors import written, written_experts
+from minipeft.io.peft.tensors import lora_biases, written, written_experts
 from minipeft.io.peft.training import described, half
 from minipeft.io.ptuning.save import gathered_by_id, is_prompt
 from minipeft.io.replace import Replacement
 from minipeft.io.seal import stage
 from minipeft.io.tensors import check_writable
+from minipeft.layers.lora_bias import LoRABias
 from minipeft.layers.lora_experts import LoRAExperts
 from minipeft.layers.lora_fused import LoRAFusedLinear
 from minipeft.layers.lora_tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
+from minipeft.layers.trained_head import TrainedHeadRows
 from minipeft.lora import LowRank, lora_scaling
+from minipeft.plain_names import PlainNames
 from minipeft.prefix import PrefixEncoder
-from minipeft.protocol import is_conv1d
+from minipeft.protocol import Adapter, is_conv1d
 from minipeft.registry import DEFAULT, adapters_called, named
 from minipeft.targets import matches, visible_modules
 from minipeft.wrapper import innermost
@@ -39,6 +42,7 @@ class _Collected:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     low_rank: dict[str, LowRank] = field(default_factory=dict)
+    lora_biases: dict[str, Tensor] = field(default_factory=dict)
     experts: dict[str, LoRAExperts] = field(default_factory=dict)
     biases: list[str] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
@@ -62,7 +66,8 @@ class Described:
 def _collect(model: nn.Module, name: str, *, beside_prefix: bool = False) -> _Collected:
     found = _Collected()
     by_module: dict[str, list[LoRAExperts]] = {}
-    for place, stack in adapters_called("save_peft", model, name).items():
+    called = PlainNames(model).by_plain(adapters_called("save_peft", model, name))
+    for place, stack in called.items():
         if beside_prefix and is_prompt(place):
             continue
         if not place or (isinstance(stack[0], LoRAExperts) and "." not in place):
@@ -78,15 +83,24 @@ def _collect(model: nn.Module, name: str, *, beside_prefix: bool = False) -> _Co
                 by_module.setdefault(place.rpartition(".")[0], []).append(layer)
             elif isinstance(layer, TrainedBias):
                 found.biases.append(place)
+            elif isinstance(layer, LoRABias):
+                found.lora_biases[place] = layer.lora_bias
             elif isinstance(layer, TrainedModule):
-                found.saved.append(place)
-                copied = layer.copy.state_dict(keep_vars=True)
-                found.tensors |= {f"{place}.{own}": value for own, value in copied.items()}
-            elif isinstance(layer, TrainedTokens):
+                path = _place_of_copy(place, layer, stack)
+                if path == place:
+                    found.saved.append(place)
+                plain = PlainNames(layer.copy).plain
+                found.tensors |= {f"{path}.{plain(own)}": value for own, value
+                                  in layer.copy.state_dict(keep_vars=True).items()}  # fmt: skip
+            elif isinstance(layer, TrainedTokens | TrainedHeadRows):
                 found.tokens[place] = layer.token_ids.tolist()
                 found.tensors[f"{place}.token_adapter.trainable_tokens_delta"] = layer.token_rows
-            elif isinstance(layer, TrainedLogits):
-                pass  # PEFT follows tied weights by itself
+            elif isinstance(layer, TrainedLogits):  # PEFT follows tied weights by itself
+                if any(isinstance(other, LowRank) for other in stack[stack.index(layer) :]):
+                    raise ValueError(
+                        f"save_peft: the rows of {place} that an embedding trains lie over its "
+                        "LoRA; in PEFT they lie below"
+                    )
             elif isinstance(layer, LoRATiedLinear):
                 found.tied = True
                 found.tensors |= written(place, layer)
@@ -97,14 +111,53 @@ def _collect(model: nn.Module, name: str, *, beside_prefix: bool = False) -> _Co
                 if place in found.low_rank:
                     raise ValueError(f"save_peft: two layers of {name!r} over {place}")
                 found.low_rank[place] = layer  # type: ignore[assignment]
+    _drop_tied_tables(found)
     for owner, layers in by_module.items():
         found.tensors |= written_experts(owner, layers)
-    for place in found.biases:
-        layer = next(a for a in adapters_called("save_peft", model, name)[place]
-                     if isinstance(a, TrainedBias))  # fmt: skip
+    for place in list(found.biases):
+        layer = next(a for a in called[place] if isinstance(a, TrainedBias))
         inner = ".base_layer" if place in found.low_rank else ""
-        found.tensors[f"{place}{inner}.bias"] = layer.trained_bias()
+        key = f"{place}{inner}.bias"
+        if key in found.tensors:  # of a module saved whole, whose bias trains once more
+            copied = found.tensors[key]
+            found.tensors[key] = (copied.detach() + layer.bias_delta.detach()).to(copied.dtype)
+            found.biases.remove(place)
+        else:
+            found.tensors[key] = layer.trained_bias()
+    if found.lora_biases:
+        found.tensors |= lora_biases(found.low_rank, found.lora_biases, found.experts)
     return found
+
+
+def _place_of_copy(place: str, layer: TrainedModule, stack: list[Adapter]) -> str:
+    """Where the tensors of a copy stand: of a frozen table under other layers, where the base's do.
+
+    Raises:
+        ValueError: a copy that trains lies under layers that PEFT has over no module saved whole.
+    """
+    above = stack[: stack.index(layer)]
+    tokens = any(isinstance(other, TrainedTokens | TrainedLogits) for other in above)
+    low_rank = any(isinstance(other, LowRank | LoRATiedLinear) for other in above)
+    if not tokens and not low_rank:
+        return place
+    if any(parameter.requires_grad for parameter in layer.copy.parameters()):
+        raise ValueError(
+            f"save_peft: {place} trains whole and has {type(above[-1]).__name__} over it; PEFT's "
+            "format has one or the other"
+        )
+    path = f"{place}.base_layer" if low_rank else place
+    return f"{path}.token_adapter.base_layer" if tokens else path
+
+
+def _drop_tied_tables(found: _Collected) -> None:
+    """Leave out heads whose weight is that of a table under LoRA: PEFT ties what it loads there."""
+    below = {id(value) for key, value in found.tensors.items() if ".base_layer." in key}
+    for place in list(found.saved):
+        keys = [key for key in found.tensors if key.startswith(f"{place}.")]
+        if all(id(found.tensors[key]) in below for key in keys):
+            found.saved.remove(place)
+            for key in keys:
+                del found.tensors[key]
 
 
 def _target_modules(model: nn.Module, names: set[str]) -> list[str] | str:
@@ -114,7 +167,7 @@ def _target_modules(model: nn.Module, names: set[str]) -> list[str] | str:
     """
     if not names:
         return []
-    everything = visible_modules(model)
+    everything = PlainNames(model).by_plain(visible_modules(model))
     wrapped = {id(everything[name]) for name in names}
     for candidate in (sorted({name.rpartition(".")[2] for name in names}), sorted(names)):
         fitting = [m for n, m in everything.items() if matches(candidate, n, m)]
@@ -185,6 +238,7 @@ def _config(model: nn.Module, found: _Collected) -> dict[str, object]:
         "use_rslora": stabilized,
         "fan_in_fan_out": any(is_conv1d(innermost(layer)) for layer in layers.values()),
         "bias": bias,
+        "lora_bias": bool(found.lora_biases),
         "use_dora": bool(dora),
         "modules_to_save": sorted(found.saved) or None,
         "trainable_token_indices": found.tokens or None,
@@ -196,8 +250,9 @@ def _config(model: nn.Module, found: _Collected) -> dict[str, object]:
 def _tied_copies(model: nn.Module, saved: list[str]) -> bool:
     """Whether two of the modules saved whole share a parameter in their copies."""
     seen: set[int] = set()
+    modules: dict[str, Any] = PlainNames(model).by_plain(visible_modules(model))
     for name in saved:
-        own = {id(p) for p in model.get_submodule(name).adapter_parameters().values()}  # type: ignore[operator]
+        own = {id(p) for p in modules[name].adapter_parameters().values()}
         if own & seen:
             return True
         seen |= own
@@ -220,7 +275,8 @@ def save_peft(
     `scale_adapters` is not part of an adapter and is not saved.  An initialisation that subtracts
     its start is written as the plain LoRA of twice the rank that it is.  `state_dict` gives values
     gathered elsewhere (a sharded model's), under the model's own names.  `beside_prefix` leaves out
-    prefixes and prompts: they are written by io.ptuning.save_prefix.
+    prefixes and prompts: they are written by io.ptuning.save_prefix.  No name that is written or
+    returned has what torch wraps around modules in it (torch.compile, DDP, checkpointing).
 
     All files are of one save: whenever it dies, every adapter is the old one, or the new one, or,
     in a new folder, one that load_peft refuses; io/replace.py says what others see.  What training
@@ -262,7 +318,7 @@ def describe(
     """
     found: dict[str, Described] = {}
     for name in names:
-        places = adapters_called("save_peft", model, name)
+        places = PlainNames(model).by_plain(adapters_called("save_peft", model, name))
         if not beside_prefix and prompt_in(model, name) is not None:
             found[name] = Described(*describe_prompts(model, name, gathered), list(places))
             continue

@@ -23,7 +23,7 @@ from minipeft.layers.lora_embedding import LoRAEmbedding
 from minipeft.layers.lora_experts import LoRAExperts, experts_from_peft, peft_from_experts
 from minipeft.layers.lora_fused import LoRAFusedLinear
 from minipeft.layers.lora_tied import LoRATiedLinear
-from minipeft.lora import LowRank
+from minipeft.lora import LoRALinear, LowRank
 from minipeft.protocol import linear_shape
 from minipeft.wrapper import innermost
 
@@ -168,6 +168,44 @@ def parameters(where: str, layer: nn.Module, found: Mapping[Key, Tensor]) -> Ten
         if "magnitude" in made and tuple(made["magnitude"].shape[2:]) == (1,) * kernel:
             made["magnitude"] = made["magnitude"].reshape(-1)
     return made
+
+
+def lora_biases(
+    low_rank: Mapping[str, LowRank], biases: Mapping[str, Tensor], experts: Mapping[str, object]
+) -> Tensors:
+    """The biases of lora_B by their keys: PEFT has them on every layer, so the others get zeros.
+
+    Raises:
+        ValueError: a layer for which PEFT has none.
+    """
+    wrong = [*experts, *(place for place in biases if place not in low_rank)]
+    for place, layer in low_rank.items():
+        if not isinstance(layer, LoRALinear | LoRAConv) or "magnitude" in layer._parameters:
+            wrong.append(place)
+    if wrong:
+        raise ValueError(
+            f"save_peft: {wrong[0]} takes no lora_bias in PEFT's format, which has one for all "
+            f"layers of an adapter or for none ({len(biases)} have one)"
+        )
+    return {
+        f"{place}.lora_B.bias": biases.get(place, torch.zeros(len(layer.factors()[1])))
+        for place, layer in low_rank.items()
+    }  # fmt: skip
+
+
+def taken_bias(where: str, found: dict[Key, Tensor], *, wanted: bool) -> Tensor | None:
+    """Take the bias of lora_B out of a module's tensors, None if there is none.
+
+    Raises:
+        ValueError: the configuration says otherwise.
+    """
+    key = next((key for key in found if key.role == "lora_bias"), None)
+    if (key is not None) != wanted:
+        raise ValueError(
+            f"{where}: {'missing' if wanted else 'unexpected'} lora_B.bias; the configuration says "
+            f"lora_bias = {str(wanted).lower()}"
+        )
+    return None if key is None else found.pop(key)
 
 
 def experts_parameters(

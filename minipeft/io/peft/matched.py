@@ -1,0 +1,122 @@
+"""What a configuration says for each module of one model, by PEFT's rules for names."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from minipeft.io.peft.config import LoRAConfig
+from minipeft.io.peft.patterns import fitting, layer_numbers
+from minipeft.protocol import linear_shape
+
+Number = TypeVar("Number", int, float)
+Spelled = Mapping[str, Iterable[str]]  # a module's name: how the file may spell it, and itself
+
+
+@dataclass(frozen=True)
+class MatchedConfig:
+    """A configuration with its expressions matched against a model's module names."""
+
+    config: LoRAConfig
+    spelled: Mapping[str, frozenset[str]]
+    fitting: Mapping[str, set[str]]  # expression: the names that it matches, in any spelling
+    layers: Mapping[str, int | None]  # name: its layer's number, where layers_to_transform asks
+
+    def rank_of(self, name: str) -> int:
+        """The rank for a module: the first pattern that fits, in PEFT's way, or the default."""
+        return self._by_pattern(self.config.rank_pattern, name, self.config.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """The alpha for a module, in the same way."""
+        return self._by_pattern(self.config.alpha_pattern, name, self.config.alpha)
+
+    def unused_patterns(self) -> list[str]:
+        """Keys of rank_pattern and alpha_pattern that fit no module of the model."""
+        keys = (*self.config.rank_pattern, *self.config.alpha_pattern)
+        return [key for key in keys if not self.fitting[_of_pattern(key)]]
+
+    def targets(self, name: str, module: nn.Module) -> bool:
+        """Whether PEFT would wrap this module: target_modules less those excluded or saved."""
+        if self.saves(name):
+            return False
+        if self.config.exclude_modules and self._fits(self.config.exclude_modules, name):
+            return False
+        if self.config.all_linear:
+            return linear_shape(module) is not None
+        if not self._fits(self.config.target_modules, name):
+            return False
+        wanted = self.config.layers
+        return wanted is None or self.layers[name] in wanted
+
+    def saves(self, name: str) -> bool:
+        """Whether this module is, or lies in, one of modules_to_save."""
+        parts = name.split(".")
+        paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return any(self._fits(self.config.modules_to_save, path) for path in paths)
+
+    def may_save(self, name: str) -> bool:
+        """Whether PEFT would save this module: its rule is that the name ends so, dot or not."""
+        return any(s.endswith(e) for e in self.config.modules_to_save for s in self._spelled(name))
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether target_parameters names this 3-D weight."""
+        return self._fits(self.config.target_parameters, name)
+
+    def has_expert_weights(self, name: str) -> bool:
+        """Whether target_parameters names weights of this module."""
+        owners = [entry.rpartition(".")[0] for entry in self.config.target_parameters]
+        return self._fits(owners, name)
+
+    def token_ids(self, name: str) -> list[int] | None:
+        """The trained tokens of the embedding, or of the head, of this name."""
+        tokens = self.config.tokens
+        if not isinstance(tokens, dict):
+            return tokens
+        return next((ids for entry, ids in tokens.items() if self.names(entry, name)), None)
+
+    def names(self, entry: str, name: str) -> bool:
+        """Whether an entry of a list means this module: its name, or how that ends."""
+        return self._fits([entry], name)
+
+    def _by_pattern(self, patterns: dict[str, Number], name: str, default: Number) -> Number:
+        fits = (v for p, v in patterns.items() if name in self.fitting[_of_pattern(p)])
+        return next(fits, default)
+
+    def _spelled(self, name: str) -> Iterable[str]:
+        return self.spelled.get(name, (name,))
+
+    def _fits(self, target: list[str] | str, name: str) -> bool:
+        if isinstance(target, str):
+            return name in self.fitting[target]
+        return any(s == e or s.endswith(f".{e}") for e in target for s in self._spelled(name))
+
+
+def _of_pattern(pattern: str) -> str:
+    """The expression that PEFT makes of a key of rank_pattern or alpha_pattern."""
+    return rf"(.*\.)?({pattern})"
+
+
+def matched(config: LoRAConfig, spelled: Spelled, where: str) -> MatchedConfig:
+    """The configuration for a model whose modules have these names.
+
+    Raises:
+        ValueError: an expression that is none, or takes too long.
+    """
+    own = {name: frozenset((name, *others)) for name, others in spelled.items()}
+    expressions = [_of_pattern(p) for p in (*config.rank_pattern, *config.alpha_pattern)]
+    for target in (config.target_modules, config.exclude_modules):
+        if isinstance(target, str) and target.lower() != "all-linear":
+            expressions.append(target)
+    everything = sorted({spelling for names in own.values() for spelling in names})
+    fits = {
+        expression: {name for name, names in own.items() if names & found}
+        for expression, found in fitting(expressions, everything, where).items()
+    }
+    layers: dict[str, int | None] = {}
+    if config.layers is not None:
+        numbers = layer_numbers(config.layers_pattern, everything, where)
+        for name, names in own.items():
+            found = [numbers[s] for s in sorted(names, key=lambda s: s == name)]
+            layers[name] = next((number for number in found if number is not None), None)
+    return MatchedConfig(config, own, fits, layers)
