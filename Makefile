@@ -35,11 +35,13 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/codespell .
 
+test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n auto -m "not slow" $(ARGS)
 
+test-slow: export OMP_NUM_THREADS = 1
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -n auto -m slow $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -72,7 +72,7 @@ class Display:
         total = len(options["methods"]) * (options["steps"] + later)
         self.progress = Progress(
             TextColumn("{task.description:38}"), BarColumn(), TextColumn("{task.completed:.0f}/"
-            "{task.total:.0f} steps"), TimeElapsedColumn(), Remaining(),
+            "{task.total:.0f} steps"), TimeElapsedColumn(), Remaining(), refresh_per_second=0.5,
         )  # fmt: skip
         self.task = self.progress.add_task("", total=total)
         self.label = ""

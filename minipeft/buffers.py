@@ -114,7 +114,7 @@ def _summary(buffer: Tensor) -> tuple[float, float]:
 def _note(model: nn.Module, base: list[nn.Module]) -> None:
     try:
         noted = [
-            (module, name, buffer, buffer._version, _summary(buffer))
+            (module, name, buffer.shape, _summary(buffer))
             for module, name, buffer in _watched(base) if not buffer.is_meta
         ]  # fmt: skip
         vars(model)[_RECORD] = (_evidence(base), noted)
@@ -138,12 +138,11 @@ def changed_buffers(model: nn.Module) -> list[str]:
         if _evidence(base) != evidence:
             _note(root, base)
             continue
-        for module, own, before, version, summary in noted:
+        for module, own, shape, summary in noted:
             now: Any = module._buffers.get(own)
-            same = now is before and now._version == version
-            if same or now is None or now.shape != before.shape or id(module) not in names:
+            if now is None or now.shape != shape or id(module) not in names:
                 continue
-            if _summary(now) != summary:
+            if _summary(now) != summary:  # not its _version: batch_norm moves means unseen
                 found.append(f"{names[id(module)]}.{own}".lstrip("."))
     return found
 

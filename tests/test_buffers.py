@@ -83,7 +83,9 @@ def test_the_base_is_bit_equal_and_what_is_loaded_equals_what_was_trained(way, n
     mp.load_adapter_state_dict(by_state, mp.adapter_state_dict(model))
     trained = model.eval()(X)
     assert not torch.equal(trained, expected)
-    assert torch.equal(loaded.eval()(X), trained)
+    # a file holds biases with their delta: a sum that is rounded once, of numbers below 1
+    rounding = 1e-6 if way == "biases" else 0
+    torch.testing.assert_close(loaded.eval()(X), trained, rtol=0, atol=rounding)
     assert torch.equal(by_state.eval()(X), trained)
 
     mp.remove(model)

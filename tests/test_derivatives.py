@@ -52,7 +52,7 @@ class Routed(nn.Module):
 
 def small_model():
     model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 10))
-    mp.inject_qlora(model, ["0", "3"], 2, block_size=32)
+    mp.inject_qlora(model, ["0", "3"], 2, block_size=32, head=())
     nn.init.normal_(model[0].lora_b, std=0.1)
     return model
 
@@ -256,7 +256,7 @@ def test_an_embedding_is_batched_and_lora_over_it_has_per_sample_gradients(dim):
 
 def test_rows_of_several_adapters_have_derivatives():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
-    mp.inject_qlora(model, ["0"], 2)
+    mp.inject_qlora(model, ["0"], 2, head=())
     mp.add_adapter(model, "b", ["0"], 2)
     for layer in (model[0], model[0].base):
         nn.init.normal_(layer.lora_b)

@@ -35,7 +35,7 @@ def test_every_argument_by_the_words_of_peft():
 
 @pytest.mark.parametrize(
     ("word", "hint"),
-    [("droput", "did you mean dropout"), ("lora_r", "it takes model, target, rank, alpha"),
+    [("drpout", "did you mean dropout"), ("lora_r", "it takes model, target, rank, alpha"),
      ("lora_alphas", "did you mean alpha")],
 )  # fmt: skip
 def test_a_word_of_nobody_gets_the_nearest_one_or_all(word, hint):

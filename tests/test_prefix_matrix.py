@@ -51,6 +51,7 @@ for family in ("LLaMA", "BERT", "BLOOM", "T5"):
         assert float(value) <= (1.0 if name == "graphs" else 1e-5), (name, value)
 
 
+@pytest.mark.slow
 def test_the_matrix_prints_both_tables_and_writes_its_result(plain_python, tmp_path):
     pytest.importorskip("rich")
     pytest.importorskip("peft")

@@ -94,7 +94,7 @@ def linear(**settings):
 
 def packed_linear():
     model = nn.Sequential(nn.Linear(64, 15), nn.ReLU(), nn.Linear(15, 9))
-    mp.quantize_model(model)
+    mp.quantize_model(model, head=())
     return three(model, ("0", "2"), dora=True), torch.randn(6, 3, 64)
 
 

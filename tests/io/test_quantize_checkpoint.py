@@ -60,14 +60,14 @@ def contents(path):
 def test_equals_quantising_in_memory(tmp_path, dtype):
     model = source(tmp_path / "source", dtype)
     before = contents(tmp_path / "source")
-    names = quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta())
+    names = quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta(), head=())
     assert sorted(names) == [*(f"layers.{i}" for i in range(6)), "ragged"]
     assert names.left_out == {"embed": "an embedding (embeddings=True quantises it)"}
     assert contents(tmp_path / "source") == before
     assert sorted(contents(tmp_path / "out")) == [
         "config.json", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
-    mp.quantize_model(model)
+    mp.quantize_model(model, head=())
     again = on_meta()
     load_quantized(again, tmp_path / "out")
     for name, value in model.state_dict().items():
@@ -79,7 +79,7 @@ def test_equals_quantising_in_memory(tmp_path, dtype):
 
 def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
     source(tmp_path / "source")
-    settings = {"model": on_meta(), "max_shard_bytes": 5000}
+    settings = {"model": on_meta(), "head": (), "max_shard_bytes": 5000}
     quantize_checkpoint(tmp_path / "source", tmp_path / "whole", **settings)
     whole = contents(tmp_path / "whole")
     assert len(whole) > 5
@@ -124,7 +124,8 @@ def announced(path, *rest):
         time.sleep(60)
     write(path, *rest)
 module._write = announced
-quantize_checkpoint({base!r} + "/source", {base!r} + "/out", model=on_meta(), max_shard_bytes=5000)
+settings = {{"model": on_meta(), "head": (), "max_shard_bytes": 5000}}
+quantize_checkpoint({base!r} + "/source", {base!r} + "/out", **settings)
 """
 
 
@@ -135,7 +136,7 @@ def test_killed_and_resumed(tmp_path):
     deadline = time.monotonic() + 60
     while not (tmp_path / "now").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    settings = {"model": on_meta(), "max_shard_bytes": 5000}
+    settings = {"model": on_meta(), "head": (), "max_shard_bytes": 5000}
     with pytest.raises(ValueError, match="another process is working in it"):
         quantize_checkpoint(tmp_path / "source", tmp_path / "out", **settings)
     process.send_signal(signal.SIGKILL)
@@ -154,7 +155,7 @@ def test_a_run_that_died_before_its_record_is_gone_on_with(left, tmp_path):
     (tmp_path / "out.unfinished").mkdir()
     for name in left:
         (tmp_path / "out.unfinished" / name).write_bytes(b"half")
-    settings = {"model": on_meta(), "max_shard_bytes": 5000}
+    settings = {"model": on_meta(), "head": (), "max_shard_bytes": 5000}
     quantize_checkpoint(tmp_path / "source", tmp_path / "out", **settings)
     quantize_checkpoint(tmp_path / "source", tmp_path / "whole", **settings)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -165,14 +166,14 @@ def test_a_folder_of_somebody_else_is_not_worked_in(tmp_path):
     (tmp_path / "out.unfinished").mkdir()
     (tmp_path / "out.unfinished" / "thesis.txt").write_bytes(b"mine")
     with pytest.raises(ValueError, match="another source or other settings"):
-        quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta())
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta(), head=())
 
 
 def test_a_run_that_died_after_its_last_rename_is_whole_and_is_finished_by_the_same_call(
     tmp_path, monkeypatch
 ):
     source(tmp_path / "source")
-    settings = {"model": on_meta(), "max_shard_bytes": 5000}
+    settings = {"model": on_meta(), "head": (), "max_shard_bytes": 5000}
     unlink = Path.unlink
     monkeypatch.setattr(
         Path, "unlink",
@@ -194,7 +195,7 @@ def test_a_run_that_died_after_its_last_rename_is_whole_and_is_finished_by_the_s
 
 def test_a_shard_cut_short_is_made_again(tmp_path, monkeypatch):
     source(tmp_path / "source")
-    settings = {"model": on_meta(), "max_shard_bytes": 5000}
+    settings = {"model": on_meta(), "head": (), "max_shard_bytes": 5000}
     finish = quantize_module._finish
     monkeypatch.setattr(quantize_module, "_finish", lambda *rest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -215,7 +216,7 @@ from test_quantize_checkpoint import on_meta
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 try:
-    quantize_checkpoint({base!r} + "/source", {base!r} + "/out", model=on_meta())
+    quantize_checkpoint({base!r} + "/source", {base!r} + "/out", model=on_meta(), head=())
 except OSError as error:
     print(error)
 """
@@ -230,7 +231,7 @@ def test_a_full_disk_leaves_no_destination(tmp_path):
     assert not (tmp_path / "out").exists()
     left = [p.name for p in (tmp_path / "out.unfinished").iterdir()]
     assert left == [quantize_module.PROGRESS]
-    quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta())
+    quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta(), head=())
 
 
 def test_room_is_checked_before_the_work(tmp_path, monkeypatch):
@@ -238,7 +239,7 @@ def test_room_is_checked_before_the_work(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr(quantize_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="bytes to write, 1,000 bytes free"):
-        quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta())
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta(), head=())
     assert not (tmp_path / "out").exists()
 
 
@@ -246,21 +247,27 @@ def test_bad_sources_and_destinations(tmp_path):
     source(tmp_path / "source")
     run = quantize_checkpoint
     with pytest.raises(ValueError, match="never written to"):
-        run(tmp_path / "source", tmp_path / "source" / "out", model=on_meta())
+        run(tmp_path / "source", tmp_path / "source" / "out", model=on_meta(), head=())
     with pytest.raises(ValueError, match="never written to"):
-        run(tmp_path / "source", tmp_path / "source", model=on_meta())
+        run(tmp_path / "source", tmp_path / "source", model=on_meta(), head=())
     with pytest.raises(ValueError, match="no such directory"):
-        run(tmp_path / "nowhere", tmp_path / "out", model=on_meta())
+        run(tmp_path / "nowhere", tmp_path / "out", model=on_meta(), head=())
     with pytest.raises(ValueError, match="block_size=48"):
-        run(tmp_path / "source", tmp_path / "out", model=on_meta(), block_size=48)
+        run(tmp_path / "source", tmp_path / "out", model=on_meta(), head=(), block_size=48)
     with pytest.raises((ValueError, ImportError), match=r"config\.json|needs transformers"):
         run(tmp_path / "source", tmp_path / "out")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ValueError, match="exists already"):
-        run(tmp_path / "source", tmp_path / "taken", model=on_meta())
+        run(tmp_path / "source", tmp_path / "taken", model=on_meta(), head=())
     with pytest.raises(ValueError, match="nothing to quantise"):
-        run(tmp_path / "source", tmp_path / "out", model=on_meta(), skip=["layers", "ragged"])
+        run(
+            tmp_path / "source",
+            tmp_path / "out",
+            model=on_meta(),
+            head=(),
+            skip=["layers", "ragged"],
+        )
 
     class Renamed(nn.Module):
         def __init__(self):
@@ -280,9 +287,9 @@ def test_bad_sources_and_destinations(tmp_path):
         pytest.raises(ValueError, match=r"ragged.weight has shape \(7, 64\)"),
     ):
         run(tmp_path / "source", tmp_path / "out", model=Wide())
-    run(tmp_path / "source", tmp_path / "out", model=on_meta())
+    run(tmp_path / "source", tmp_path / "out", model=on_meta(), head=())
     with pytest.raises(ValueError, match="quantised already"):
-        run(tmp_path / "out", tmp_path / "twice", model=on_meta())
+        run(tmp_path / "out", tmp_path / "twice", model=on_meta(), head=())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source", "taken"]
 
 
@@ -295,7 +302,7 @@ def test_a_weight_that_is_not_finite_is_named_with_its_file(tmp_path):
     state["ragged.weight"][3, 5] = float("inf")
     save_file(state, path)
     with pytest.raises(ValueError, match=r"model-00002.*ragged.weight.*inf at index \(3, 5\)"):
-        quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta())
+        quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta(), head=())
     assert not (tmp_path / "out").exists()
 
 
