@@ -20,7 +20,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Trainable parameters, all parameters, and the bytes that parameters and buffers take.
 
     An NF4 layer counts with the in_features * out_features weights its codes stand for, and with
-    the bytes its codes and scales really take.  Shared tensors count once.
+    the bytes its codes and scales really take.  Shared tensors count once.  (transformers'
+    `model.num_parameters()` knows bitsandbytes' classes alone: of 4-bit layers it counts bytes.)
 
     >>> count_parameters(nn.Linear(3, 2))
     ParameterCount(trainable=8, total=8, bytes=32)

@@ -9,9 +9,10 @@ them; float32 scales are kept as their bytes and viewed as float32 at use.  For 
     absmax_scale    (4 * groups,)          float32 bytes, one scale for 256 codes
     absmax_offset   (4,)                   float32 bytes
 
-or `absmax` (*rows, 4 * n/block_size) instead of the last three without double quantisation; flat
-where blocks run over the ends of rows.  `codebook` (64,) is there only if the values are not NF4's:
-sixteen float32 of a file that somebody else wrote.
+or `absmax_bytes` (*rows, 4 * n/block_size) instead of the last three without double quantisation;
+flat where blocks run over the ends of rows.  `codebook_bytes` (64,) is there only if the values are
+not NF4's: sixteen float32 of a file that somebody else wrote.  No parameter is called as what is
+decoded from it (`absmax`, `codebook`): offloading reads parameters by name.
 """
 
 import math
@@ -92,24 +93,28 @@ class PackedModule(nn.Module):
             sizes["absmax_scale"] = (4 * math.ceil(n_blocks / ABSMAX_BLOCK_SIZE),)
             sizes["absmax_offset"] = (4,)
         else:
-            sizes["absmax"] = (*blocks[:-1], 4 * blocks[-1])
+            sizes["absmax_bytes"] = (*blocks[:-1], 4 * blocks[-1])
         for name, size in sizes.items():
-            # not register_parameter: it refuses "absmax", which the class has as a property
-            self._parameters[name] = frozen(torch.empty(size, dtype=torch.uint8, device=device))
+            self.register_parameter(
+                name, frozen(torch.empty(size, dtype=torch.uint8, device=device))
+            )
         if codebook is not None:
             values = torch.tensor(codebook, dtype=torch.float32, device=device)
-            self._parameters["codebook"] = frozen(as_bytes(values))
+            self.register_parameter("codebook_bytes", frozen(as_bytes(values)))
 
     def fill(self, state: dict[str, Tensor]) -> None:
         """Take codes and scales (float32 or bytes, any shape of the right size); no copies.
 
-        `absmax_*` or `absmax`, whichever the layer was made for; `codebook` for values that are
-        not NF4's.
+        By the names of the parameters; `absmax` is `absmax_bytes`.  `codebook`: values that are not
+        NF4's.
 
         Raises:
             ValueError: a tensor is missing, or has another size.
         """
-        names = [name for name in self.packed_parameters() if name != "codebook"]
+        state = {
+            "absmax_bytes" if name == "absmax" else name: value for name, value in state.items()
+        }
+        names = [name for name in self.packed_parameters() if name != "codebook_bytes"]
         if missing := [name for name in names if name not in state]:
             raise ValueError(f"{type(self).__name__}.fill: {missing} missing")
         stored = {name: as_bytes(state[name]) for name in names}
@@ -124,7 +129,7 @@ class PackedModule(nn.Module):
         if "codebook" in state:
             values = state["codebook"].float()
             if tuple(values.tolist()) != nf4.NF4_CODEBOOK:
-                stored["codebook"] = as_bytes(values)
+                stored["codebook_bytes"] = as_bytes(values)
         for name, value in stored.items():
             self._parameters[name] = frozen(value)
 
@@ -146,14 +151,14 @@ class PackedModule(nn.Module):
             )
         stored = cast(dict[str, Tensor], self._parameters)
         if not self.double_quant:
-            return stored["packed"], as_float32(stored["absmax"]), None, None
+            return stored["packed"], as_float32(stored["absmax_bytes"]), None, None
         scale, offset = as_float32(stored["absmax_scale"]), as_float32(stored["absmax_offset"])
         return stored["packed"], stored["absmax_code"], scale, offset
 
     @property
     def codebook(self) -> Float32[Tensor, " 16"] | None:
         """The sixteen values of the codes where they are not NF4's."""
-        stored = self._parameters.get("codebook")
+        stored = self._parameters.get("codebook_bytes")
         return None if stored is None else as_float32(stored)
 
     @property
@@ -176,10 +181,6 @@ class PackedModule(nn.Module):
         return self.dequantize()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        stored = self.__dict__.get("_parameters", {})
-        if name in ("absmax", "codebook") and name in stored and isinstance(value, nn.Parameter):
-            stored[name] = value  # load_state_dict(assign=True)
-            return
         if name in ("weight", "absmax", "codebook"):
             raise AttributeError(
                 f"{type(self).__name__}.{name} is computed from codes; make a new layer from the "
@@ -210,7 +211,7 @@ class PackedModule(nn.Module):
 
     def settings_repr(self) -> str:
         """block_size and the like, for `extra_repr`."""
-        own = ", a codebook of its own" if "codebook" in self._parameters else ""
+        own = ", a codebook of its own" if "codebook_bytes" in self._parameters else ""
         return f"block_size={self.block_size}, double_quant={self.double_quant}{own}"
 
     def extra_repr(self) -> str:

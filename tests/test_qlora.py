@@ -90,7 +90,10 @@ def test_state_dict_keys_and_shapes():
         "bias": (torch.float32, (48,)),
     }
     plain = make(100, 7, bias=False, double_quant=False).state_dict()
-    assert {k: tuple(v.shape) for k, v in plain.items()} == {"packed": (350,), "absmax": (44,)}
+    assert {k: tuple(v.shape) for k, v in plain.items()} == {
+        "packed": (350,),
+        "absmax_bytes": (44,),
+    }
 
 
 def cast(layer, how):

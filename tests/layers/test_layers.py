@@ -355,3 +355,30 @@ def test_bad_input_raises():
         experts.weight = nn.Parameter(torch.randn(2, 4, 64))
     with pytest.raises(ValueError, match="meta device"):
         NF4Embedding.from_embedding(nn.Embedding(4, 64, device="meta"))
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload"])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("own_codebook", [True, False])
+def test_offloaded_layers_compute_the_same(how, double_quant, own_codebook, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64))
+    mp.quantize_model(model, double_quant=double_quant, head=())
+    if own_codebook:
+        model[0].fill({**model[0].state_dict(), "codebook": torch.tensor(mp.FP4_CODEBOOK)})
+    x = torch.randn(2, 128)
+    expected = model(x)
+    where = {"offload_dir": tmp_path} if how == "disk_offload" else {}
+    getattr(accelerate, how)(model, execution_device="cpu", **where)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    for _ in range(2):  # loaded, dropped, loaded again
+        assert torch.equal(model(x), expected)
+
+
+def test_no_parameter_is_called_as_what_is_computed_of_it():
+    for layer in (
+        mp.NF4Linear(64, 8, double_quant=False, codebook=mp.FP4_CODEBOOK), mp.NF4Linear(64, 8),
+        mp.NF4Embedding(8, 64, double_quant=False), mp.NF4Experts(2, 8, 64, double_quant=False),
+    ):  # fmt: skip
+        for name, parameter in layer.named_parameters():
+            assert getattr(layer, name) is parameter

@@ -42,9 +42,8 @@ def save_adapters(
         raise ValueError("save_pretrained: save the adapter first, then upload the directory")
     if not named_adapters(model):
         raise ValueError(
-            "save_pretrained: the model has NF4 layers, whose codes from_pretrained would not "
-            "load; save model.state_dict() with safetensors, and load it into a model that "
-            "quantize_model has prepared"
+            "save_pretrained: the model has 4-bit layers; io.bitsandbytes.save_quantized writes "
+            "them as a checkpoint that from_pretrained (with bitsandbytes) and load_quantized load"
         )
     # io builds on integrations
     from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress
