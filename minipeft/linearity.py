@@ -120,7 +120,8 @@ def check_own_weight(caller: str, module: nn.Module) -> None:
 def why_not_replaceable(module: nn.Module) -> str | None:
     """Why no 4-bit layer can take this module's place, which computes its formula from codes.
 
-    Hooks move to the new layer, so they do not count; a forward on the instance would be lost.
+    Hooks move to the new layer, so they do not count; a forward on the instance would be lost, and
+    what the class does while training, and arguments beside the input.
     """
     if not has_stored_weight(module):
         return f"{type(module).__name__} computes its weight (weight norm, a parametrisation)"
@@ -129,6 +130,10 @@ def why_not_replaceable(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         name = type(module).__name__
         return f"the forward of this {name} was replaced on the instance (offloading?)"
+    kind = type(module)
+    takes = inspect.signature(kind.forward).parameters
+    if kind.forward not in (_LINEAR, _EMBEDDING) and len(takes) > 2:
+        return f"{kind.__name__} has a forward of its own, which takes {', '.join(takes)}"
     return why_not_formula(module, hooks=False, scaled=False)
 
 
@@ -245,7 +250,9 @@ def _tried(module: nn.Module, trial: _Trial, hooks: bool) -> str | None:
                     torch.inference_mode(False), torch.no_grad(),
                     torch.random.fork_rng(devices=[]), without_autocast(_device(module)),
                 ):  # fmt: skip
-                    off = _difference(module, trial, shape, dtype, hooks)
+                    off = _difference(module, trial, shape, dtype, hooks, training=False)
+                    if off is None and not hooks:  # it is to be replaced, in training too
+                        off = _difference(module, trial, shape, dtype, hooks, training=True)
             except Exception as raised:  # whatever a forward of somebody's own raises
                 error = raised
                 continue
@@ -258,7 +265,13 @@ def _tried(module: nn.Module, trial: _Trial, hooks: bool) -> str | None:
 
 
 def _difference(
-    module: nn.Module, trial: _Trial, shape: tuple[int, ...], dtype: torch.dtype, hooks: bool
+    module: nn.Module,
+    trial: _Trial,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    hooks: bool,
+    *,
+    training: bool,
 ) -> str | None:
     device = _device(module)
     generator = torch.Generator().manual_seed(0)
@@ -267,6 +280,7 @@ def _difference(
         for part in made.modules():
             for name in ("_forward_hooks", "_forward_pre_hooks"):
                 vars(part)[name] = OrderedDict()
+    made.train(training)
     x = _input(made, shape, dtype, generator).to(device)
     expected = trial.expected(made, x).clone()  # first: a forward may write to its weight
     inputs = (x, x, x) if isinstance(module, nn.MultiheadAttention) else (x,)

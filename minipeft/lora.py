@@ -239,12 +239,12 @@ class LoRALinear(LowRank):
         self.initialize(init)
         self.take_over()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(x)
+            merged: Tensor = self.call_merged(x, *args, **kwargs)
             return merged
         base: Any = self._modules["base"]  # `self.base` takes a call
-        out: Tensor = base(x)
+        out: Tensor = base(x, *args, **kwargs)
         if torch.compiler.is_compiling():
             strength: float | Tensor = self.strength
         elif self._enabled:

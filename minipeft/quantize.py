@@ -168,7 +168,10 @@ def _quantized(
     experts: bool,
     nf4: Mapping[str, object],
     head: Head,
+    *,
+    level: int = 3,
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The 4-bit layers by name, and what stays dense; `level` of warnings: the user's line."""
     check_model("quantize_model", model)
     chosen, left_out = quantizable(
         model, skip=skip, also=also, embeddings=embeddings, experts=experts, head=head
@@ -208,9 +211,10 @@ def _quantized(
             raise ValueError(f"{name}: {error}") from error
     for name, why in left_out.items():
         if "forward of its own" in why:
-            warnings.warn(f"quantize_model left {name} dense: {why}; see also=", stacklevel=3)
+            hint = f"also=({type(model.get_submodule(name)).__name__},) makes it 4-bit all the same"
+            warnings.warn(f"quantize_model left {name} dense: {why}; {hint}", stacklevel=level)
     for name, note in likely_head(model, head, layers).items():
-        warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=3)
+        warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=level)
     return layers, left_out
 
 
@@ -305,7 +309,7 @@ def inject_qlora(
     check_model("inject_qlora", model)
     # a wrong target should not cost the quantisation
     adapter_targets(model, target, exclude, head=head)
-    layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4, head)
+    layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4, head, level=4)
     notes = likely_head(model, head, layers)
     names = inject_over(model, target, rank, alpha, exclude, lora, layers, head=head)
     names.left_out, names.notes = left_out | names.left_out, notes | names.notes

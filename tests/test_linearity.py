@@ -586,3 +586,31 @@ def test_falcons_own_linear_layers_are_folded_and_quantised():
     names = mp.quantize_model(model)
     assert len(names) == 8 and "lm_head" in names.left_out
     assert isinstance(model.transformer.h[0].mlp.dense_h_to_4h, mp.NF4Linear)
+
+
+class WhileTraining(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return 2 * y if self.training else y
+
+
+class WithScale(nn.Linear):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("kind", [WhileTraining, WithScale])
+def test_what_only_eval_or_the_default_argument_shows_is_not_replaced(kind):
+    model = nn.Sequential(kind(64, 64), nn.Linear(64, 64))
+    with pytest.warns(UserWarning, match=f"also=\\({kind.__name__},\\)"):
+        names = mp.quantize_model(model, head=())
+    assert names == ["1"] and "forward of its own" in names.left_out["0"]
+
+
+def test_lora_hands_further_arguments_to_the_base():
+    layer = mp.LoRALinear(mp.LoRALinear(WithScale(8, 8), rank=2), rank=2)
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 8)
+    expected = layer.base.base(x, scale=3.0) + x @ layer.lora_a.T @ layer.lora_b.T
+    torch.testing.assert_close(layer(x, scale=3.0), expected)
+    torch.testing.assert_close(layer(x, 3.0), expected)
