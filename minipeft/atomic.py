@@ -24,9 +24,9 @@ def check_ready(caller: str, model: nn.Module) -> None:
     """Raise unless parameters have their shapes, and this process has the whole of each.
 
     Raises:
-        ValueError: lazy modules before their first call; a model in DistributedDataParallel or
-            FullyShardedDataParallel, or sharded by fully_shard: each process would draw an
-            adapter of its own, and nothing would keep them equal.
+        ValueError: lazy modules before their first call; weights that accelerate keeps elsewhere; a
+            model in DistributedDataParallel or FullyShardedDataParallel, or sharded by fully_shard:
+            each process would draw an adapter of its own, and nothing would keep them equal.
     """
     for name, module in model.named_modules():
         stored = [*module._parameters.values(), *module._buffers.values()]
@@ -39,6 +39,12 @@ def check_ready(caller: str, model: nn.Module) -> None:
             raise ValueError(
                 f"{caller}: the parameters of {name or 'the model'} are shards (DTensor); do this "
                 "first, in every process with the same random seed, then fully_shard the model"
+            )
+        offloaded = "_hf_hook" in vars(module) and not is_adapter(module)
+        if offloaded and any(t.is_meta for t in stored if t is not None):
+            raise ValueError(
+                f"{caller}: {name or 'the model'} is offloaded by accelerate, and its weights are "
+                "not here; do this first, then dispatch or offload the model"
             )
         if wrapped := _distributed(module):
             raise ValueError(

@@ -97,36 +97,42 @@ def _watched(base: list[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
                 yield module, name, buffer
 
 
-def _evidence(base: list[nn.Module]) -> int:
-    """Another number once frozen parameters were loaded, moved, cast or thawed."""
+def _evidence(base: list[nn.Module]) -> tuple[float, ...]:
+    """Other numbers once frozen parameters were loaded or rounded: the first value of some."""
     frozen = [p for m in base for p in m.parameters(recurse=False) if not p.requires_grad]
-    return hash(tuple((p.data_ptr(), p._version) for p in frozen))
+    frozen = [p for p in frozen if p.numel() and not p.is_meta]
+    step = max(1, len(frozen) // 32)
+    return tuple(float(p.detach().flatten()[0]) for p in frozen[::step])
 
 
 def _summary(buffer: Tensor) -> tuple[float, float]:
-    """What changes with the values, for a comparison later."""
+    """What changes with the values, for a comparison later; on the CPU, which has float64."""
     buffer = torch.view_as_real(buffer) if buffer.is_complex() else buffer
-    values = buffer.detach().double().nan_to_num().flatten()
-    weights = torch.arange(1, values.numel() + 1, dtype=torch.float64, device=values.device)
+    values = buffer.detach().cpu().double().nan_to_num().flatten()
+    weights = torch.arange(1, values.numel() + 1, dtype=torch.float64)
     return float(values.sum()), float((values * weights.sqrt()).sum())
 
 
 def _note(model: nn.Module, base: list[nn.Module]) -> None:
+    """Note the buffers as they are; those noted before, over the same base, as they were then."""
     try:
-        noted = [
-            (module, name, buffer.shape, _summary(buffer))
+        evidence = _evidence(base)
+        then, noted = vars(model).get(_RECORD, (None, []))
+        known = {(id(entry[0]), entry[1]): entry for entry in noted} if then == evidence else {}
+        vars(model)[_RECORD] = (evidence, [
+            known.get((id(module), name))
+            or (module, name, buffer.shape, buffer.dtype, _summary(buffer))
             for module, name, buffer in _watched(base) if not buffer.is_meta
-        ]  # fmt: skip
-        vars(model)[_RECORD] = (_evidence(base), noted)
-    except (RuntimeError, NotImplementedError):  # inference tensors, shards: no version, no memory
+        ])  # fmt: skip
+    except (RuntimeError, NotImplementedError, TypeError):  # shards and the like: no values here
         vars(model).pop(_RECORD, None)
 
 
 def changed_buffers(model: nn.Module) -> list[str]:
     """The buffers of the base that have changed, by themselves, since adapters were put in.
 
-    By themselves: the frozen parameters stayed what they are.  Where these were loaded, moved or
-    cast since, the buffers are taken to be as somebody wanted them.
+    By themselves: the frozen parameters stayed what they are.  Where others were loaded since, or a
+    buffer was cast, it is taken to be as somebody wanted it.
     """
     names = {id(module): name for name, module in model.named_modules()}
     found = []
@@ -138,11 +144,12 @@ def changed_buffers(model: nn.Module) -> list[str]:
         if _evidence(base) != evidence:
             _note(root, base)
             continue
-        for module, own, shape, summary in noted:
+        for module, own, shape, dtype, summary in noted:
             now: Any = module._buffers.get(own)
-            if now is None or now.shape != shape or id(module) not in names:
+            if now is None or now.is_meta or id(module) not in names:
                 continue
-            if _summary(now) != summary:  # not its _version: batch_norm moves means unseen
+            # not its _version: batch_norm moves means unseen
+            if (now.shape, now.dtype) == (shape, dtype) and _summary(now) != summary:
                 found.append(f"{names[id(module)]}.{own}".lstrip("."))
     return found
 

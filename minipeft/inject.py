@@ -40,8 +40,19 @@ after_swap: list[Callable[[nn.Module], None]] = [release]
 Modules = dict[str, Any]  # modules, and 3-D parameters of experts
 
 
-def swap(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter]) -> None:
-    """Put each module (or parameter) in the place of its name; if one cannot be, put all back."""
+def tell(model: nn.Module) -> None:
+    """Say to those who listen that modules were swapped; each looks at the whole model."""
+    for listener in after_swap:
+        listener(model)
+
+
+def swap(
+    model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter], *, telling: bool = True
+) -> None:
+    """Put each module (or parameter) in the place of its name; if one cannot be, put all back.
+
+    `telling` False: the caller has more to swap, and calls `tell` at the end.
+    """
     places = {name: model.get_submodule(name.rpartition(".")[0]) for name in replacements}
     before = {name: getattr(places[name], name.rpartition(".")[2]) for name in replacements}
 
@@ -53,8 +64,8 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter])
     try:
         for name, value in replacements.items():
             put(name, value)
-        for listener in after_swap:
-            listener(model)
+        if telling:
+            tell(model)
     except BaseException:
         for name, value in before.items():
             put(name, value)
@@ -66,7 +77,7 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter])
 
 def settled(caller: str, model: nn.Module, modules: Mapping[str, Any]) -> Modules:
     """The modules under every name that the model has for them; none lies inside another."""
-    nested = [n for n in modules for outer in modules if n.startswith(f"{outer}.")]
+    nested = [n for n in modules if any(n[:i] in modules for i, c in enumerate(n) if c == ".")]
     if nested:
         raise ValueError(
             f"{caller}: {nested} lie inside other targets; name one or the other (exclude=, skip=)"

@@ -17,7 +17,7 @@ from minipeft.adapters import named_adapters, refuse_merged, require_adapters
 from minipeft.atomic import restoring
 from minipeft.bank import refuse_rows
 from minipeft.dense_again import forget_codes
-from minipeft.inject import swap
+from minipeft.inject import swap, tell
 from minipeft.protocol import Adapter, AdapterLayer, is_adapter_layer, is_packed
 from minipeft.registry import adapters_called, forget, named, stacks
 from minipeft.wrapper import innermost
@@ -275,7 +275,8 @@ def _fold_all(model: nn.Module, places: dict[str, AdapterLayer], requantize: boo
             if requantize:
                 errors[place] = _relative_error(folded, layer)
             plain[id(layer)] = original(folded)
-        swap(model, {place: plain[id(layer)]})
+        swap(model, {place: plain[id(layer)]}, telling=False)
+    tell(model)
     if errors:
         worst = max(errors, key=errors.__getitem__)
         mean = sum(errors.values()) / len(errors)

@@ -8,13 +8,14 @@ All codes are made before the first layer is put in, so an error changes nothing
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import nn
 
 from minipeft.atomic import restoring
 from minipeft.dense_again import forget_codes
-from minipeft.inject import build, check_model, inject_over, settled, swap
+from minipeft.inject import build, check_model, inject_over, settled, swap, tell
 from minipeft.layers.conv1d import NF4Conv1D
 from minipeft.layers.embedding import NF4Embedding
 from minipeft.layers.experts import NF4Experts
@@ -94,15 +95,18 @@ def quantizable(
     chosen: dict[str, nn.Module | nn.Parameter] = {}
     left_out: dict[str, str] = {}
 
-    def consider(name: str, layer: nn.Module | nn.Parameter, reason: str | None) -> None:
+    def consider(
+        name: str, layer: nn.Module | nn.Parameter, tried: Callable[[], str | None]
+    ) -> None:
+        reason = None
         weight = layer if isinstance(layer, nn.Parameter) else layer._parameters.get("weight")
         if name in skipped or any(name.startswith(f"{outer}.") for outer in skipped):
             reason = "skipped"
         elif any(part in float32 for part in name.split(".")):
             reason = "kept in float32 (_keep_in_fp32_modules)"
-        elif id(weight) in shared and not reason:
+        reason = reason or outside.get(name) or tried()  # last: it may run the module
+        if not reason and id(weight) in shared:
             reason = "its weight is tied to another module's"
-        reason = reason or outside.get(name)
         if reason:
             left_out[name] = reason
         else:
@@ -111,10 +115,10 @@ def quantizable(
     for name, module in visible_modules(model).items():
         is_linear = linear_shape(module) is not None
         if (is_linear or isinstance(module, nn.Embedding)) and not is_packed(module):
-            consider(name, module, _keeps_dense(module, also, embeddings))
+            consider(name, module, partial(_keeps_dense, module, also, embeddings))
     for name, parameter in expert_weights(model).items():
         reason = None if experts else "a 3-D weight of experts (experts=True quantises it)"
-        consider(name, parameter, reason)
+        consider(name, parameter, partial(lambda why: why, reason))
     for name, reason in other_weights(model).items():
         if not any(name == n or name.startswith(f"{n}.") for n in (*chosen, *left_out, *outside)):
             inside = any(name == n or name.startswith(f"{n}.") for n in skipped)
@@ -271,7 +275,8 @@ def dequantize_model(model: nn.Module) -> list[str]:
                 if isinstance(plain, nn.Module):
                     take_hooks(plain, model.get_submodule(name))
                 made[id(layer)] = plain
-            swap(model, {name: made[id(layer)]})
+            swap(model, {name: made[id(layer)]}, telling=False)
+        tell(model)
     forget_codes(model)
     return list(packed)
 

@@ -121,7 +121,8 @@ def likely_head(model: nn.Module, head: Head, touched: Iterable[str]) -> dict[st
     Layers of a trunk feed each other, so their sizes recur.  A head has as many outputs as no other
     layer has inputs or outputs, and is the last linear layer, or has one for each row of a table.
     """
-    if head is not None or _with_output_embeddings(model):
+    named = [name for name, _ in _with_output_embeddings(model)]
+    if head is not None or "" in named:
         return {}
     modules = visible_modules(model)
     shapes = {id(m): shape for m in modules.values() if (shape := linear_shape(m)) is not None}
@@ -133,7 +134,7 @@ def likely_head(model: nn.Module, head: Head, touched: Iterable[str]) -> dict[st
     notes = {}
     for name in touched:
         own = shapes.get(id(modules.get(name)))
-        if own is None:
+        if own is None or any(name.startswith(f"{part}.") for part in named):
             continue
         others = (s for number, s in shapes.items() if number != id(modules[name]))
         recurs = any(own.out_features in (s.in_features, s.out_features) for s in others)
@@ -271,6 +272,8 @@ def adapter_targets(
             reason = "excluded" if name in excluded else heads.get(name)
             if name in inside_attention and name.rpartition(".")[0] not in excluded:
                 continue  # with its attention
+            if name.endswith("._orig_mod") and name.removesuffix("._orig_mod") in chosen:
+                continue  # what torch.compile made a callable of, which is wrapped as a whole
             if reason:
                 left_out[name] = reason
             else:

@@ -70,7 +70,7 @@ def plain_python(tmp_path: Path) -> Callable[[str], str]:
             [sys.executable, str(path)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,  # a machine may be busy; nothing is measured here
             env={**os.environ, "PYTHONPATH": paths, **environment},
             check=False,
         )

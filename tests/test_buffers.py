@@ -289,3 +289,29 @@ mp.check_gradients(model)
 print(all(torch.equal(v, before[n]) for n, v in mp.base_state_dict(model).items()))
 """)
     assert printed.strip() == "True"
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, x):
+        self.seen += 1
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("between", ["nothing", "moved", "one adapter more", "loaded elsewhere"])
+def test_changes_are_told_whatever_is_done_in_between(between, tmp_path):
+    model = nn.Sequential(Counting())
+    mp.inject_lora(model, ["0.fc"], 2)
+    if between == "moved":  # as .to(device) does: other tensors of the same values
+        model._apply(lambda tensor: tensor.clone())
+    model(torch.randn(3, 4))
+    if between == "one adapter more":
+        mp.add_adapter(model, "more", ["0.fc"], 2)
+    if between == "loaded elsewhere":
+        mp.save_peft(nn.Sequential(mp.LoRALinear(nn.Linear(4, 4), 2)), tmp_path / "other")
+    with pytest.warns(UserWarning, match=r"0\.seen"):
+        mp.save_peft(model, tmp_path)

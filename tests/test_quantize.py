@@ -222,3 +222,23 @@ def test_quantizable_says_the_same_on_meta():
     assert list(chosen) == ["mixer", "head"] and set(left_out) == {
         "embed", "experts.up", "experts.down", "position",
     }  # fmt: skip
+
+
+class NeverRun(nn.Linear):
+    def forward(self, x):
+        raise AssertionError("it was not to be tried")
+
+
+def test_what_stays_dense_anyway_is_not_tried():
+    model = nn.Sequential(NeverRun(64, 64), NeverRun(64, 32), nn.Linear(64, 64))
+    names = mp.quantize_model(model, skip=["0"], head="1")
+    assert names == ["2"] and names.left_out["0"] == "skipped"
+
+
+def test_offloaded_weights_are_refused_before_anything_changes():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(64, 64))
+    accelerate.cpu_offload(model, execution_device="cpu")
+    with pytest.raises(ValueError, match="offloaded by accelerate"):
+        mp.inject_lora(model, ["0"], 2)
+    assert type(model[0]) is nn.Linear

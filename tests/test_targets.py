@@ -287,3 +287,28 @@ def test_an_adapter_is_no_bare_parameter():
     mp.inject_lora(model, ["layer", "table", "convolution"], 2)
     names = mp.quantize_model(model.train(), skip=(), experts=True)
     assert not any("lora" in name for name in names.left_out)
+
+
+def test_a_head_of_ones_own_over_a_backbone_that_names_none_is_told_of():
+    transformers = pytest.importorskip("transformers")
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            config = transformers.LlamaConfig(
+                hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                num_key_value_heads=2, vocab_size=64,
+            )  # fmt: skip
+            self.backbone, self.head = transformers.LlamaModel(config), nn.Linear(64, 3)
+
+    with pytest.warns(HeadWarning, match="head is made 4-bit"):
+        mp.inject_qlora(Own(), "all-linear", 2)
+
+
+def test_a_layer_that_torch_compiled_is_wrapped_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[0] = torch.compile(model[0], backend="eager")
+    names = mp.inject_lora(model, "all-linear", 2)
+    assert names == ["0", "2"]
+    model(torch.randn(2, 8)).sum().backward()
+    assert model[0].lora_b.grad is not None

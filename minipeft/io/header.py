@@ -127,7 +127,9 @@ def _entry(name: str, entry: object) -> tuple[Spec, tuple[int, int]]:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name} has dtype {str(dtype)[:20]}, which is not supported")
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
+        if not isinstance(numbers, list) or not all(
+            type(n) is int and 0 <= n < 2**63 for n in numbers
+        ):
             raise ValueError(f"{name} has a shape or offsets that are no sizes")
     spec = DTYPES[dtype], tuple(shape)
     if len(shape) > 64 or len(offsets) != 2 or offsets[1] - offsets[0] != nbytes(spec):

@@ -28,7 +28,7 @@ from typing import TypeVar
 COMMIT = ".minipeft-commit"
 _STAGE, _NEW, _GONE = ".minipeft-", "new", "gone"
 _FILE = re.compile(r"([\w-]+/)?[\w-][\w.-]*\.(safetensors|json)")
-_TEMPORARY = re.compile(r"\..+\.(?P<pid>\d{1,10})(-[0-9a-f]{16})?\.tmp")
+_TEMPORARY = re.compile(r"\.[\w.-]+\.(safetensors|json)\.(?P<pid>\d{1,10})(-[0-9a-f]{16})?\.tmp")
 _CANNOT = {errno.EINVAL, errno.ENOSYS, errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 _PATIENCE = 10.0  # seconds for which a reader gives way to writers
 Result = TypeVar("Result")
@@ -87,8 +87,6 @@ class Replacement:
         """Where to write this file, in the folder that nobody reads yet."""
         if not _FILE.fullmatch(name):
             raise ValueError(f"{self.folder}: {name!r:.80} is no name of a file to replace")
-        if (self.folder / name).is_dir():
-            raise ValueError(f"{self.folder / name}: a folder is where this file goes; move it")
         return self._in(_NEW, name)
 
     def write(self, name: str, data: bytes) -> None:
@@ -100,6 +98,12 @@ class Replacement:
         self._in(_GONE, name).touch()
 
     def _in(self, kind: str, name: str) -> Path:
+        place = self.folder / name
+        if place.is_dir():
+            raise ValueError(f"{place}: a folder is where this file goes; move it")
+        above = place.parent
+        if above != self.folder and (above.is_symlink() or (above.exists() and not above.is_dir())):
+            raise ValueError(f"{above}: a link or a file, where a save wants a folder; move it")
         path = self._stage / kind / name
         path.parent.mkdir(exist_ok=True)
         return path
@@ -177,9 +181,17 @@ def current(path: Path) -> Path:
     path = path.absolute()
     for folder in (path.parent.parent, path.parent):  # a commit above was made later, see finish
         commit, inside = folder / COMMIT, path.relative_to(folder)
+        _refuse_links(commit)
         if (commit / _NEW / inside).exists() or (commit / _GONE / inside).exists():
             return commit / _NEW / inside
     return path
+
+
+def _refuse_links(commit: Path) -> None:
+    """Raise ValueError if a commit folder or a part of it leads elsewhere: no save makes links."""
+    for path in (commit, commit / _NEW, commit / _GONE):
+        if path.is_symlink():
+            raise ValueError(f"{path}: a link, which no save makes; delete it")
 
 
 def read_whole(folder: Path, read: Callable[[], Result]) -> Result:
@@ -207,7 +219,8 @@ def _seen(folder: Path) -> list[object]:
     for place in (folder, folder / COMMIT / _NEW, folder.parent / COMMIT / _NEW / folder.name):
         try:
             with os.scandir(place) as entries:
-                stats = [(entry.name, entry.stat()) for entry in entries]
+                stats = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries
+                         if entry.name.endswith((".safetensors", ".json", COMMIT))]  # fmt: skip
         except FileNotFoundError:
             found.append(time.monotonic_ns() if place.exists() else None)  # moved while we looked
         except OSError:
@@ -235,6 +248,7 @@ def finish(folder: Path) -> None:
 def _finish(folder: Path) -> None:
     """The same for one folder, whose lock the caller has."""
     commit = folder / COMMIT
+    _refuse_links(commit)
     if not commit.exists():
         return
     new, gone = (_files_in(commit / kind) for kind in (_NEW, _GONE))
@@ -319,8 +333,8 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[bool | None]:
         yield None
         return
     number = os.open(folder, os.O_RDONLY)
+    held: bool | None = True
     try:
-        held: bool | None = True
         try:
             fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -331,6 +345,8 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[bool | None]:
             held = None
         yield held
     finally:
+        if held:  # a process that was forked meanwhile has the lock too, and would keep it
+            fcntl.flock(number, fcntl.LOCK_UN)
         os.close(number)
 
 

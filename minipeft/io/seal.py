@@ -16,10 +16,13 @@ from minipeft.io.replace import NotOneSave, Replacement
 from minipeft.io.tensors import encoded, parse_object, read_all
 
 CONFIG, TRAINING = "minipeft_config", "minipeft_training"
-# Of these no number depends; PEFT fills in the last two by itself.
+# Of these no number depends: where the adapter is from, how it was made, what PEFT fills in.
 _FREE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "model", "peft_version",
-    "revision", "task_type", "megatron_core", "qalora_group_size",
+    "revision", "task_type", "megatron_core", "qalora_group_size", "init_lora_weights",
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config",
+    "unsloth_fixed", "unsloth_version", "lora_dtype", "merge_weights", "base_model_class",
+    "parent_library", "torch_dtype", "transformers_version", "library_name",
 }  # fmt: skip
 _SETS = {"exclude_modules", "modules_to_save", "target_modules", "target_parameters"}
 _OFF: tuple[object, ...] = (None, False, [], {}, "")

@@ -156,11 +156,18 @@ class Reader:
         self._sums: dict[Path, dict[str, object] | None] = {}
         self.file_of: dict[str, Path] = {}
         self.specs: dict[str, Spec] = {}
+        try:
+            self._open(paths)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, paths: Iterable[Path]) -> None:
         for path in paths:
             place = current(path)
             if not place.is_file():
                 raise ValueError(f"{path}: no such file")
-            self._files[path], metadata, specs = _opened(place, mmap)
+            self._files[path], metadata, specs = _opened(place, self.mmap)
             self._sums[path] = sums = checksums_in(path, metadata)
             if sums is not None and (lost := sums.keys() - specs.keys()):
                 raise ValueError(f"{path}: {sorted(lost)[0]:.80} is missing; the file is damaged")

@@ -6,11 +6,13 @@ copies of 16-bit modules train in float32.  The model around them must not notic
     x, bfloat16 -> float32 -> copy -> float32 -> bfloat16, as the original would give it
 
 What the original would give is found by calling it, once for each combination of dtypes, mode and
-autocast.
+autocast.  With arguments that a call may change (a cache of keys) it is not called, and what the
+copy gives in its own dtype is rounded to the original's.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -21,26 +23,64 @@ from minipeft.ops import autocast_is_on
 Dtypes = tuple[torch.dtype, ...]
 
 
-def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+# a list or dictionary, what was made of it, and the items that this had at first
+Made = list[tuple[Any, Any, Any]]
+
+
+def mapped(change: Callable[[Tensor], Tensor], value: Any, made: Made | None = None) -> Any:
     """`value` with `change` of every floating-point tensor in it, however nested.
 
     Looked for in tuples, lists, mappings and data classes.  What holds none stays the same object,
-    so that a module can go on filling a list that it was given.
+    so that a module can go on filling a list that it was given; where a new list or dictionary is
+    made, `made` notes it for `written_back`.
     """
     if isinstance(value, Tensor):
         return change(value) if value.is_floating_point() else value
     if not _holds_tensors(value):
         return value
     if isinstance(value, tuple | list):
-        parts = [mapped(change, part) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        parts = [mapped(change, part, made) for part in value]
+        new: Any = type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        if made is not None and isinstance(value, list):
+            made.append((value, new, list(new)))
+        return new
     if isinstance(value, Mapping):
-        made: Any = {key: mapped(change, part) for key, part in value.items()}
+        items: Any = {key: mapped(change, part, made) for key, part in value.items()}
         # the outputs of transformers models are both
-        return type(value)(**made) if dataclasses.is_dataclass(value) else type(value)(made)  # type: ignore[call-arg]
+        new = type(value)(**items) if dataclasses.is_dataclass(value) else type(value)(items)  # type: ignore[call-arg]
+        if made is not None:
+            made.append((value, new, items))
+        return new
     names = [field.name for field in dataclasses.fields(value) if field.init]
-    new = {name: mapped(change, getattr(value, name)) for name in names}
-    return dataclasses.replace(value, **new)
+    return dataclasses.replace(
+        value, **{name: mapped(change, getattr(value, name), made) for name in names}
+    )
+
+
+def written_back(made: Made) -> None:
+    """Let lists and dictionaries that were given have what a call put into those made of them."""
+    for given, new, first in made:
+        if isinstance(given, list):
+            old = {id(item): before for item, before in zip(first, given, strict=True)}
+            given[:] = [old.get(id(item), item) for item in new]
+            continue
+        for key in [key for key in given if key not in new]:
+            del given[key]
+        for key, item in new.items():
+            if key not in first or item is not first[key]:
+                given[key] = item
+
+
+def is_plain(value: Any) -> bool:
+    """Whether this is made of tensors, numbers and words alone, of which a copy can be made."""
+    if isinstance(value, tuple | list):
+        return all(is_plain(part) for part in value)
+    if isinstance(value, Mapping):
+        return all(is_plain(part) for part in value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return all(is_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init)
+    kinds = Tensor | bool | int | float | complex | str | bytes | torch.dtype | torch.device
+    return value is None or isinstance(value, kinds)
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -101,15 +141,19 @@ class CastCall:
         changed = {its.dtype: mine.dtype for its, mine in pairs if its.dtype != mine.dtype}
         if not changed:
             return copy(*args, **kwargs)
-        wanted = self._outputs(original, tuple(changed.items()), args, kwargs)
+        known = is_plain((args, kwargs))
+        wanted = self._outputs(original, tuple(changed.items()), args, kwargs) if known else ()
 
         def cast_in(tensor: Tensor) -> Tensor:
             return tensor.to(changed.get(tensor.dtype, tensor.dtype))
 
-        args, kwargs = mapped(cast_in, (args, kwargs))
+        made: Made = []
+        own, (args, kwargs) = kwargs, mapped(cast_in, (args, kwargs), made)
         out = copy(*args, **kwargs)
+        if made and not torch.compiler.is_compiling():
+            written_back([entry for entry in made if entry[0] is not own])
         left = list(wanted)
-        if len(left) != len(dtypes_in(out)):  # a random number of outputs, say
+        if not known or len(left) != len(dtypes_in(out)):  # a random number of outputs, say
             back = {mine: its for its, mine in changed.items()}
             return mapped(lambda tensor: tensor.to(back.get(tensor.dtype, tensor.dtype)), out)
         return mapped(lambda tensor: tensor.to(left.pop(0)), out)
@@ -139,6 +183,8 @@ def _dtypes_of_call(original: nn.Module, args: Any, kwargs: dict[str, Any]) -> D
     """The dtypes of what the original returns; its buffers and the arguments do not change."""
     buffers = {name: buffer.clone() for name, buffer in original.named_buffers()}
     args, kwargs = mapped(lambda tensor: tensor.detach().clone(), (args, kwargs))
+    if not torch.compiler.is_compiling():
+        args, kwargs = deepcopy((args, kwargs))  # lists without tensors are not copied yet
     with torch.no_grad():
         if buffers:
             return dtypes_in(torch.func.functional_call(original, buffers, args, kwargs))

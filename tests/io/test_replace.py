@@ -280,3 +280,70 @@ def test_where_the_system_has_no_locks_saves_work_and_clean_nothing(tmp_path, mo
     (tmp_path / ".minipeft-1-0123").mkdir()
     save(tmp_path)
     assert seen(tmp_path) == FILES and (tmp_path / ".minipeft-1-0123").is_dir()
+
+
+@pytest.mark.parametrize("part", ["", "new", "gone"])
+def test_a_commit_that_leads_elsewhere_is_refused_and_nothing_there_changes(tmp_path, part):
+    victim, folder = tmp_path / "victim", tmp_path / "saved"
+    victim.mkdir()
+    (victim / "precious.json").write_text("{}")
+    commit = folder / COMMIT
+    (commit if part else folder).mkdir(parents=True)
+    (commit / part if part else commit).symlink_to(victim)
+    with pytest.raises(ValueError, match="a link"), Replacement(folder) as unit:
+        unit.write("a.json", b"{}")
+    with pytest.raises(ValueError, match="a link"):
+        current(folder / "a.json")
+    assert (victim / "precious.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_stands_where_a_folder_goes_is_found_before_the_moment(tmp_path, kind):
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    if kind == "link":
+        (folder / "b").symlink_to(tmp_path / "elsewhere")
+    else:
+        (folder / "b").write_text("mine")
+    with pytest.raises(ValueError, match="move it"), Replacement(folder) as unit:
+        unit.write("b/a.json", b"{}")
+    assert [path.name for path in folder.iterdir()] == ["b"]
+    with Replacement(folder) as unit:
+        unit.write("a.json", b"{}")
+    assert (folder / "a.json").exists()
+
+
+def test_temporary_files_of_strangers_stay(tmp_path):
+    (tmp_path / ".notes.99999999.tmp").write_text("mine")
+    with Replacement(tmp_path) as unit:
+        unit.write("a.json", b"{}")
+    assert (tmp_path / ".notes.99999999.tmp").exists()
+
+
+def test_a_dangling_link_makes_no_reader_wait(tmp_path):
+    (tmp_path / ".#lock").symlink_to("nowhere")
+    (tmp_path / "dead.json").symlink_to("nowhere")
+    calls = []
+
+    def read():
+        calls.append(1)
+        raise ValueError("wrong model")
+
+    with pytest.raises(ValueError, match="wrong model"):
+        read_whole(tmp_path, read)
+    assert len(calls) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that fork")
+def test_a_process_that_was_forked_during_a_save_keeps_no_lock(tmp_path):
+    read_end, write_end = os.pipe()
+    with locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            os.read(read_end, 1)
+            os._exit(0)
+    with locked(tmp_path, wait=False) as alone:
+        assert alone
+    os.write(write_end, b"x")
+    os.waitpid(child, 0)

@@ -350,3 +350,53 @@ print(counter.frame_count)
 
 def test_a_copy_compiles_whole_and_once(plain_python):
     assert plain_python(COMPILED).strip() == "1"
+
+
+class Remembering(nn.Module):
+    """A module that appends to what it is given, as attention does to a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x, kept, cache=None):
+        y = self.proj(x)
+        kept.append(y)
+        if cache is not None:
+            cache.keys = torch.cat([cache.keys, y]) if cache.keys is not None else y
+        return y + sum(kept)
+
+
+class Cache:
+    keys = None
+
+
+@pytest.mark.parametrize("first", [[], [torch.ones(2, 4).bfloat16()]], ids=["empty", "filled"])
+def test_what_a_call_appends_to_its_arguments_is_there_once(first):
+    plain = Remembering().bfloat16()
+    layer, kept, cache = TrainedModule(plain), list(first), Cache()
+    x = torch.randn(2, 4).bfloat16()
+    for count in (1, 2, 3):
+        out = layer(x, kept, cache)
+        assert len(kept) == len(first) + count
+        assert len(cache.keys) == 2 * count
+        assert out.dtype == torch.bfloat16
+    assert all(kept[i] is first[i] for i in range(len(first)))
+
+
+def test_a_decoder_whose_attention_trains_fills_its_cache_once():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=64,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval().bfloat16()
+    mp.train_modules(model, ["model.layers.0.self_attn"])
+    ids = torch.randint(3, 60, (1, 6))
+    cache = transformers.DynamicCache(config=config)
+    model(ids, past_key_values=cache)
+    assert [cache.get_seq_length(i) for i in (0, 1)] == [6, 6]
+    tokens = model.generate(
+        ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0
+    )
+    assert tokens.shape == (1, 10)

@@ -29,7 +29,7 @@ from minipeft.layers.lora_experts import LoRAExperts
 from minipeft.layers.lora_tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.layers.trained_head import TrainedHeadRows
-from minipeft.plain_names import PlainNames
+from minipeft.plain_names import PlainNames, Spellings
 from minipeft.protocol import is_adapter, linear_shape
 from minipeft.registry import DEFAULT, check_new_name, give_name
 from minipeft.targets import Names, visible_modules
@@ -52,10 +52,12 @@ class _Builder:
 
     def __init__(
         self, found: Located, config: MatchedConfig, contents: Contents, *, stack: bool,
-        training: Mapping[str, Training],
+        training: Mapping[str, Training], strict: bool,
     ) -> None:  # fmt: skip
         self.found, self.config, self.contents, self.stack = found, config, contents, stack
-        self.modules, self.training = found.modules, training
+        self.modules, self.strict = found.modules, strict
+        places = Spellings([*found.modules, *found.experts])
+        self.training = {places.find(name) or name: own for name, own in training.items()}
         self.made: dict[str, nn.Module] = {}
 
     def top(self, name: str) -> nn.Module:
@@ -135,7 +137,11 @@ class _Builder:
         for name, training in self.training.items():
             where = f"{WEIGHTS_NAME}: {name:.80}"
             if name not in self.made:
-                raise ValueError(f"{where}: the file says how it trains, and holds no layer of it")
+                if self.strict and (training.slices or training.start or training.scale):
+                    raise ValueError(
+                        f"{where}: the file says how it trains, and holds no layer of it"
+                    )
+                continue  # of a module that the model lacks, or of values that are the base's
             freeze_named(where, _new_layers({name: self.made[name]}, self.modules),
                          training.frozen)  # fmt: skip
         return self.made
@@ -304,8 +310,9 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
         raise ValueError(contents.complaint(where))
     with restoring(model):
         built = _Builder(
-            found, config, contents, stack=name != DEFAULT, training=parsed(training, str(where))
-        ).build()
+            found, config, contents, stack=name != DEFAULT, strict=strict,
+            training=parsed(training, str(where)),
+        ).build()  # fmt: skip
         if not built:
             raise ValueError(f"{where}: holds no adapter")
         modules = visible_modules(model)

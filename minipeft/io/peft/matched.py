@@ -22,6 +22,7 @@ class MatchedConfig:
     spelled: Mapping[str, frozenset[str]]
     fitting: Mapping[str, set[str]]  # expression: the names that it matches, in any spelling
     layers: Mapping[str, int | None]  # name: its layer's number, where layers_to_transform asks
+    listed: frozenset[str] = frozenset()  # target_modules, if it is a list
 
     def rank_of(self, name: str) -> int:
         """The rank for a module: the first pattern that fits, in PEFT's way, or the default."""
@@ -89,7 +90,17 @@ class MatchedConfig:
     def _fits(self, target: list[str] | str, name: str) -> bool:
         if isinstance(target, str):
             return name in self.fitting[target]
+        if target is self.config.target_modules and len(target) > _FEW:
+            return any(_ends_in(self.listed, s) for s in self._spelled(name))
         return any(s == e or s.endswith(f".{e}") for e in target for s in self._spelled(name))
+
+
+_FEW = 16  # entries of a list, above which a set is asked
+
+
+def _ends_in(wanted: frozenset[str], name: str) -> bool:
+    """Whether the name, or a dotted end of it, is among these."""
+    return name in wanted or any(name[i + 1 :] in wanted for i, c in enumerate(name) if c == ".")
 
 
 def _of_pattern(pattern: str) -> str:
@@ -119,4 +130,6 @@ def matched(config: LoRAConfig, spelled: Spelled, where: str) -> MatchedConfig:
         for name, names in own.items():
             found = [numbers[s] for s in sorted(names, key=lambda s: s == name)]
             layers[name] = next((number for number in found if number is not None), None)
-    return MatchedConfig(config, own, fits, layers)
+    targets = config.target_modules
+    listed = frozenset(() if isinstance(targets, str) else targets)
+    return MatchedConfig(config, own, fits, layers, listed)
