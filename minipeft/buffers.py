@@ -98,11 +98,14 @@ def _watched(base: list[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def _evidence(base: list[nn.Module]) -> tuple[float, ...]:
-    """Other numbers once frozen parameters were loaded or rounded: the first value of some."""
+    """Other numbers once frozen parameters were loaded or rounded: the first value of some.
+
+    Not of shards: reading one asks the other processes, which may not be here (one alone saves).
+    """
     frozen = [p for m in base for p in m.parameters(recurse=False) if not p.requires_grad]
-    frozen = [p for p in frozen if p.numel() and not p.is_meta]
+    frozen = [p for p in frozen if type(p) is nn.Parameter and p.numel() and not p.is_meta]
     step = max(1, len(frozen) // 32)
-    return tuple(float(p.detach().flatten()[0]) for p in frozen[::step])
+    return tuple(float(p.detach()[(0,) * p.dim()]) for p in frozen[::step])
 
 
 def _summary(buffer: Tensor) -> tuple[float, float]:
