@@ -37,5 +37,5 @@ def test_the_methods_table_is_what_its_result_file_says():
     from benchmarks import report
 
     text = README.read_text()
-    (name,) = set(re.findall(r"\((benchmarks/results/methods-[\w-]+\.json)\)", text))
+    (name,) = set(re.findall(r"\[(benchmarks/results/methods-[\w-]+\.json)\]", text))
     assert report.markdown(report.load(README.parent / name)).strip() in text

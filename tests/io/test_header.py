@@ -234,6 +234,9 @@ def test_what_is_accepted_is_what_safetensors_accepts(tmp_path):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory as Linux counts it")
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, plain_python, capsys):
+    # Each tensor gets pages of its own, which the system takes back when it is freed: glibc would
+    # keep freed blocks after the first few, and how many depends on what else it has given out.
+    pages_of_its_own = {"MALLOC_MMAP_THRESHOLD_": "65536"}
     path, count, size = tmp_path / "a.safetensors", 16, 8 * 2**20
     names = {
         f"t{i}": {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]}
@@ -262,10 +265,11 @@ with Reader([Path({str(path)!r})], mmap={mmap}) as reader:
     for name in reader.specs:
         reader.read(name)
     print(peak() - before)
-"""
+""",
+                **pages_of_its_own,
             )
         )
     with capsys.disabled():
         print(f"\nmemory grows by {grown[False]:,} bytes over {count} tensors of {size:,}: "
               f"mapped {grown[True]:,}")  # fmt: skip
-    assert grown[False] < 2 * size
+    assert grown[False] < size
