@@ -30,8 +30,8 @@ from benchmarks.data import chat_batches
 from benchmarks.harness import commit, hardware, versions
 from benchmarks.models import data_file, load_model, load_tokenizer
 from benchmarks.worker import loss_of
-from minipeft.progress import Progress
-from minipeft.quantize import quantizable
+from minipeft.model.progress import Progress
+from minipeft.model.quantize import quantizable
 
 RESULTS = Path(__file__).parent / "results"
 CODEBOOKS = {

@@ -21,7 +21,7 @@ from benchmarks.data import Batches, chat_batches
 from benchmarks.harness import save_result
 from benchmarks.models import load_model, load_tokenizer
 from benchmarks.worker import decoder_and_head, loss_of
-from minipeft.progress import Progress
+from minipeft.model.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 INITS: dict[str, Callable[[], Any]] = {

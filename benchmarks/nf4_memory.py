@@ -51,7 +51,7 @@ def llama_7b(layers: int) -> dict[str, float]:
     """LLaMA-7B's shape from the meta device to a first forward pass."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from minipeft.io.buffers import restore_buffers
+    from minipeft.io.bitsandbytes.buffers import restore_buffers
 
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers,

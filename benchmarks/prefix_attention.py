@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks.harness import save_result
 from minipeft import prefix_attention
-from minipeft.prefix_merge import merge_is_faster
+from minipeft.fast.prefix import merge_is_faster
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, HEAD_DIM = 8, 64

@@ -20,7 +20,7 @@ from benchmarks.harness import save_result
 from benchmarks.peft_prefix import IN_PEFT
 from benchmarks.prefix_behaviours import BEHAVIOURS
 from benchmarks.prefix_families import FAMILIES
-from minipeft.progress import Progress
+from minipeft.model.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 Cell = float | str | None

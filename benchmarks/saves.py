@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import minipeft as mp
 from benchmarks.harness import save_result
 from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_quantized
-from minipeft.io.ptuning import load_prefix, save_prefix
+from minipeft.io.prefixes import load_prefix, save_prefix
 
 # calls that change what is on the disk, or make sure of it
 CALLS = ("fsync", "mkdir", "open", "rename", "replace", "rmdir", "unlink")

@@ -3,7 +3,7 @@
 import torch  # noqa: F401  first: from a deeper frame its import takes 0.1 s longer (measured)
 
 from minipeft import integrations, io
-from minipeft.adapters import (
+from minipeft.adapters.state import (
     adapter_parameters,
     adapter_state_dict,
     disable_adapters,
@@ -11,42 +11,17 @@ from minipeft.adapters import (
     load_adapter_state_dict,
     scale_adapters,
 )
-from minipeft.bank import LoRABank
-from minipeft.base_state import base_state_dict, load_base_state_dict
-from minipeft.codebooks import (
-    FP4_CODEBOOK,
-    FP4_E3M0_CODEBOOK,
-    dequantize_blockwise,
-    int_codebook,
-    quantize_blockwise,
-)
-from minipeft.combine import combine_adapters
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
-from minipeft.extras import tie_lora, train_biases, train_modules, train_tokens
-from minipeft.gradients import check_gradients
-from minipeft.hotswap import swap_adapter
+from minipeft.fast.products import SlowProductsWarning
 from minipeft.inject import inject, inject_lora
 from minipeft.integrations.transformers import attach_prefix, attach_prompt, attach_zero_gated
 from minipeft.io.peft import load_peft, save_peft
-from minipeft.layers.conv1d import NF4Conv1D
-from minipeft.layers.embedding import NF4Embedding
-from minipeft.layers.experts import NF4Experts
-from minipeft.layers.lora_attention import LoRAMultiheadAttention
-from minipeft.layers.lora_conv import LoRAConv
-from minipeft.layers.lora_embedding import LoRAEmbedding
-from minipeft.layers.lora_experts import LoRAExperts
-from minipeft.layers.lora_fused import LoRAFusedLinear
-from minipeft.layers.lora_tied import LoRATiedLinear
-from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
-from minipeft.memory import count_parameters, packed_bits, quantization_report
-from minipeft.merge import merge, remove, unmerge
-from minipeft.nf4 import NF4_CODEBOOK, dequantize_nf4, normal_float_codebook, quantize_nf4
-from minipeft.ops import backend, use_kernels
-from minipeft.optim.lora_fa import LoRAFA, freeze_a
-from minipeft.optim.lora_plus import lora_plus_groups
-from minipeft.prefix import PrefixEncoder, prefix_attention
-from minipeft.products import SlowProductsWarning
-from minipeft.prompt import (
+from minipeft.layers.attention import LoRAMultiheadAttention
+from minipeft.layers.conv import LoRAConv
+from minipeft.layers.embeddings import LoRAEmbedding
+from minipeft.layers.fused import LoRAFusedLinear
+from minipeft.layers.mixture import LoRAExperts
+from minipeft.layers.prompt import (
     PromptEmbedding,
     PromptEncoder,
     ZeroGatedPrompt,
@@ -54,20 +29,45 @@ from minipeft.prompt import (
     rows_from_vocabulary,
     zero_gated_attention,
 )
+from minipeft.layers.tied import LoRATiedLinear
+from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
+from minipeft.model.base_state import base_state_dict, load_base_state_dict
+from minipeft.model.check import check_gradients
+from minipeft.model.combine import combine_adapters
+from minipeft.model.eva import init_eva
+from minipeft.model.hotswap import swap_adapter
+from minipeft.model.memory import count_parameters, packed_bits, quantization_report
+from minipeft.model.merge import merge, remove, unmerge
+from minipeft.model.quantize import dequantize_model, inject_qlora, quantize_model
+from minipeft.model.rows import LoRABank
+from minipeft.model.switch import add_adapter, use_adapters
+from minipeft.model.train import tie_lora, train_biases, train_modules, train_tokens
+from minipeft.nf4 import NF4_CODEBOOK, dequantize_nf4, normal_float_codebook, quantize_nf4
+from minipeft.ops import backend, use_kernels
+from minipeft.optim.lora_fa import LoRAFA, freeze_a
+from minipeft.optim.lora_plus import lora_plus_groups
+from minipeft.prefix import PrefixEncoder, prefix_attention
 from minipeft.qlora import NF4Linear
-from minipeft.quantize import dequantize_model, inject_qlora, quantize_model
-from minipeft.switch import add_adapter, use_adapters
+from minipeft.quantized.codebooks import (
+    FP4_CODEBOOK,
+    FP4_E3M0_CODEBOOK,
+    dequantize_blockwise,
+    int_codebook,
+    quantize_blockwise,
+)
+from minipeft.quantized.conv1d import NF4Conv1D
+from minipeft.quantized.embedding import NF4Embedding
+from minipeft.quantized.experts import NF4Experts
 from minipeft.variants.dora import DoRALinear
 from minipeft.variants.dora_layers import DoRAConv, DoRAEmbedding
-from minipeft.variants.eva import init_eva
-from minipeft.variants.init import (
+from minipeft.variants.loftq import loftq
+from minipeft.variants.starts import (
     init_gaussian,
     init_olora,
     init_orthogonal,
     init_pissa,
     init_pissa_fast,
 )
-from minipeft.variants.loftq import loftq
 
 __version__ = "0.1.0"
 

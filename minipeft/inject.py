@@ -16,13 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.adapters import freeze
-from minipeft.atomic import check_ready, restoring
-from minipeft.buffers import release
-from minipeft.kinds import layer_class
-from minipeft.layers.lora_experts import LoRAExperts
-from minipeft.peft_words import in_our_words
-from minipeft.targets import (
+from minipeft.adapters.atomic import check_ready, restoring
+from minipeft.adapters.buffers import release
+from minipeft.adapters.state import freeze
+from minipeft.adapters.targets import (
     Head,
     Names,
     Target,
@@ -34,6 +31,9 @@ from minipeft.targets import (
     per_name,
     visible_modules,
 )
+from minipeft.layers.mixture import LoRAExperts
+from minipeft.model.kinds import layer_class
+from minipeft.model.peft_words import in_our_words
 
 # called with the model after modules were swapped (io makes `save_pretrained` write adapters)
 after_swap: list[Callable[[nn.Module], None]] = [release]

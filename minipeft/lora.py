@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minipeft import products
+from minipeft.adapters.protocol import LinearShape, linear_shape
+from minipeft.adapters.wrapper import Wrapper, innermost
+from minipeft.fast import products
 from minipeft.ops import autocast_is_on, without_autocast
-from minipeft.protocol import LinearShape, linear_shape
-from minipeft.wrapper import Wrapper, innermost
 
 
 def lora_scaling(alpha: float, rank: int, *, rank_stabilized: bool = False) -> float:

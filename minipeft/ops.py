@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from minipeft import flops
-from minipeft.products import is_slow
+from minipeft.fast import flops
+from minipeft.fast.products import is_slow
 
 F = TypeVar("F", bound=Callable[..., Any])
 Predicate = Callable[[torch.device, torch.dtype, tuple[int, ...]], bool]

@@ -26,7 +26,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minipeft.prefix_merge import merge_is_faster, merged_prefix_attention, why_not_merge
+from minipeft.fast.prefix import merge_is_faster, merged_prefix_attention, why_not_merge
 
 
 class KVShape(NamedTuple):

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minipeft import derivatives, ops, products
+from minipeft import ops
+from minipeft.adapters.linearity import why_not_replaceable
 from minipeft.double_quant import decoded_absmax
-from minipeft.linearity import why_not_replaceable
+from minipeft.fast import derivatives, products
 from minipeft.packed import PackedModule, encoded, frozen
 
 PANEL_BYTES = 16 * 2**20

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.io.ptuning import load_prefix, save_prefix
+from minipeft.io.prefixes import load_prefix, save_prefix
 
 transformers = pytest.importorskip("transformers")
 

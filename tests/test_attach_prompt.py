@@ -291,7 +291,7 @@ def test_a_conversation_is_not_taken_for_that_of_a_later_prompt(monkeypatch):
     """An id() is given out again; the keys of a prompt that is gone must not come back with it."""
     from transformers import DynamicCache
 
-    from minipeft.integrations.transformers import prompted
+    from minipeft.integrations.transformers import prompt_runs as prompted
 
     monkeypatch.setattr(prompted, "id", lambda _: 1, raising=False)
     case = Case("LLaMA")

@@ -8,8 +8,8 @@ from torch import nn
 
 import minipeft as mp
 from minipeft import LoRABank, LoRALinear, NF4Linear
-from minipeft.registry import named
-from minipeft.wrapper import innermost
+from minipeft.adapters.names import named
+from minipeft.adapters.wrapper import innermost
 
 ROWS = ["fr", None, "default", ["fr", "de"], "de", None]
 

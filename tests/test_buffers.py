@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import minipeft as mp
-from minipeft.buffers import changed_buffers
-from minipeft.extras import train_biases, train_modules
+from minipeft.adapters.buffers import changed_buffers
+from minipeft.model.train import train_biases, train_modules
 
 
 class ConvNet(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 import minipeft as mp
 from minipeft import NF4Linear
-from minipeft.registry import named
+from minipeft.adapters.names import named
 
 NAMES = ["default", "fr", "de"]
 WEIGHTS = [0.7, -0.4, 1.5]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import minipeft as mp
-from minipeft.extras import train_biases, train_modules, train_tokens
 from minipeft.layers.trained import TrainedBias, TrainedTokens
+from minipeft.model.train import train_biases, train_modules, train_tokens
 
 
 class Tagger(nn.Module):

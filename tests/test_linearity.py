@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import minipeft as mp
-from minipeft.linearity import why_not_foldable, why_not_formula, why_not_replaceable
+from minipeft.adapters.linearity import why_not_foldable, why_not_formula, why_not_replaceable
 
 
 class Doubled(nn.Linear):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.io.tensors import read_tensors
+from minipeft.io.files import read_tensors
 
 
 def make(dtype=torch.float32, quantized=False, std=0.05):

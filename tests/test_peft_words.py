@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import minipeft as mp
-from minipeft.peft_words import OURS
+from minipeft.model.peft_words import OURS
 
 FUNCTIONS = [mp.inject_lora, mp.inject_qlora, lambda model, *a, **k: mp.add_adapter(
     model, "second", *a, **k)]  # fmt: skip

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from minipeft.plain_names import PlainNames, Spellings, without_outer_wrappers
+from minipeft.adapters.plain_names import PlainNames, Spellings, without_outer_wrappers
 
 
 class Named(nn.Module):

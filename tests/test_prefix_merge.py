@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from minipeft.prefix_merge import merge_is_faster, merged_prefix_attention, why_not_merge
+from minipeft.fast.prefix import merge_is_faster, merged_prefix_attention, why_not_merge
 
 NAMES = ("y", "dq", "dk", "dv", "dprefix_k", "dprefix_v")
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import minipeft as mp
 from benchmarks.models import training_dtype
-from minipeft import products
-from minipeft.layers.lora_experts import by_expert
+from minipeft.fast import products
+from minipeft.layers.mixture import by_expert
 
 HALVES = (torch.bfloat16, torch.float16)
 # one rounding to the result's dtype; the order of sums may move a sum across a midpoint

@@ -14,7 +14,7 @@ from tqdm.std import tqdm
 
 import minipeft as mp
 from minipeft.io.bitsandbytes import save_quantized
-from minipeft.progress import Progress
+from minipeft.model.progress import Progress
 
 ROOT = Path(__file__).parent.parent
 

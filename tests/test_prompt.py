@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minipeft as mp
-from minipeft.prompt import (
+from minipeft.layers.prompt import (
     PromptEmbedding,
     PromptEncoder,
     ZeroGatedPrompt,

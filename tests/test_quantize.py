@@ -8,7 +8,7 @@ from torch import nn
 
 import minipeft as mp
 from minipeft import NF4Conv1D, NF4Embedding, NF4Experts, NF4Linear
-from minipeft.quantize import quantizable
+from minipeft.model.quantize import quantizable
 
 
 class Experts(nn.Module):

@@ -9,7 +9,7 @@ from torch import nn
 
 import minipeft as mp
 from minipeft import LoRALinear, NF4Linear
-from minipeft.registry import named, stacks
+from minipeft.adapters.names import named, stacks
 
 SIZE = 32
 

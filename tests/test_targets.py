@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.targets import HeadWarning, likely_head
+from minipeft.adapters.targets import HeadWarning, likely_head
 
 
 class Block(nn.Module):
@@ -252,7 +252,7 @@ class Everything(nn.Module):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_every_weight_is_in_the_account(device):
     """Weights of two or more axes are made 4-bit, or in left_out, by themselves or by module."""
-    from minipeft.quantize import quantizable
+    from minipeft.model.quantize import quantizable
 
     with torch.device(device):
         model = Everything()

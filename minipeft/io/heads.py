@@ -5,10 +5,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.names import adapters_called
+from minipeft.adapters.protocol import is_adapter
+from minipeft.adapters.wrapper import innermost
 from minipeft.layers.trained import TrainedModule
-from minipeft.protocol import is_adapter
-from minipeft.registry import adapters_called
-from minipeft.wrapper import innermost
 
 Heads = dict[str, dict[str, Tensor]]  # module name: its state
 

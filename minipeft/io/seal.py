@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from minipeft.io.files import encoded, parse_object, read_all
 from minipeft.io.replace import NotOneSave, Replacement
-from minipeft.io.tensors import encoded, parse_object, read_all
 
 CONFIG, TRAINING = "minipeft_config", "minipeft_training"
 # Of these no number depends: where the adapter is from, how it was made, what PEFT fills in.

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minipeft.io.files import checksums_in, digest, metadata_with
 from minipeft.io.header import DTYPES, NAMES, UnmappedFile
 from minipeft.io.header import Spec as Spec  # for those who write
 from minipeft.io.header import nbytes as nbytes
 from minipeft.io.replace import current
-from minipeft.io.tensors import checksums_in, digest, metadata_with
 
 
 class ShardWriter:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minipeft.buffers import keeps_statistics
+from minipeft.adapters.buffers import keeps_statistics
+from minipeft.adapters.wrapper import Wrapper, innermost, stored_parameter
 from minipeft.layers.casting import CastCall, rounded_like, widened
-from minipeft.wrapper import Wrapper, innermost, stored_parameter
 
 _CHANNELS_FIRST = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 _INSTANCE_NORMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.protocol import linear_shape
+from minipeft.adapters.wrapper import innermost
 from minipeft.layers.trained import TrainedLogits, Unscaled, checked_ids
-from minipeft.protocol import linear_shape
-from minipeft.wrapper import innermost
 
 
 class TrainedHeadRows(TrainedLogits):

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.protocol import is_adapter
+from minipeft.adapters.protocol import is_adapter
 
 
 def lora_plus_groups(

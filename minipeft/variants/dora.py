@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minipeft import derivatives
-from minipeft.linearity import check_own_weight
+from minipeft.adapters.linearity import check_own_weight
+from minipeft.adapters.protocol import is_adapter, is_packed
+from minipeft.adapters.wrapper import innermost
+from minipeft.fast import derivatives
 from minipeft.lora import LoRALinear, add_lora
 from minipeft.ops import without_autocast
-from minipeft.protocol import is_adapter, is_packed
 from minipeft.qlora import NF4Linear
-from minipeft.wrapper import innermost
 
 _CHUNK_BYTES = 16 * 2**20  # of float32 copies of a 16-bit weight
 

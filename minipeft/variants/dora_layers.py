@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minipeft.layers.embedding import NF4Embedding
-from minipeft.layers.lora_conv import LoRAConv, kernel_product
-from minipeft.layers.lora_embedding import LoRAEmbedding
-from minipeft.linearity import check_own_weight
+from minipeft.adapters.linearity import check_own_weight
+from minipeft.adapters.protocol import is_adapter
+from minipeft.adapters.wrapper import innermost
+from minipeft.layers.conv import LoRAConv, kernel_product
+from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.ops import without_autocast
-from minipeft.protocol import is_adapter
+from minipeft.quantized.embedding import NF4Embedding
 from minipeft.variants.dora import Kept, length_ratio, lengths_of, row_norms
-from minipeft.wrapper import innermost
 
 _ROWS = 4096  # of a 4-bit table to decode at a time
 

@@ -11,9 +11,9 @@ old ones are kept on the CPU, and `minipeft.remove` puts them back.
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.protocol import is_conv1d
 from minipeft.lora import LoRALinear
 from minipeft.packed import encoded
-from minipeft.protocol import is_conv1d
 from minipeft.qlora import NF4Linear
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.bank import RowStack
-from minipeft.bank.stack import why_not
-from minipeft.layers.lora_conv import LoRAConv
+from minipeft.adapters.names import give_name, named
+from minipeft.adapters.wrapper import Wrapper, innermost
+from minipeft.layers.conv import LoRAConv
 from minipeft.layers.trained import TrainedModule
 from minipeft.lora import LowRank
-from minipeft.registry import give_name, named
+from minipeft.model.rows import RowStack
+from minipeft.model.rows.stack import why_not
 from minipeft.variants.dora_layers import DoRAConv
-from minipeft.wrapper import Wrapper, innermost
 
 ROWS = ["fr", None, "default", ["fr", "de"], "de", None]
 OTHERS = [None, "de", ["default", "fr"], "fr", None, "default"]

@@ -16,7 +16,7 @@ from minipeft.io import header as header_module
 from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_quantized
 from minipeft.io.header import DTYPES, UnmappedFile
 from minipeft.io.shards import Reader
-from minipeft.quantize import quantize_model
+from minipeft.model.quantize import quantize_model
 
 MAPS = Path("/proc/self/maps")
 

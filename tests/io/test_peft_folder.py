@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.io.tensors import read_tensors, write_tensors
+from minipeft.io.files import read_tensors, write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

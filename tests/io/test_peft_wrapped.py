@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import minipeft as mp
-from minipeft.io.tensors import read_tensors
+from minipeft.io.files import read_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 X = torch.randn(3, 8)

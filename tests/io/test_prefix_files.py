@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.io import ptuning
-from minipeft.io.tensors import encoded, read_all
-from minipeft.prompt import PromptEmbedding
+from minipeft.io import prefixes as ptuning
+from minipeft.io.files import encoded, read_all
+from minipeft.layers.prompt import PromptEmbedding
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.tensor([[1, 3, 5, 2], [4, 4, 0, 6]])

@@ -12,7 +12,7 @@ import minipeft as mp
 
 pytest.importorskip("transformers")
 from benchmarks.prefix_behaviours import Case, P, difference
-from minipeft.io import ptuning
+from minipeft.io import prefixes as ptuning
 
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
 FAMILIES = [
@@ -265,7 +265,7 @@ LSTM = {"kind": "prompt_encoder", "embedding_dim": 32, "network": "lstm"}
 
 def unsealed(directory) -> None:
     """Weights without the configuration that they were saved with, as older files were."""
-    from minipeft.io.tensors import read_tensors, write_tensors
+    from minipeft.io.files import read_tensors, write_tensors
 
     for path in directory.glob("*.safetensors"):
         write_tensors(path, read_tensors(path))
@@ -411,7 +411,7 @@ def test_a_directory_used_again_holds_the_last_save_only(tmp_path):
 
 
 def test_a_file_cannot_train_or_overwrite_the_base(tmp_path):
-    from minipeft.io.tensors import read_tensors, write_tensors
+    from minipeft.io.files import read_tensors, write_tensors
 
     case, other = Case("LLaMA"), Case("LLaMA")
     mp.attach_prefix(case.model, P)
@@ -503,7 +503,7 @@ def test_files_are_refused_where_attaching_would_be(made_on, attach, family, mes
 
 
 def test_tensors_that_a_prefix_cannot_hold_are_refused(tmp_path):
-    from minipeft.io.tensors import write_tensors
+    from minipeft.io.files import write_tensors
 
     case = Case("LLaMA")
     mp.attach_prefix(case.model, P)
@@ -547,7 +547,7 @@ def test_a_head_that_cannot_train_now_changes_nothing():
 
 @pytest.mark.parametrize("family", ["BERT", "LLaMA"])
 def test_unexpected_keys_are_named_or_reported(family, tmp_path):
-    from minipeft.io.tensors import read_tensors, write_tensors
+    from minipeft.io.files import read_tensors, write_tensors
 
     case = Case(family)
     mp.attach_prefix(case.model, P, position="shift")

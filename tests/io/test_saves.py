@@ -12,7 +12,7 @@ from torch import nn
 
 import minipeft as mp
 from minipeft.io.bitsandbytes import load_quantized, save_quantized
-from minipeft.io.ptuning import save_prefix
+from minipeft.io.prefixes import save_prefix
 from minipeft.io.replace import COMMIT
 
 pytest.importorskip("transformers")

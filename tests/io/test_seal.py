@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import minipeft as mp
+from minipeft.io.files import read_all, read_tensors, write_tensors
 from minipeft.io.replace import NotOneSave
-from minipeft.io.tensors import read_all, read_tensors, write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -9,10 +9,10 @@ from torch import nn
 
 import minipeft as mp
 from minipeft import LoRAConv, LoRAFusedLinear, LoRALinear
-from minipeft.io.tensors import encoded, read_all
+from minipeft.io.files import encoded, read_all
 from minipeft.layers.fused_layouts import per_head
-from minipeft.layers.lora_experts import LoRAExperts
-from minipeft.variants.init import init_olora, init_pissa
+from minipeft.layers.mixture import LoRAExperts
+from minipeft.variants.starts import init_olora, init_pissa
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import minipeft as mp
-from minipeft.extras import train_biases, train_modules, train_tokens
 from minipeft.layers.trained import TrainedModule
+from minipeft.model.train import train_biases, train_modules, train_tokens
 
 HALF = [torch.bfloat16, torch.float16]
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.layers.lora_bias import LoRABias
-from minipeft.layers.lora_conv import LoRAConv
+from minipeft.layers.bias import LoRABias
+from minipeft.layers.conv import LoRAConv
 
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 5), lambda base: mp.LoRALinear(base, 2, 6), (3, 7, 6)),
@@ -147,7 +147,7 @@ def test_a_compiled_layer_computes_the_same_on_and_off(plain_python):
         "import torch\n"
         "from torch import nn\n"
         "import minipeft as mp\n"
-        "from minipeft.layers.lora_bias import LoRABias\n"
+        "from minipeft.layers.bias import LoRABias\n"
         "layer = LoRABias(mp.LoRALinear(nn.Linear(6, 5), 2, 6)).eval()\n"
         "nn.init.normal_(layer.lora_bias)\n"
         "x = torch.randn(3, 6)\n"

@@ -11,7 +11,7 @@ from torch import nn
 
 import minipeft as mp
 from minipeft import LoRAConv
-from minipeft.layers.lora_conv import full_from_grouped, grouped_from_full
+from minipeft.layers.conv import full_from_grouped, grouped_from_full
 
 SETTINGS = {
     "plain": (nn.Conv1d, {"kernel_size": 3}, (9,)),

@@ -12,7 +12,7 @@ from torch import nn
 import minipeft as mp
 from minipeft import LoRAExperts, NF4Experts
 from minipeft.inject import swap
-from minipeft.layers.lora_experts import (
+from minipeft.layers.mixture import (
     DenseExperts,
     by_expert,
     experts_from_peft,

@@ -8,7 +8,7 @@ from torch import nn
 
 import minipeft as mp
 from minipeft import DoRAConv, DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRATiedLinear
-from minipeft.layers.lora_conv import full_from_grouped
+from minipeft.layers.conv import full_from_grouped
 
 IDS = torch.tensor([[0, 5, 10], [5, 1, 1]])
 LAYERS = {

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.variants.eva import IncrementalSVD
+from minipeft.model.eva import IncrementalSVD
 
 
 class Block(nn.Module):

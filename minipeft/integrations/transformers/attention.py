@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.integrations.transformers.columns import Query, put_in_front
+from minipeft.integrations.transformers.masks import Query, put_in_front
+from minipeft.layers.prompt import zero_gated_attention
 from minipeft.prefix import KVShape, gated_attention, with_prefix
-from minipeft.prompt import zero_gated_attention
 
 MARK = re.compile(r"minipeft(\d+)_")
 ATTRIBUTE = "_minipeft_prefix"  # on an attention module: (owner of the prefix, layer number)

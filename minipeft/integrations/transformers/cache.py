@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from minipeft.integrations.transformers.attention import SWITCHED, Owner, joined
-from minipeft.integrations.transformers.columns import reorder
+from minipeft.integrations.transformers.masks import reorder
 from minipeft.prefix import with_prefix
 
 

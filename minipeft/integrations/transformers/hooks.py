@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minipeft.integrations.transformers import attention, positions
 from minipeft.integrations.transformers.arguments import Arguments, names_of
 from minipeft.integrations.transformers.cache import PrefixedCache
-from minipeft.integrations.transformers.columns import (
+from minipeft.integrations.transformers.masks import (
     Query,
     before_tokens,
     pad_front,

@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from minipeft import inject
-from minipeft.adapters import named_adapters
-from minipeft.protocol import is_adapter, is_packed
-from minipeft.registry import DEFAULT, named
+from minipeft.adapters.names import DEFAULT, named
+from minipeft.adapters.protocol import is_adapter, is_packed
+from minipeft.adapters.state import named_adapters
 
 
 def save_adapters(
@@ -48,8 +48,8 @@ def save_adapters(
     # io builds on integrations
     from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress
     from minipeft.io.peft.save import describe, stage_adapter
-    from minipeft.io.ptuning import config as own_files
-    from minipeft.io.ptuning import save as ptuning
+    from minipeft.io.prefixes import config as own_files
+    from minipeft.io.prefixes import save as ptuning
     from minipeft.io.replace import Replacement
     from minipeft.io.seal import stage
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from minipeft.io.files import parse_object
 from minipeft.io.replace import current
 from minipeft.io.shards import Reader
-from minipeft.io.tensors import parse_object
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _MAX_JSON = 2**28  # an index has about 100 bytes a tensor

@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.linearity import why_not_replaceable
+from minipeft.adapters.protocol import is_conv1d
+from minipeft.adapters.targets import Names
 from minipeft.io.bitsandbytes import checkpoint
+from minipeft.io.bitsandbytes.buffers import restore_buffers
 from minipeft.io.bitsandbytes.weight import is_state_key, state_of, weight_of
-from minipeft.io.buffers import restore_buffers
 from minipeft.io.replace import read_whole
 from minipeft.io.shards import Reader
-from minipeft.layers.conv1d import NF4Conv1D
-from minipeft.linearity import why_not_replaceable
-from minipeft.progress import Progress
-from minipeft.protocol import is_conv1d
+from minipeft.model.progress import Progress
 from minipeft.qlora import NF4Linear
-from minipeft.targets import Names
+from minipeft.quantized.conv1d import NF4Conv1D
 
 
 def _groups(reader: Reader) -> dict[str, list[str]]:

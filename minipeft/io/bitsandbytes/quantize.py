@@ -19,17 +19,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minipeft.adapters.protocol import is_conv1d, linear_shape
+from minipeft.adapters.targets import Head, HeadWarning, Names, likely_head
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import Settings, entries, specs
+from minipeft.io.files import parse_object
 from minipeft.io.replace import locked, write_file
 from minipeft.io.shards import Reader, ShardWriter, Spec, nbytes, shard_names, split
-from minipeft.io.tensors import parse_object
+from minipeft.model.progress import Progress
+from minipeft.model.quantize import Skip, quantizable
 from minipeft.nf4 import check_block_size
-from minipeft.progress import Progress
-from minipeft.protocol import is_conv1d, linear_shape
 from minipeft.qlora import NF4Linear
-from minipeft.quantize import Skip, quantizable
-from minipeft.targets import Head, HeadWarning, Names, likely_head
 
 PROGRESS = ".quantize_checkpoint.json"
 _NOT_COPIED = {

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.base_state import base_state_dict, plain_modules
+from minipeft.adapters.protocol import is_adapter, is_packed, linear_shape
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import entries
 from minipeft.io.replace import Replacement
 from minipeft.io.shards import ShardWriter, nbytes, shard_names, split
+from minipeft.model.base_state import base_state_dict, plain_modules
 from minipeft.packed import PackedModule
-from minipeft.protocol import is_adapter, is_packed, linear_shape
 from minipeft.qlora import NF4Linear
 
 

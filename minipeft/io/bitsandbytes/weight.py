@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minipeft.codebooks import FP4_CODEBOOK
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE, dynamic_codebook
-from minipeft.io.tensors import parse_object
+from minipeft.io.files import parse_object
 from minipeft.nf4 import BLOCK_SIZES, NF4_CODEBOOK
 from minipeft.packed import PackedModule
+from minipeft.quantized.codebooks import FP4_CODEBOOK
 
 STATE_KEY = "quant_state.bitsandbytes__"  # and the data type: nf4, fp4
 SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")

@@ -6,10 +6,10 @@ Source: PEFT 0.21, `LoraConfig` as its `save_pretrained` writes it.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minipeft.extras import BIAS_MODES
+from minipeft.io.files import parse_object
 from minipeft.io.peft.fields import check_fields
 from minipeft.io.replace import current
-from minipeft.io.tensors import parse_object
+from minipeft.model.train import BIAS_MODES
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

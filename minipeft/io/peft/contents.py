@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.protocol import is_packed
+from minipeft.adapters.wrapper import innermost
 from minipeft.io.peft.config import CONFIG_NAME
 from minipeft.io.peft.keys import Key
 from minipeft.io.peft.located import Located
 from minipeft.io.peft.matched import MatchedConfig
-from minipeft.protocol import is_packed
-from minipeft.wrapper import innermost
 
 
 @dataclass

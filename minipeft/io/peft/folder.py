@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from minipeft.io.files import parse_object
 from minipeft.io.peft.config import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME
 from minipeft.io.replace import current
 from minipeft.io.seal import read_sealed
 from minipeft.io.shards import Reader
-from minipeft.io.tensors import parse_object
 
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 _PICKLE_NAME = "adapter_model.bin"

@@ -21,7 +21,7 @@ import re
 from collections.abc import Container, Iterable
 from typing import NamedTuple
 
-from minipeft.plain_names import without_outer_wrappers
+from minipeft.adapters.plain_names import without_outer_wrappers
 
 PREFIX = "base_model.model."
 _ADAPTER = r"(\.[^.]+)?"  # the adapter's name, which holds no dot

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters import freeze, named_adapters, refuse_merged
-from minipeft.atomic import restoring
-from minipeft.bank import refuse_rows
+from minipeft.adapters.atomic import restoring
+from minipeft.adapters.names import DEFAULT, check_new_name, give_name
+from minipeft.adapters.plain_names import PlainNames, Spellings
+from minipeft.adapters.protocol import is_adapter, linear_shape
+from minipeft.adapters.state import freeze, named_adapters, refuse_merged
+from minipeft.adapters.targets import Names, visible_modules
+from minipeft.adapters.wrapper import Wrapper, innermost, stored_parameter
 from minipeft.inject import check_model, swap
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, read_config
 from minipeft.io.peft.contents import Contents, sort_out
@@ -21,19 +25,15 @@ from minipeft.io.peft.prompts import kind_in, load_prompts
 from minipeft.io.peft.tensors import copy_into, reaches_across_groups, taken_bias
 from minipeft.io.peft.training import PLAIN, Training, freeze_named, made_layer, parsed
 from minipeft.io.replace import read_whole
-from minipeft.kinds import layer_class
-from minipeft.layers.experts import NF4Experts
-from minipeft.layers.lora_bias import LoRABias
-from minipeft.layers.lora_embedding import LoRAEmbedding
-from minipeft.layers.lora_experts import LoRAExperts
-from minipeft.layers.lora_tied import LoRATiedLinear
+from minipeft.layers.bias import LoRABias
+from minipeft.layers.embeddings import LoRAEmbedding
+from minipeft.layers.mixture import LoRAExperts
+from minipeft.layers.tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.layers.trained_head import TrainedHeadRows
-from minipeft.plain_names import PlainNames, Spellings
-from minipeft.protocol import is_adapter, linear_shape
-from minipeft.registry import DEFAULT, check_new_name, give_name
-from minipeft.targets import Names, visible_modules
-from minipeft.wrapper import Wrapper, innermost, stored_parameter
+from minipeft.model.kinds import layer_class
+from minipeft.model.rows import refuse_rows
+from minipeft.quantized.experts import NF4Experts
 
 
 class Loaded(Names):

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from minipeft.adapters.plain_names import PlainNames, Spellings
+from minipeft.adapters.targets import expert_weights, head_reasons, in_attention, visible_modules
+from minipeft.adapters.wrapper import innermost
 from minipeft.io.peft.keys import PREFIX, Key, beside, parse, without_prefix
-from minipeft.plain_names import PlainNames, Spellings
-from minipeft.targets import expert_weights, head_reasons, in_attention, visible_modules
-from minipeft.wrapper import innermost
 
 LONGEST_KEY = 1000  # characters; real names have some hundred, and matching longer ones takes time
 

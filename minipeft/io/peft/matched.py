@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from torch import nn
 
+from minipeft.adapters.protocol import linear_shape
 from minipeft.io.peft.config import LoRAConfig
 from minipeft.io.peft.patterns import fitting, layer_numbers
-from minipeft.protocol import linear_shape
 
 Number = TypeVar("Number", int, float)
 Spelled = Mapping[str, Iterable[str]]  # a module's name: how the file may spell it, and itself

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.integrations.transformers.attached import NAME, Prefix
-from minipeft.integrations.transformers.attaching import attach
-from minipeft.integrations.transformers.prompted import RunPrompt
-from minipeft.integrations.transformers.prompts import check_decoder
+from minipeft.integrations.transformers.attach import attach
+from minipeft.integrations.transformers.attach_prompt import check_decoder
+from minipeft.integrations.transformers.prefixes import NAME, Prefix
+from minipeft.integrations.transformers.prompt_runs import RunPrompt
+from minipeft.io.files import parse_object
 from minipeft.io.heads import (
     Heads,
     by_module,
@@ -24,12 +25,11 @@ from minipeft.io.heads import (
     task_heads,
 )
 from minipeft.io.peft.config import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME
-from minipeft.io.ptuning.save import has_more_than_prefix, with_values
+from minipeft.io.prefixes.save import has_more_than_prefix, with_values
 from minipeft.io.replace import current
 from minipeft.io.seal import read_sealed
-from minipeft.io.tensors import parse_object
+from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 from minipeft.prefix import PrefixEncoder
-from minipeft.prompt import PromptEmbedding, PromptEncoder
 
 KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 _KEY, _HEADS, _LONG = "prompt_embeddings", ("base_model.",), "base_model.model."

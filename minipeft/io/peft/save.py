@@ -11,29 +11,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.buffers import changed_buffers, complaint
+from minipeft.adapters.buffers import changed_buffers, complaint
+from minipeft.adapters.names import DEFAULT, adapters_called, named
+from minipeft.adapters.plain_names import PlainNames
+from minipeft.adapters.protocol import Adapter, is_conv1d
+from minipeft.adapters.targets import matches, visible_modules
+from minipeft.adapters.wrapper import innermost
+from minipeft.io.files import check_writable
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
 from minipeft.io.peft.prompts import describe_prompts, prompt_in
 from minipeft.io.peft.tensors import lora_biases, written, written_experts
 from minipeft.io.peft.training import described, half
-from minipeft.io.ptuning.save import gathered_by_id, is_prompt
+from minipeft.io.prefixes.save import gathered_by_id, is_prompt
 from minipeft.io.replace import Replacement
 from minipeft.io.seal import stage
-from minipeft.io.tensors import check_writable
-from minipeft.layers.lora_bias import LoRABias
-from minipeft.layers.lora_experts import LoRAExperts
-from minipeft.layers.lora_fused import LoRAFusedLinear
-from minipeft.layers.lora_tied import LoRATiedLinear
+from minipeft.layers.bias import LoRABias
+from minipeft.layers.fused import LoRAFusedLinear
+from minipeft.layers.mixture import LoRAExperts
+from minipeft.layers.tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.layers.trained_head import TrainedHeadRows
 from minipeft.lora import LowRank, lora_scaling
-from minipeft.plain_names import PlainNames
 from minipeft.prefix import PrefixEncoder
-from minipeft.protocol import Adapter, is_conv1d
-from minipeft.registry import DEFAULT, adapters_called, named
-from minipeft.targets import matches, visible_modules
-from minipeft.wrapper import innermost
 
 
 @dataclass

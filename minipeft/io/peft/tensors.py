@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.protocol import linear_shape
+from minipeft.adapters.wrapper import innermost
 from minipeft.io.peft.keys import Key
-from minipeft.layers.lora_attention import LoRAMultiheadAttention
-from minipeft.layers.lora_conv import LoRAConv, full_from_grouped, grouped_from_full
-from minipeft.layers.lora_embedding import LoRAEmbedding
-from minipeft.layers.lora_experts import LoRAExperts, experts_from_peft, peft_from_experts
-from minipeft.layers.lora_fused import LoRAFusedLinear
-from minipeft.layers.lora_tied import LoRATiedLinear
+from minipeft.layers.attention import LoRAMultiheadAttention
+from minipeft.layers.conv import LoRAConv, full_from_grouped, grouped_from_full
+from minipeft.layers.embeddings import LoRAEmbedding
+from minipeft.layers.fused import LoRAFusedLinear
+from minipeft.layers.mixture import LoRAExperts, experts_from_peft, peft_from_experts
+from minipeft.layers.tied import LoRATiedLinear
 from minipeft.lora import LoRALinear, LowRank
-from minipeft.protocol import linear_shape
-from minipeft.wrapper import innermost
 
 Tensors = dict[str, Tensor]
 

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.protocol import Adapter, linear_shape
+from minipeft.adapters.wrapper import innermost
 from minipeft.io.peft.keys import Key
 from minipeft.io.peft.tensors import copy_into, experts_parameters, parameters
-from minipeft.layers.lora_experts import LoRAExperts
-from minipeft.layers.lora_fused import LoRAFusedLinear
+from minipeft.layers.fused import LoRAFusedLinear
+from minipeft.layers.mixture import LoRAExperts
 from minipeft.lora import LowRank, lora_scaling
-from minipeft.protocol import Adapter, linear_shape
-from minipeft.wrapper import innermost
 
 _DTYPES = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _STARTS = ("lora_a0", "lora_b0")

@@ -1,0 +1,1 @@
+"""What every adapter is, has and is called; no layer and no algorithm."""

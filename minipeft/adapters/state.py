@@ -1,0 +1,251 @@
+"""Whole-model functions on adapters: freeze, parameters, state, on and off, strength.
+
+They find adapters through protocol.py alone, so a layer of your own takes part.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapters.buffers import hold
+from minipeft.adapters.names import adapters_called
+from minipeft.adapters.plain_names import PlainNames, Spellings
+from minipeft.adapters.protocol import Adapter, is_adapter
+
+T = TypeVar("T", bound=Tensor)
+
+
+def named_adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Every adapter of the model by its module name; one under several names comes once.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a module, got {type(model).__name__}")
+    return {name: module for name, module in model.named_modules() if is_adapter(module)}
+
+
+def require_adapters(caller: str, model: nn.Module) -> dict[str, Adapter]:
+    """named_adapters, or a ValueError if there is none."""
+    found = named_adapters(model)
+    if not found:
+        raise ValueError(f"{caller}: the model has no adapter; inject one first")
+    return found
+
+
+def named_adapter_parameters(
+    caller: str, model: nn.Module, name: str | None
+) -> dict[str, nn.Parameter]:
+    """Of one adapter by its name, under the modules' names in the plain model; None: of all.
+
+    What torch wraps around modules (torch.compile, DDP) is in no name.
+
+    Raises:
+        ValueError: as `_named_tensors`.
+    """
+    return _named_tensors(caller, model, name, lambda adapter: adapter.adapter_parameters())
+
+
+def _buffers_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The statistics that an adapter owns, by their name within the module; most have none."""
+    own = getattr(type(adapter), "adapter_buffers", None)
+    return {} if own is None else own(adapter)
+
+
+def _named_tensors(
+    caller: str, model: nn.Module, name: str | None, own_of: Callable[[Adapter], dict[str, T]]
+) -> dict[str, T]:
+    """What `own_of` gives for each layer of one adapter, by its name in the plain model.
+
+    Raises:
+        ValueError: no such adapter, or one that has two layers of one kind over the same module
+            (stacked by hand), whose parameters have one name.
+    """
+    if name is None:
+        every = named_adapters(model)
+        banks = [place for place, a in every.items() if getattr(a, "nameless", False)]
+        adapters = [(_without_banks(place, banks), adapter) for place, adapter in every.items()]
+    else:
+        called = adapters_called(caller, model, name)
+        adapters = [(place, adapter) for place, stack in called.items() for adapter in stack]
+    found: dict[str, T] = {}
+    names = PlainNames(model)
+    for place, adapter in adapters:
+        inner = PlainNames(adapter)  # type: ignore[arg-type]  # a head saved whole may hold some
+        for own, parameter in own_of(adapter).items():
+            plain = names.plain(place)
+            key = f"{plain}.{inner.plain(own)}" if plain else inner.plain(own)
+            if key in found:
+                raise ValueError(
+                    f"{caller}: adapter {name!r} has two layers over {place!r}; give the second "
+                    "a name of its own with add_adapter"
+                )
+            found[key] = parameter
+    return found
+
+
+def _without_banks(place: str, banks: list[str]) -> str:
+    """The name that a layer has while no bank lies over it."""
+    for bank in banks:
+        inside = f"{bank}.base" if bank else "base"
+        if place == inside or place.startswith(f"{inside}."):
+            return f"{bank}{place[len(inside) :]}".lstrip(".")
+    return place
+
+
+def adapter_parameters(model: nn.Module, *, name: str | None = None) -> Iterator[nn.Parameter]:
+    """The parameters that adapters own, or the adapter called `name`: what an optimiser gets.
+
+    Each comes once, also one that two layers share (copies of tied modules).
+    """
+    found = named_adapter_parameters("adapter_parameters", model, name).values()
+    yield from {id(parameter): parameter for parameter in found}.values()
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze every parameter that no adapter owns; adapters keep their `requires_grad`.
+
+    Running statistics are frozen with them: while the model has adapters its normalisations stay
+    in eval mode, whatever `train()` says, and the base is what it was, bit for bit.  To let them
+    follow new data name the normalisations in `train_modules`.  inject_lora, load_peft and all
+    others that add an adapter call this.
+    """
+    owned = {id(parameter) for parameter in adapter_parameters(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in owned:
+            parameter.requires_grad_(False)
+    hold(model)
+
+
+def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str, Tensor]:
+    """The adapters' parameters, detached and not copied: '<module name>.lora_a', and so on.
+
+    With the running statistics of modules that train whole.  Of the adapter called `name` under
+    the modules' names in the plain model, so that they fit a model in which it is alone; without
+    `name` of all, under the names of the layers.
+    """
+    parameters = named_adapter_parameters("adapter_state_dict", model, name)
+    buffers = _named_tensors("adapter_state_dict", model, name, _buffers_of)
+    return {key: value.detach() for key, value in {**parameters, **buffers}.items()}
+
+
+def refuse_merged(caller: str, adapters: Mapping[str, Adapter]) -> None:
+    """Raise ValueError if an adapter is merged: its precomputed weight would not follow."""
+    merged = [n for n, a in adapters.items() if getattr(a, "merged_module", None) is not None]
+    if merged:
+        raise ValueError(f"{caller}: {merged[0]!r} is merged; call minipeft.unmerge(model) first")
+
+
+def load_adapter_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True, name: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Copy adapter tensors into the model's adapters; all are checked before the first is copied.
+
+    `name` chooses one adapter, as in `adapter_state_dict`.  Names that hold what torch wraps around
+    modules (`_orig_mod.`, `module.`) are understood.  Returns (missing, unexpected) keys, which are
+    empty if `strict`.  Running statistics may be missing.
+
+    Raises:
+        ValueError: a missing or unexpected name (if strict), another shape, no floating-point
+            values, or a merged adapter.  Nothing has been copied then.
+    """
+    adapters = require_adapters("load_adapter_state_dict", model)
+    refuse_merged("load_adapter_state_dict", adapters)
+    parameters = named_adapter_parameters("load_adapter_state_dict", model, name)
+    buffers = _named_tensors("load_adapter_state_dict", model, name, _buffers_of)
+    own: dict[str, Tensor] = {**parameters, **buffers}
+    state = understood("load_adapter_state_dict", state, own)
+    missing = [key for key in parameters if key not in state]
+    unexpected = [key for key in state if key not in own]
+    if strict and (missing or unexpected):
+        raise ValueError(
+            f"load_adapter_state_dict: missing {missing[:5]} ({len(missing)} in all), unexpected "
+            f"{unexpected[:5]} ({len(unexpected)} in all); is it another model's adapter?"
+        )
+    for key in own.keys() & state.keys():
+        floating = own[key].is_floating_point()
+        if not isinstance(state[key], Tensor) or state[key].is_floating_point() != floating:
+            what = "floating-point" if floating else "integer"
+            raise ValueError(f"load_adapter_state_dict: {key} is no {what} tensor")
+        if own[key].is_meta:
+            raise ValueError(
+                f"load_adapter_state_dict: {key} is on the meta device and cannot hold values; "
+                "load the base model first"
+            )
+        if state[key].shape != own[key].shape:
+            raise ValueError(
+                f"load_adapter_state_dict: {key} has shape {tuple(state[key].shape)}, the model "
+                f"expects {tuple(own[key].shape)}"
+            )
+    with torch.no_grad():
+        for key in own.keys() & state.keys():
+            own[key].copy_(state[key])
+    return missing, unexpected
+
+
+def understood(
+    caller: str, state: Mapping[str, Tensor], own: Mapping[str, object]
+) -> dict[str, Tensor]:
+    """The state under the model's `own` plain names; what fits none keeps its name.
+
+    Raises:
+        ValueError: two names in the state that mean the same tensor.
+    """
+    spellings, found = Spellings(own), {}
+    for key, value in state.items():
+        plain = spellings.find(key) or key
+        if plain in found:
+            raise ValueError(f"{caller}: {key!r} is in the state twice, in two spellings")
+        found[plain] = value
+    return found
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within this context the model computes as its base does, merged or not.
+
+    Nests, and restores each adapter's own state, also after an exception.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    before = [(a, a.enabled) for a in require_adapters("disable_adapters", model).values()]
+    try:
+        for adapter, _ in before:
+            adapter.enabled = False
+        yield
+    finally:
+        for adapter, enabled in before:
+            adapter.enabled = enabled
+
+
+def scale_adapters(model: nn.Module, factor: float, *, name: str | None = None) -> list[str]:
+    """Multiply what every adapter adds by `factor`, or the one called `name`.
+
+    Absolute, not cumulative: 1.0 is as trained.  Returns the names of the layers.
+
+    Raises:
+        ValueError: no adapter, a merged one, one that cannot be scaled (a prefix), or a factor
+            that is not finite; every adapter keeps its strength then.
+    """
+    adapters = require_adapters("scale_adapters", model)
+    refuse_merged("scale_adapters", adapters)
+    if name is not None:
+        called = adapters_called("scale_adapters", model, name)
+        chosen = {id(adapter) for stack in called.values() for adapter in stack}
+        adapters = {n: adapter for n, adapter in adapters.items() if id(adapter) in chosen}
+    if not isinstance(factor, int | float) or not -float("inf") < factor < float("inf"):
+        raise ValueError(f"scale_adapters: factor={factor!r}; expected a finite number")
+    before = [(adapter, adapter.scale) for adapter in adapters.values()]
+    try:
+        for adapter in adapters.values():
+            adapter.scale = float(factor)
+    except ValueError:
+        for adapter, scale in before:
+            adapter.scale = scale
+        raise
+    return list(adapters)

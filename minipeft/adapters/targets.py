@@ -1,0 +1,362 @@
+"""Which modules of a model a `target` names: all of them, or an error that says what is wrong.
+
+"all-linear"                 every linear layer but the output head
+r".*\\.(q|v)_proj"            a regular expression that matches the full name
+["q_proj", "layers.0.up"]    names, or dotted ends of names; an entry that is the full name of a
+                             module means that one alone: ["1"] is not 0.1
+lambda name, module: ...     a predicate
+
+The output head, which "all-linear" and quantising leave out, is what `get_output_embeddings` gives,
+and in a model of your own what `head=` names.
+"""
+
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from minipeft.adapters.protocol import is_adapter, linear_shape
+from minipeft.adapters.wrapper import innermost
+from minipeft.quantized.experts import NF4Experts
+
+Target = str | Iterable[str] | Callable[[str, nn.Module], bool]
+# names (or modules) of the output head: one, several, () for none; None: not said
+Head = str | nn.Module | Iterable[str | nn.Module] | None
+Number = TypeVar("Number", int, float)
+
+# what transformers calls the new, untrained heads of its classes
+NEW_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "lm_head", "cls")
+
+
+class Names(list[str]):
+    """Names of modules that were touched; `left_out` says which others were not, and why.
+
+    `made` says of each name what was made there, and by which patterns; `notes` of some names what
+    you may want otherwise; `report()` is all of it.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        left_out: Mapping[str, str] | None = None,
+        made: Mapping[str, str] | None = None,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(names)
+        self.left_out, self.made = dict(left_out or {}), dict(made or {})
+        self.notes = dict(notes or {})
+
+    def report(self) -> str:
+        """A line for each name, for each one left out, and for each note."""
+        rows = [(name, self.made.get(name, "")) for name in self]
+        rows += [(name, f"left out: {why}") for name, why in self.left_out.items()]
+        rows += [(name, f"note: {note}") for name, note in self.notes.items()]
+        width = max((len(name) for name, _ in rows), default=0)
+        return "\n".join(f"{name:{width}}  {text}".rstrip() for name, text in rows)
+
+
+def visible_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every submodule by each of its names, but nothing inside an adapter layer."""
+    found: dict[str, nn.Module] = {}
+    hidden: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if hidden and name.startswith(hidden):
+            continue
+        if name:
+            found[name] = module
+        if is_adapter(module):
+            hidden = (f"{name}." if name else "",)
+    return found
+
+
+class HeadWarning(UserWarning):
+    """A layer that looks like the output head was made 4-bit."""
+
+
+def head_reasons(model: nn.Module, head: Head = None) -> dict[str, str]:
+    """The output heads of a model by name, and why each is left as it is.
+
+    The head is what `get_output_embeddings()` returns; in models that have that method, modules
+    with one of transformers' names for new heads count too.  `head` names others: of each, with
+    all that is inside, and none for ().
+
+    Raises:
+        ValueError: `head` names no module of the model.
+    """
+    reasons: dict[str, str] = {}
+    for path, part in _with_output_embeddings(model):
+        output = part.get_output_embeddings()  # type: ignore[operator]
+        for name, module in part.named_modules(prefix=path, remove_duplicate=False):
+            inside = name.removeprefix(path).lstrip(".")
+            if output is not None and module is output:
+                reasons[name] = "the output head (get_output_embeddings)"
+            elif inside and inside.split(".")[0] in NEW_HEADS:
+                reasons.setdefault(name, "a new head, trained or kept dense as a whole")
+    if head is None:
+        return reasons
+    modules = visible_modules(model)
+    for entry in [head] if isinstance(head, str | nn.Module) else list(head):
+        meant = exact([entry], modules) if isinstance(entry, str) else None
+        found = [n for n, m in modules.items() if (meant(n) if meant else m is entry)]
+        if not found:
+            what = repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}"
+            raise ValueError(f"head: {what} is no module of the model; {_hint(modules)}")
+        for name in modules:
+            if any(name == own or name.startswith(f"{own}.") for own in found):
+                reasons.setdefault(name, "the output head (head=)")
+    return reasons
+
+
+def _with_output_embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, part) for name, part in model.named_modules(remove_duplicate=False)
+        if callable(getattr(part, "get_output_embeddings", None))
+    ]  # fmt: skip
+
+
+def likely_head(model: nn.Module, head: Head, touched: Iterable[str]) -> dict[str, str]:
+    """A note for a layer among these names that looks like the head of a model that names none.
+
+    Layers of a trunk feed each other, so their sizes recur.  A head has as many outputs as no other
+    layer has inputs or outputs, and is the last linear layer, or has one for each row of a table.
+    """
+    named = [name for name, _ in _with_output_embeddings(model)]
+    if head is not None or "" in named:
+        return {}
+    modules = visible_modules(model)
+    shapes = {id(m): shape for m in modules.values() if (shape := linear_shape(m)) is not None}
+    tables = {
+        (m.num_embeddings, m.embedding_dim)
+        for m in map(innermost, modules.values()) if isinstance(m, nn.Embedding)
+    }  # fmt: skip
+    last = next(reversed(shapes), None) if len(shapes) > 1 else None
+    notes = {}
+    for name in touched:
+        own = shapes.get(id(modules.get(name)))
+        if own is None or any(name.startswith(f"{part}.") for part in named):
+            continue
+        others = (s for number, s in shapes.items() if number != id(modules[name]))
+        recurs = any(own.out_features in (s.in_features, s.out_features) for s in others)
+        is_last = id(modules[name]) == last
+        if not recurs and (is_last or (own.out_features, own.in_features) in tables):
+            notes[name] = (
+                f"looks like the output head: {own.out_features} outputs, as no other layer has; "
+                f"pass head={name!r} to leave it as it is, or head=() if the model has none"
+            )
+    return notes
+
+
+def in_attention(model: nn.Module) -> dict[str, str]:
+    """Linear layers inside nn.MultiheadAttention: it reads their weight and never calls them."""
+    reasons = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.MultiheadAttention):
+            path = f"{name}." if name else ""
+            reasons[f"{path}out_proj"] = "inside nn.MultiheadAttention, which never calls it"
+    return reasons
+
+
+def matches(target: Target, name: str, module: nn.Module | nn.Parameter) -> bool:
+    """Whether one name is meant: full-match expression, name or dotted end, or predicate."""
+    if callable(target):
+        return bool(target(name, module))  # type: ignore[arg-type]
+    if isinstance(target, str):
+        return re.fullmatch(target, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in target)
+
+
+def exact(entries: Iterable[str], names: Container[str]) -> Callable[[str], bool]:
+    """Whether a name is one of these entries, or ends in one that is no full name itself."""
+    full = {entry for entry in entries if entry in names}
+    ends = tuple(f".{entry}" for entry in entries if entry not in names)
+    return lambda name: name in full or name.endswith(ends)
+
+
+def check_expression(caller: str, expression: str) -> None:
+    """Raise ValueError unless this is a regular expression."""
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{caller}: {expression!r} is no regular expression ({error}); names go in a list"
+        ) from None
+
+
+def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The 3-D weights of mixtures of experts, (experts, rows, columns), by their full names."""
+    return {
+        f"{name}.{own}" if name else own: parameter
+        for name, module in {"": model, **visible_modules(model)}.items()
+        if not type(module).__module__.startswith("torch.nn")  # convolutions, attention
+        and not is_adapter(module)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
+    }
+
+
+def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[str, Any]:
+    """Every module, and every 3-D weight of experts, that `target` names, by name.
+
+    PEFT's list entries are ends of names always; here one that is a full name means that alone.
+
+    Raises:
+        ValueError: nothing matches, a list entry matches nothing, or the expression is broken.
+        TypeError: target is neither string, list of strings nor callable.
+    """
+    modules: dict[str, Any] = {**visible_modules(model), **expert_weights(model)}
+    if isinstance(target, str):
+        check_expression(caller, target)
+    elif not callable(target):
+        target = list(target)
+        if not target or not all(isinstance(entry, str) for entry in target):
+            raise TypeError(f"{caller}: expected a non-empty list of names, got {target!r}")
+        unmatched = [e for e in target if not any(matches([e], n, m) for n, m in modules.items())]
+        if unmatched:
+            raise ValueError(f"{caller}: {unmatched} match no module; {_hint(modules)}")
+        meant = exact(target, modules)
+        return {name: module for name, module in modules.items() if meant(name)}
+    found = {name: module for name, module in modules.items() if matches(target, name, module)}
+    if not found:
+        hint = _hint(modules)
+        if isinstance(target, str) and any(matches([target], n, m) for n, m in modules.items()):
+            hint = f"a string must match the whole name: use [{target!r}] or r'.*\\.{target}'"
+        raise ValueError(f"{caller}: {target!r} matches no module of the model; {hint}")
+    return found
+
+
+def _hint(modules: Mapping[str, Any]) -> str:
+    ends = sorted({name.split(".")[-1] for name, module in modules.items()
+                   if isinstance(module, nn.Module) and linear_shape(module)})  # fmt: skip
+    return f"its linear layers are called {ends}" if ends else "it has no linear layers"
+
+
+class Targets(NamedTuple):
+    """What to wrap by name, what "all-linear" left out and why, and what you may want otherwise."""
+
+    chosen: dict[str, Any]
+    left_out: dict[str, str]
+    notes: dict[str, str]
+
+
+def adapter_targets(
+    model: nn.Module,
+    target: Target,
+    exclude: Target | None = None,
+    *,
+    stack: bool = False,
+    head: Head = None,
+) -> Targets:
+    """What to wrap by name, and for "all-linear" what was left out and why.
+
+    "all-linear" takes linear layers and nn.MultiheadAttention, whose projections are linear, but
+    no output head and no 3-D weights of experts.  `stack` allows modules that have an
+    adapter.
+
+    Raises:
+        ValueError: as `find`; a target that is wrapped already, or belongs to
+            nn.MultiheadAttention; `exclude` leaves nothing; `head` names no module.
+    """
+    excluded = set() if exclude is None else set(find(model, exclude, caller="exclude"))
+    left_out: dict[str, str] = {}
+    notes = names_of_ends(model, target)
+    inside_attention = in_attention(model)
+    heads = head_reasons(model, head)
+    if isinstance(target, str) and target.lower() == "all-linear":
+        chosen = {}
+        for name, module in visible_modules(model).items():
+            if linear_shape(module) is None and not isinstance(
+                innermost(module), nn.MultiheadAttention
+            ):
+                continue
+            reason = "excluded" if name in excluded else heads.get(name)
+            if name in inside_attention and name.rpartition(".")[0] not in excluded:
+                continue  # with its attention
+            if name.endswith("._orig_mod") and name.removesuffix("._orig_mod") in chosen:
+                continue  # what torch.compile made a callable of, which is wrapped as a whole
+            if reason:
+                left_out[name] = reason
+            else:
+                chosen[name] = module
+        for name in _experts(model):
+            left_out[name] = "excluded" if name in excluded else (
+                "a 3-D weight of experts, which stays frozen; name it as a target to wrap it"
+            )  # fmt: skip
+        if not chosen:
+            raise ValueError(f"target: 'all-linear' finds none; left out: {left_out}")
+        notes |= likely_head(model, head, chosen)
+    else:
+        chosen = {n: m for n, m in find(model, target).items() if n not in excluded}
+        if not chosen:
+            raise ValueError(f"target: exclude={exclude!r} leaves nothing of {target!r}")
+    for name, module in chosen.items():
+        if is_adapter(module) and not stack:
+            raise ValueError(
+                f"target: {name!r} already has an adapter ({type(module).__name__}); remove it "
+                "first, leave it out with exclude=, or use add_adapter for one more"
+            )
+        if name in inside_attention:
+            raise ValueError(
+                f"target: {name!r} is {inside_attention[name]}; name the attention itself"
+            )
+    return Targets(chosen, left_out, notes)
+
+
+def _experts(model: nn.Module) -> list[str]:
+    """Names of the 3-D weights of experts, dense or in 4 bits, that have no adapter."""
+    packed = [n for n, m in visible_modules(model).items() if isinstance(m, NF4Experts)]
+    return [*expert_weights(model), *packed]
+
+
+def names_of_ends(model: nn.Module, target: Target) -> dict[str, str]:
+    """A note for each list entry that is a full name, and would be the end of others too."""
+    if isinstance(target, str) or callable(target):
+        return {}
+    names = list({**visible_modules(model), **expert_weights(model)})
+    found = {}
+    for entry in target:
+        others = [name for name in names if name.endswith(f".{entry}")]
+        if entry in names and others:
+            found[entry] = (
+                f"{entry!r} is the full name of a module and means that alone, not {others[:3]} "
+                f"({len(others)} in all); r'(.*\\.)?{re.escape(entry)}' means all of them"
+            )
+    return found
+
+
+class Chosen(NamedTuple):
+    """A number for one module, and the pattern that chose it (None: the same for all)."""
+
+    value: Any
+    pattern: str | None = None
+
+
+def per_name(
+    what: str, value: Number | Mapping[str, Number] | None, names: Iterable[str]
+) -> dict[str, Chosen]:
+    """One number for each name: the same for all, or by the first pattern that fits a name.
+
+    A pattern is a full-match expression, a name, or a dotted end of one (not where it is the full
+    name of a target itself).
+
+    Raises:
+        ValueError: a pattern fits no name, or a name no pattern.
+    """
+    names = list(names)
+    if not isinstance(value, Mapping):
+        return {name: Chosen(value) for name in names}
+    chosen: dict[str, Chosen] = {}
+    used: set[str] = set()
+    for pattern in value:
+        check_expression(what, pattern)
+    for name in names:
+        fitting = [p for p in value if re.fullmatch(p, name) or exact([p], names)(name)]
+        if not fitting:
+            raise ValueError(
+                f"{what}: no pattern of {list(value)} fits {name!r}; add '.*' last as the default"
+            )
+        chosen[name] = Chosen(value[fitting[0]], fitting[0])
+        used.update(fitting)
+    if unused := [pattern for pattern in value if pattern not in used]:
+        raise ValueError(f"{what}: patterns {unused} fit none of the targets {names[:5]}...")
+    return chosen

@@ -1,0 +1,212 @@
+"""What attaching has in common, whatever makes the keys and values: find, check, hook, name."""
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+from minipeft.adapters.names import DEFAULT, check_new_name, give_name
+from minipeft.adapters.protocol import is_adapter
+from minipeft.adapters.state import freeze
+from minipeft.adapters.targets import NEW_HEADS
+from minipeft.integrations.transformers import attention, positions, probe, saving
+from minipeft.integrations.transformers.prefixes import NAME, Prefix, check_key
+from minipeft.model.rows import refuse_rows
+from minipeft.model.train import train_modules
+
+POSITIONS, WINDOWS = ("shift", "none"), ("always", "like_token")
+
+
+def attach(
+    model: nn.Module,
+    length: int,
+    make: Callable[[Prefix], nn.Module],
+    *,
+    caller: str,
+    name: str,
+    position: str | None = None,
+    window: str | None = None,
+    locations: Iterable[str] | None = None,
+    train_head: bool | list[str] = True,
+) -> Prefix:
+    """Put what `make` returns among the model's prefixes; the model is as it was if it raises.
+
+    `train_head` True: new heads that do not train yet train too; a list: these modules.  Errors
+    begin with the name of the `caller`.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError, ValueError: see attach_prefix.
+    """
+    try:
+        from transformers import PreTrainedModel
+    except ImportError as error:
+        raise ImportError(
+            f"{caller} needs transformers (pip install 'minipeft[hf]'); for attention of your own "
+            "use PrefixEncoder and prefix_attention"
+        ) from error
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{caller}: expected a transformers model, got {type(model).__name__}; for "
+            "attention of your own use PrefixEncoder and prefix_attention"
+        )
+    for what, value, known in (("position", position, POSITIONS), ("window", window, WINDOWS)):
+        if value is not None and value not in known:
+            raise ValueError(f"{caller}: {what}={value!r}; choose one of {known}")
+    if isinstance(locations, str):
+        locations = [locations]
+    check_key(caller, name)
+    refuse_rows(caller, model)
+    prefix = _present(caller, model, name, position, window, locations)
+    with ExitStack() as undo:
+        if prefix is None:
+            _refuse_inner(caller, model)
+            probe.own_configs(model, undo)
+            with probe.errors_of(caller):
+                prefix = _prepare(model, length, position, window, locations, undo)
+        encoder = make(prefix)
+        table: Any = model.get_input_embeddings()
+        with probe.errors_of(caller):
+            encoder.to(positions.device_of(table)).train(model.training)
+        heads = _train_heads(caller, model, prefix, train_head, name)  # the last that can refuse
+        undo.pop_all()
+    if prefix.rows is not None:
+        encoder.enabled = False  # type: ignore[assignment]
+    prefix.encoders[name] = encoder
+    prefix.heads[name] = heads
+    if not hasattr(model, NAME):
+        model.add_module(NAME, prefix)
+    adapters: list[Any] = [part for part in encoder.modules() if is_adapter(part)]
+    give_name(model, name, [*adapters, *(model.get_submodule(place) for place in heads)])
+    saving.adopt(model)
+    freeze(model)
+    if prefix.route == "attention":
+        prefix.hooks.name_attention()
+    return prefix
+
+
+def _refuse_inner(caller: str, model: nn.Module) -> None:
+    marks = (attention.ATTRIBUTE, attention.HELD)
+    if any(mark in module.__dict__ for module in model.modules() for mark in marks):
+        raise ValueError(f"{caller}: a model around this one has a prefix; attach it there")
+
+
+def _train_heads(
+    caller: str, model: nn.Module, prefix: Prefix, train_head: bool | list[str], name: str
+) -> list[str]:
+    """The names of the modules that train with the prefix from now on."""
+    wanted = train_head if isinstance(train_head, list) else []
+    if train_head is True:
+        wanted = [part for part in NEW_HEADS if part != "lm_head" and _is_plain_head(model, part)]
+    if not wanted:
+        if train_head is True and any(is_adapter(getattr(model, part, None)) for part in NEW_HEADS):
+            warnings.warn(
+                f"{caller}: the model's head trains with another adapter already; {name!r} "
+                "has none of its own: keep that adapter on beside it, or use a model of its own",
+                stacklevel=5,
+            )
+        return []
+    if prefix.rows is not None:
+        raise ValueError(
+            f"{caller}: rows use prefixes of their own, and a head would change for all of "
+            "them; call use_adapters with names first"
+        )
+    return list(train_modules(model, lambda place, _: place in wanted, name=name))
+
+
+def _is_plain_head(model: nn.Module, part: str) -> bool:
+    module = getattr(model, part, None)
+    if not isinstance(module, nn.Module) or module is model.get_output_embeddings():  # type: ignore[operator]
+        return False
+    return not any(is_adapter(inner) for inner in module.modules())
+
+
+def _present(
+    caller: str, model: nn.Module, name: str, position: str | None, window: str | None,
+    locations: Iterable[str] | None,
+) -> Prefix | None:  # fmt: skip
+    """The Prefix that the model has, if a further encoder can join it."""
+    found: list[Prefix] = [part for part in model.modules() if isinstance(part, Prefix)]
+    if not found:
+        if name != DEFAULT:
+            check_new_name(caller, model, name)
+        return None
+    prefix = found[0]
+    if name in prefix.encoders:
+        raise ValueError(
+            f"{caller}: the model has a prefix called {name!r} already; give this one another "
+            "name=, or call its remove() first"
+        )
+    check_new_name(caller, model, name)
+    if not any(part is prefix for part in model.children()):
+        raise ValueError(f"{caller}: a part of the model has a prefix; attach it there")
+    wanted = None if locations is None else sorted(set(locations))
+    for what, given, own in (
+        ("position", position, prefix.position), ("window", window, prefix.window),
+        ("locations", wanted, sorted(set(prefix.locations))),
+    ):  # fmt: skip
+        if given is not None and given != own:
+            raise ValueError(f"{caller}: {what}={given!r}, but the first prefix has {own!r}")
+    return prefix
+
+
+def _prepare(
+    model: Any, prefix_length: int, position: str | None, window: str | None,
+    locations: Iterable[str] | None, undo: ExitStack,
+) -> Prefix:  # fmt: skip
+    """A Prefix without encoders, hooked into the model; `undo` takes it off again."""
+    reach = probe.look(model)
+    there = list(dict.fromkeys(reach.locations))
+    chosen = tuple(there if locations is None else locations)
+    if not chosen or not set(chosen) <= set(there):
+        raise ValueError(f"locations={chosen}; {type(model).__name__} has {there}")
+    reach = reach.only(chosen)
+    rule, by_slot = None, False
+    if probe.is_encoder_decoder(model):
+        causal = False
+    else:
+        base = reach.holders[0]
+        rule = positions.find_rule(base)
+        causal = reach.route == "cache" or positions.is_causal(base)
+        by_slot = reach.route == "cache" and not positions.matter(base)
+    if position is None:
+        position = "shift" if causal and (rule is not None or reach.route == "cache") else "none"
+    _check_position(model, reach, position, rule, prefix_length, by_slot=by_slot)
+    if window == "like_token" and (not causal or position != "shift"):
+        raise ValueError(
+            "window='like_token' counts the prefix as tokens before the text, which "
+            "only a decoder with position='shift' has"
+        )
+    text = model.config.get_text_config()
+    if window == "like_token" and getattr(text, "attention_chunk_size", None):
+        raise ValueError("window='like_token' is not for attention in chunks")
+    prefix = Prefix(
+        model, reach, position=position, window=window or "always", rule=rule, by_slot=by_slot,
+        causal=causal,
+    )  # fmt: skip
+    undo.callback(prefix.hooks.remove)
+    return prefix
+
+
+def _check_position(
+    model: nn.Module, reach: probe.Reach, position: str, rule: str | None, prefix_length: int,
+    *, by_slot: bool,
+) -> None:  # fmt: skip
+    name = type(model).__name__
+    if position == "none" and by_slot:
+        raise ValueError(
+            f"{name} sees how far away a key is by counting what lies between "
+            "(ALiBi), so the prefix is counted too; use position='shift'"
+        )
+    if position == "shift" and rule is None and reach.route == "attention":
+        raise ValueError(
+            f"{name} numbers its tokens in a way that cannot be shifted from "
+            "outside; use position='none'"
+        )
+    table = positions.table_rows(reach.holders[0])
+    if table is not None and position == "shift" and prefix_length >= table:
+        raise ValueError(
+            f"prefix_length={prefix_length} leaves no room in the position table of {table} rows"
+        )

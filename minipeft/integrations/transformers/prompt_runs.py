@@ -1,0 +1,254 @@
+"""Input-level prompts on a Hugging Face model, by the machinery of deep prefixes.
+
+Tokens of a causal model never look ahead.  So the keys and values of P prompt embeddings before
+the text do not depend on the text: one run of the model over the prompt alone gives them, for all
+rows of a batch at once, and from there on the prompt is a prefix.  Caches, masks and outputs stay
+those of the text, and a prompt can be on in one row and off in another.
+"""
+
+import itertools
+import threading
+import uuid
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.integrations.transformers import positions
+from minipeft.integrations.transformers.arguments import names_of
+from minipeft.integrations.transformers.attention import PLAIN, Part
+from minipeft.layers.prompt import ZeroGatedPrompt
+from minipeft.prefix import PrefixEncoder
+
+KEPT = "_minipeft_prompts"  # on a cache: the keys and values of the prompts it was filled with
+Pairs = list[tuple[Tensor, Tensor]]
+_numbers = itertools.count(1)
+
+
+class Prompted(nn.Module):
+    """Among a model's prefixes, one that a prompt makes; `source` is the prompt's module."""
+
+    source: Any
+    shifts = True  # whether tokens are numbered from behind it
+
+    @property
+    def prefix_length(self) -> int:
+        """Its positions."""
+        return int(self.source.prompt_length)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is on."""
+        return bool(self.source.enabled)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self.source.enabled = value
+
+    def before_forward(self, holder: nn.Module, cache: Any, *, by_attention: bool) -> None:
+        """Called before each forward in which it takes part; `cache` is the caller's."""
+
+    def run_number(self) -> int:
+        """Another number after each run that drew random numbers."""
+        return 0
+
+    def part(self, layer: int, prefix: Any) -> Part:
+        """Keys, values and gate in one layer."""
+        raise NotImplementedError
+
+
+class Run:
+    """What one run over a prompt gave, and its number among all runs."""
+
+    def __init__(self, pairs: Pairs, number: int) -> None:
+        self.pairs, self.number = pairs, number
+
+
+class LastRun:
+    """The last run of each thread, for as long as the thread lives.
+
+    Backward may compute a layer again in a thread of its own, which has run nothing: that one gets
+    the last run of any thread, while the thread that made it lives.  Compiled code, which cannot
+    ask for its thread, keeps one run for all.  A copy has run nothing: tensors of a graph cannot
+    be copied.
+    """
+
+    def __init__(self) -> None:
+        self._own = threading.local()
+        self._latest: weakref.ref[Run] | None = None
+        self._traced: Run | None = None
+
+    def set(self, run: Run) -> None:
+        """This thread's last run is this one."""
+        if torch.compiler.is_compiling():
+            self._traced = run
+            return
+        self._own.run, self._traced = run, None
+        self._latest = weakref.ref(run)
+
+    def get(self) -> Run | None:
+        """The last run of this thread, or of any; None: there is none."""
+        if torch.compiler.is_compiling():
+            return self._traced
+        found: Run | None = getattr(self._own, "run", None)
+        if found is None and self._latest is not None:
+            found = self._latest()
+        return found or self._traced
+
+    def __reduce__(self) -> tuple[type["LastRun"], tuple[()]]:
+        return LastRun, ()
+
+
+class RunPrompt(Prompted):
+    """The keys and values of prompt embeddings, by a run of the model over them.
+
+    `source()` gives the embeddings (prompt_length, embedding_dim): a PromptEmbedding (prompt
+    tuning) or a PromptEncoder (P-tuning v1).
+    """
+
+    def __init__(self, source: nn.Module) -> None:
+        super().__init__()
+        self.source = source
+        self.last = LastRun()
+        self.key = uuid.uuid4().hex  # on caches: an id() may be another prompt's later
+
+    def before_forward(self, holder: nn.Module, cache: Any, *, by_attention: bool) -> None:
+        """Run the prompt.
+
+        A conversation that goes on without gradients keeps what its first turn ran, which its
+        cache was computed with: the pairs stay with the cache.
+        """
+        keeps = cache is not None and not torch.is_grad_enabled() and not _compiling()
+        kept = cache.__dict__.setdefault(KEPT, {}) if keeps else {}
+        run = kept.get(self.key) if keeps and cache.get_seq_length() else None
+        if run is None:
+            _refuse_reentrant(holder)
+            pairs = run_prompt(holder, self.source(), by_attention=by_attention)
+            run = kept[self.key] = Run(pairs, 0 if _compiling() else next(_numbers))
+        self.last.set(run)
+
+    def run_number(self) -> int:
+        """Another number after each run of a network with dropout."""
+        lstm = getattr(self.source, "lstm", None)
+        if lstm is None or not lstm.dropout or not lstm.training:
+            return 0
+        run = self.last.get()
+        return 0 if run is None else run.number
+
+    def part(self, layer: int, prefix: Any) -> Part:
+        """The keys and values of the last run."""
+        run = self.last.get()
+        if run is None:
+            raise RuntimeError("the prompt has not been run: call the model, not a part of it")
+        k, v = run.pairs[layer]
+        return Part(k, v, None, self.prefix_length)
+
+    def bake(self, prefix: Any) -> PrefixEncoder:
+        """The keys and values that the prompt has now, as a prefix."""
+        encoder = PrefixEncoder(prefix.kv_shapes, self.prefix_length)
+        holder = prefix.hooks.holders[0]
+        with positions.quietly(holder), positions.quietly(self.source):
+            encoder.load_kv(
+                run_prompt(holder, self.source(), by_attention=prefix.route == "attention")
+            )
+        encoder.to(next(self.parameters()).device).train(self.training)
+        encoder.enabled = self.enabled
+        return encoder
+
+
+class ZeroGated(Prompted):
+    """LLaMA-Adapter: prompts go through each layer's own key and value projections.
+
+    No position is applied to them, they have a softmax of their own, and tanh of a gate that
+    starts at 0 scales what they add.  Layers before the last `n_layers` have none.
+    """
+
+    shifts = False
+    source: ZeroGatedPrompt
+
+    def __init__(self, source: ZeroGatedPrompt, first: int) -> None:
+        super().__init__()
+        self.source, self.first = source, first
+
+    def part(self, layer: int, prefix: Any) -> Part:
+        """Keys and values of one layer's prompt; empty in layers without."""
+        shape = prefix.kv_shapes[layer]
+        if layer < self.first:
+            device = next(self.parameters()).device
+            k, v = (torch.zeros(shape.kv_heads, 0, size, device=device)
+                    for size in (shape.key_dim, shape.value_dim))  # fmt: skip
+            zero = torch.zeros(prefix.query_heads[layer], device=device)
+            return Part(k, v, zero, self.prefix_length, apart=True)
+        rows, gate = self.source.layer(layer - self.first)
+        attention = prefix.hooks.modules[layer]
+        k, v = (
+            projection(rows.to(projection.weight.dtype))
+            for projection in (attention.k_proj, attention.v_proj)
+        )
+        norm: Any = getattr(attention, "k_norm", getattr(attention, "k_layernorm", None))
+        whole = norm is not None and norm.weight.numel() == k.shape[-1]  # over all heads at once
+        k = norm(k) if whole else k
+        k, v = (x.view(len(rows), shape.kv_heads, -1) for x in (k, v))
+        k = norm(k) if norm is not None and not whole else k
+        return Part(k.transpose(0, 1), v.transpose(0, 1), gate, self.prefix_length, apart=True)
+
+
+def run_prompt(holder: Any, rows: Tensor, *, by_attention: bool) -> Pairs:
+    """Keys and values per layer, (kv_heads, prompt, dim), of embeddings (prompt, dim).
+
+    Gradients flow.  No prefix takes part, which a mark on the mask (or on the cache, where the
+    model is reached through that) says.
+    """
+    from transformers import DynamicCache
+
+    table = holder.get_input_embeddings().weight
+    dtype = table.dtype if table.is_floating_point() else next(holder.parameters()).dtype
+    cache: Any = DynamicCache()  # without a config: no layer of it forgets
+    cache.__dict__[PLAIN] = True
+    given: dict[str, Any] = {"inputs_embeds": rows[None].to(table.device, dtype)}
+    if "position_ids" in names_of(holder):
+        given["position_ids"] = torch.arange(len(rows), device=table.device)[None]
+    if by_attention:
+        ahead = torch.ones(len(rows), len(rows), dtype=torch.bool, device=table.device).triu(1)
+        mask = torch.zeros_like(ahead, dtype=dtype).masked_fill(ahead, torch.finfo(dtype).min)
+        given["attention_mask"] = mask = mask[None, None]
+        setattr(mask, PLAIN, True)
+    with _as_plain_run(holder):
+        holder(**given, past_key_values=cache, use_cache=True)
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling()
+
+
+@contextmanager
+def _as_plain_run(holder: nn.Module) -> Iterator[None]:
+    """Without checkpointing, which would drop the cache: a prompt is short."""
+    on = [m for m in holder.modules() if getattr(m, "gradient_checkpointing", False) is True]
+    try:
+        for module in on:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _refuse_reentrant(holder: nn.Module) -> None:
+    if not (holder.training and torch.is_grad_enabled()):
+        return
+    for module in holder.modules():
+        if getattr(module, "gradient_checkpointing", False) is True:
+            settings = getattr(
+                getattr(module, "_gradient_checkpointing_func", None), "keywords", {}
+            )
+            if settings.get("use_reentrant", True):
+                raise ValueError(
+                    "a prompt's keys come from one run for all layers, whose graph re-entrant "
+                    "checkpointing would walk once a layer; enable it with "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )

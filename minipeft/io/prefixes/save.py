@@ -1,0 +1,185 @@
+"""A prefix or prompt written to a directory of minipeft's own."""
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapters.names import DEFAULT, adapters_called
+from minipeft.integrations.transformers.prefixes import NAME, Prefix
+from minipeft.integrations.transformers.prompt_runs import ZeroGated
+from minipeft.io.files import check_writable
+from minipeft.io.heads import head_tensors
+from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME
+from minipeft.io.replace import Replacement
+from minipeft.io.seal import stage
+from minipeft.layers.prompt import PromptEncoder
+from minipeft.layers.trained import TrainedModule
+from minipeft.prefix import PrefixEncoder
+
+
+def prefix_of(caller: str, model: nn.Module, name: str | None) -> tuple[Prefix, Any]:
+    """The model's Prefix, and the encoder of that name.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    prefix = getattr(model, NAME, None)
+    if not isinstance(prefix, Prefix):
+        raise ValueError(f"{caller}: the model has no prefix; attach_prefix first")
+    if name is not None and name not in prefix.encoders:
+        raise ValueError(f"{caller}: no prefix {name!r}; the model has {list(prefix.encoders)}")
+    return prefix, prefix.encoder if name is None else prefix.encoders[name]
+
+
+def has_prefix(model: nn.Module, name: str) -> bool:
+    """Whether the adapter called `name` has a prefix or prompt."""
+    prefix = getattr(model, NAME, None)
+    return isinstance(prefix, Prefix) and name in prefix.encoders
+
+
+def loses_in_peft(model: nn.Module, name: str) -> bool:
+    """Whether the folded table that PEFT keeps is less than what training needs to go on."""
+    if not has_prefix(model, name):
+        return False
+    encoder = prefix_of("save_prefix", model, name)[1]
+    if isinstance(encoder, PrefixEncoder):
+        return encoder.hidden is not None or encoder.frozen > 0
+    return isinstance(encoder.source, PromptEncoder)
+
+
+def is_prompt(place: str) -> bool:
+    """Whether an adapter at this place of the model is a prefix or prompt."""
+    return place.startswith(f"{NAME}.")
+
+
+def has_more_than_prefix(model: nn.Module, name: str) -> bool:
+    """Whether it has layers other than that and heads."""
+    return any(
+        not is_prompt(place) and not isinstance(layer, TrainedModule)
+        for place, stack in adapters_called("save_prefix", model, name).items()
+        for layer in stack
+    )
+
+
+def save_prefix(
+    model: Any, path: str | os.PathLike[str], *, name: str = DEFAULT,
+    reparametrization: bool = False, heads: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Write one prefix or prompt, with the `heads` that train with it, to directory `path`.
+
+    `model` is a model that has it attached, or, for attention of your own, the PrefixEncoder
+    itself.  An MLP or a prompt's network is folded into what it produces, unless
+    `reparametrization`: then training can go on from the file.  `state_dict` gives values gathered
+    elsewhere (a sharded model's), under the model's own names.  Both files are of one save, see
+    io/replace.py.
+
+    Raises:
+        ValueError: the model has no such prefix, or its values are not here or not finite.  Nothing
+            is written then.
+        OSError: the disk is full, and the like; the old files are as they were.
+    """
+    described = describe_prefix(
+        model, name, gathered_by_id(model, state_dict or {}),
+        reparametrization=reparametrization, heads=heads,
+    )  # fmt: skip
+    with Replacement(Path(path)) as unit:
+        stage(unit, (CONFIG_NAME, WEIGHTS_NAME), *described)
+
+
+def describe_prefix(
+    model: Any, name: str, gathered: Mapping[int, Tensor], *, reparametrization: bool, heads: bool
+) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The configuration and the tensors of one prefix or prompt; as of save_prefix.
+
+    `gathered` has values by the id of the parameter that they are of, in the place of its own.
+    """
+    if isinstance(model, PrefixEncoder):
+        config, tensors = _alone(with_values(model, gathered), reparametrization)
+    else:
+        prefix, encoder = prefix_of("save_prefix", model, name)
+        settings, tensors = _described(with_values(encoder, gathered), reparametrization)
+        states = head_tensors(model, name, gathered) if heads else {}
+        config = {
+            "format": 1, **settings,
+            "position": prefix.position, "window": prefix.window, "locations": prefix.locations,
+            "kv_shapes": [list(shape) for shape in prefix.kv_shapes],
+            "model": type(model).__name__,
+            "model_type": getattr(model.config, "model_type", ""), "heads": sorted(states),
+        }  # fmt: skip
+        for place, state in states.items():
+            tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
+    for key, value in tensors.items():
+        if not value.is_meta and not bool(value.isfinite().all()):
+            raise ValueError(f"save_prefix: {key} holds NaN or Inf; look for a diverged training")
+    check_writable(tensors)
+    return config, tensors
+
+
+def _alone(
+    encoder: PrefixEncoder, reparametrization: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same of an encoder whose attention is its owner's: nothing is known of positions."""
+    settings, tensors = _described(encoder, reparametrization)
+    shapes = [list(shape) for shape in encoder.kv_shapes]
+    return {
+        "format": 1, **settings, "kind": "encoder", "kv_shapes": shapes,
+        "locations": ["own"] * len(shapes), "position": "own", "window": "own", "heads": [],
+    }, tensors  # fmt: skip
+
+
+def gathered_by_id(model: nn.Module, state: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Values by the id of the parameter that they are of."""
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return {id(own[key]): value for key, value in state.items() if key in own}
+
+
+def with_values(encoder: Any, gathered: Mapping[int, Tensor]) -> Any:
+    """The encoder, or a copy that has the gathered values."""
+    if not any(id(parameter) in gathered for parameter in encoder.parameters()):
+        return encoder
+    twin = copy.deepcopy(encoder)
+    for own, other in zip(encoder.parameters(), twin.parameters(), strict=True):
+        other.data = gathered.get(id(own), own).detach().to("cpu", torch.float32)
+    return twin
+
+
+def _described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What to write of an encoder: how to build it, and its tensors."""
+    if isinstance(encoder, PrefixEncoder):
+        settings = {
+            "kind": "prefix", "prefix_length": encoder.prefix_length, "dropout": encoder.dropout,
+            "frozen": encoder.frozen, "gated": encoder.gated,
+        }  # fmt: skip
+        if reparametrization and encoder.hidden is not None:
+            sizes = {"hidden": encoder.hidden, "embedding_dim": encoder.embedding.shape[1]}
+            return {**settings, **sizes}, _encoder_tensors(encoder)
+        gates = (
+            {f"gates.{i}": gate for i, gate in enumerate(encoder.gates)} if encoder.gated else {}
+        )
+        return settings, {"flat": encoder.flat().detach(), **gates}
+    source = encoder.source
+    settings = {"prefix_length": source.prompt_length, "embedding_dim": source.embedding_dim}
+    if isinstance(encoder, ZeroGated):
+        more = {"kind": "zero_gated", "n_layers": source.n_layers, "n_heads": source.n_heads}
+        return {**settings, **more}, _encoder_tensors(source)
+    if isinstance(source, PromptEncoder):
+        if not reparametrization:
+            return {**settings, "kind": "prompt"}, {"encoder.table": source.bake().table.detach()}
+        lstm = getattr(source, "lstm", None)
+        more = {
+            "kind": "prompt_encoder", "hidden": source.hidden, "network": source.kind,
+            "lstm_layers": 2 if lstm is None else lstm.num_layers,
+            "dropout": 0.0 if lstm is None else lstm.dropout,
+        }  # fmt: skip
+        return {**settings, **more}, _encoder_tensors(source)
+    return {**settings, "kind": "prompt"}, _encoder_tensors(source)
+
+
+def _encoder_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {f"encoder.{name}": value for name, value in module.state_dict().items()}

@@ -1,0 +1,154 @@
+"""The base's own tensors of a model that has adapters: out of it, and into it.
+
+    state = base_state_dict(model)          names as the plain model had them
+    load_base_state_dict(model, state)      a checkpoint of the plain model into the wrapped one
+
+Adapter layers move a base's tensors to other names (`0.base.weight`), so torch's own
+`load_state_dict(strict=False)` finds none of a plain checkpoint's names and says nothing.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapters.plain_names import PlainNames
+from minipeft.adapters.protocol import is_adapter, is_packed
+from minipeft.adapters.state import named_adapters, refuse_merged, understood
+from minipeft.adapters.wrapper import innermost
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the adapters, under the names that the plain model had."""
+    return {key: value.detach() if isinstance(value, Tensor) else value
+            for key, value in _own_state(model).items()}  # fmt: skip
+
+
+def load_base_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], *, strict: bool = True
+) -> tuple[list[str], list[str]]:
+    """Copy a plain model's state dict into the bases of a model with adapters.
+
+    The inverse of `base_state_dict`: names are those of the plain model, and those that torch's
+    wrappers give (`_orig_mod.`, `module.`) are understood.  Everything is checked before the first
+    tensor is copied.  Floating-point values take the model's dtype.  A tensor that the model has
+    under two names (tied embeddings) may be given under one.  Returns (missing, unexpected) keys,
+    which are empty if `strict`.  Adapters stay as they are.
+
+    Raises:
+        ValueError: a missing or unexpected name (if strict), another shape or kind of numbers, two
+            values for one tensor; a dense weight for a 4-bit layer (also if not strict: codes come
+            from the state of a model that was quantised alike, or load before you quantise); a
+            merged adapter, or a tensor on the meta device.  Nothing has been copied then.
+
+    >>> from minipeft.inject import inject_lora
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    >>> plain = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
+    >>> inject_lora(model, ["0"], rank=2)
+    ['0']
+    >>> load_base_state_dict(model, plain)
+    ([], [])
+    """
+    caller = "load_base_state_dict"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{caller}: expected a module, got {type(model).__name__}")
+    refuse_merged(caller, named_adapters(model))
+    own = _own_state(model)
+    given = understood(caller, state, own)
+    packed = {name for name, module in plain_modules(model).items() if is_packed(module)}
+    for key in given:
+        place, _, part = key.rpartition(".")
+        if key not in own and place in packed and part == "weight":
+            raise ValueError(
+                f"{caller}: {key} is a dense weight, and {place!r} holds 4-bit codes; load the "
+                "checkpoint before quantize_model, or give the state of a 4-bit model"
+            )
+    held = {id(own[key]) for key in given if key in own}
+    missing = [key for key, value in own.items() if id(value) not in held]
+    unexpected = [key for key in given if key not in own]
+    if strict and (missing or unexpected):
+        raise ValueError(
+            f"{caller}: missing {missing[:5]} ({len(missing)} in all), unexpected {unexpected[:5]} "
+            f"({len(unexpected)} in all); is it another model's checkpoint?"
+        )
+    chosen = {key: value for key, value in given.items() if key in own}
+    _check(caller, own, chosen)
+    with torch.no_grad():
+        for key, value in chosen.items():
+            own[key].copy_(value)
+    return missing, unexpected
+
+
+def _check(caller: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    first: dict[int, str] = {}
+    for key, value in given.items():
+        mine = own[key]
+        if not isinstance(value, Tensor) or not isinstance(mine, Tensor):
+            raise ValueError(
+                f"{caller}: {key} is a {type(value).__name__}, the model's a "
+                f"{type(mine).__name__}; expected tensors (load other state before you inject)"
+            )
+        if mine.is_meta or value.is_meta:
+            raise ValueError(f"{caller}: {key} is on the meta device and has no values")
+        if value.shape != mine.shape:
+            raise ValueError(
+                f"{caller}: {key} has shape {tuple(value.shape)}, the model's is "
+                f"{tuple(mine.shape)}"
+            )
+        floats = value.is_floating_point() and mine.is_floating_point()
+        if value.dtype != mine.dtype and not floats:
+            raise ValueError(f"{caller}: {key} is {value.dtype}, the model's is {mine.dtype}")
+        other = first.setdefault(id(mine), key)
+        if other != key and not torch.equal(given[other], value):
+            raise ValueError(f"{caller}: {other} and {key} are one tensor, and their values differ")
+
+
+def _own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The base's entries of the state dict themselves, by their plain names."""
+    names, plain = PlainNames(model), _Renamer(model)
+    owned, wrappers = set(), []
+    for name, adapter in model.named_modules(remove_duplicate=False):
+        if is_adapter(adapter):
+            path = f"{name}." if name else ""
+            owned |= {names.plain(f"{path}{own}") for own in adapter.adapter_parameters()}
+            if hasattr(adapter, "base"):
+                wrappers.append(names.plain(path))  # all that it holds beside its base is its own
+    return {
+        plain(key): value
+        for key, value in model.state_dict(keep_vars=True).items()
+        if (short := names.plain(key)) not in owned
+        and not any(short.startswith(path) and not short.startswith(f"{path}base.")
+                    for path in wrappers)
+    }  # fmt: skip
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's own modules by the names that they have without adapters; "" is the model."""
+    plain = _Renamer(model)
+    found = {"": innermost(model)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name:
+            found[plain(f"{name}.").rstrip(".")] = innermost(module)
+    return found
+
+
+class _Renamer:
+    """From the names in a model with adapters to those in the plain one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = PlainNames(model)
+        wrappers = {
+            self._names.plain(name)
+            for name, module in model.named_modules(remove_duplicate=False)
+            if is_adapter(module) and hasattr(module, "base")
+        }
+        # the longest first: of a stack, the innermost loses its ".base" before the outer ones
+        self._wrappers = sorted(wrappers, key=len, reverse=True)
+
+    def __call__(self, key: str) -> str:
+        key = self._names.plain(key)
+        for name in self._wrappers:
+            prefix = f"{name}.base." if name else "base."
+            if key.startswith(prefix):
+                key = f"{name}.{key[len(prefix) :]}" if name else key[len(prefix) :]
+        return key

@@ -1,0 +1,74 @@
+"""After the first backward: does every adapter learn?"""
+
+from torch import nn
+
+from minipeft.adapters.buffers import changed_buffers, complaint
+from minipeft.adapters.protocol import Adapter
+from minipeft.adapters.state import require_adapters
+
+
+def _reason(model: nn.Module, adapter: Adapter) -> str:
+    if not adapter.enabled:
+        return "the adapter is off (use_adapters, disable_adapters)"
+    if getattr(adapter, "merged_module", None) is not None:
+        return "the layer is merged (unmerge)"
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return (
+            "activation checkpointing passes no gradients on where no input asks for one: use "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, or "
+            "model.enable_input_require_grads()"
+        )
+    return (
+        "the layer was not called, or what it computed did not reach the loss (an unused branch, "
+        "torch.no_grad, a detach, a module that reads weights instead of calling the layer)"
+    )
+
+
+def check_gradients(model: nn.Module) -> int:
+    """Raise unless, after a backward, every trainable adapter parameter has a gradient.
+
+    Call it once after the first `loss.backward()`.  Returns how many parameters have one.  A
+    gradient of zeros counts: lora_a's is zero as long as lora_b is.
+
+    Raises:
+        ValueError: parameters without a gradient (named, with the usual reason), a gradient that
+            is not finite, nothing trainable, or no backward at all; a buffer of the frozen base
+            that forward has changed.
+    """
+    adapters = require_adapters("check_gradients", model)
+    trainable = {
+        f"{name}.{own}" if name else own: (adapter, parameter)
+        for name, adapter in adapters.items()
+        for own, parameter in adapter.adapter_parameters().items()
+        if parameter.requires_grad
+    }
+    if not trainable:
+        raise ValueError(
+            "check_gradients: no adapter parameter is trainable; set requires_grad on "
+            "minipeft.adapter_parameters(model)"
+        )
+    missing = {n: a for n, (a, p) in trainable.items() if p.grad is None}
+    if len(missing) == len(trainable) and all(a.enabled for a in missing.values()):
+        where = _reason(model, next(iter(missing.values())))
+        raise ValueError(
+            f"check_gradients: none of {len(trainable)} adapter parameters has a gradient; call it "
+            f"after loss.backward(), before zero_grad().  If that was done: {where}"
+        )
+    if missing:
+        by_reason: dict[str, list[str]] = {}
+        for name, adapter in missing.items():
+            by_reason.setdefault(_reason(model, adapter), []).append(name)
+        lines = [
+            f"{', '.join(names[:3])} ({len(names)} in all): {why}"
+            for why, names in by_reason.items()
+        ]
+        raise ValueError(
+            f"check_gradients: {len(missing)} of {len(trainable)} adapter parameters got no "
+            "gradient; " + "; ".join(lines)
+        )
+    wrong = [n for n, (_, p) in trainable.items() if not bool(p.grad.isfinite().all())]  # type: ignore[union-attr]
+    if wrong:
+        raise ValueError(f"check_gradients: NaN or Inf in the gradients of {wrong[:5]}")
+    if changed := changed_buffers(model):
+        raise ValueError(f"check_gradients: {complaint(changed)}")
+    return len(trainable)

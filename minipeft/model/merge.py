@@ -1,0 +1,296 @@
+"""Fold adapters into weights, or take them off: finished for the whole model, or not begun.
+
+merge(model)                keeps the layers; each stack computes with one plain module
+unmerge(model)              drops those modules; the base was never changed
+remove(model)               takes the layers off: the original model, bit for bit
+remove(model, name="fr")    takes one adapter off and leaves the others
+remove(model, merge=True)   plain modules with the merged weights, folded layer by layer
+"""
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapters.atomic import restoring
+from minipeft.adapters.names import adapters_called, forget, named, stacks
+from minipeft.adapters.protocol import Adapter, AdapterLayer, is_adapter_layer, is_packed
+from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
+from minipeft.adapters.wrapper import innermost
+from minipeft.inject import swap, tell
+from minipeft.model.dense_again import forget_codes
+from minipeft.model.rows import refuse_rows
+
+
+def _layer_stacks(caller: str, model: nn.Module) -> dict[str, list[AdapterLayer]]:
+    """The stacks of mergeable layers by module name, outermost first."""
+    require_adapters(caller, model)
+    refuse_rows(caller, model)
+    found: dict[str, list[AdapterLayer]] = {}
+    for name, stack in stacks(model).items():
+        layers = [layer for layer in stack if is_adapter_layer(layer)]
+        if layers:
+            found[name] = layers
+    if not found:
+        raise ValueError(
+            f"{caller}: none of the model's adapters wraps a module; a prefix or prompt is no "
+            "weight that could be folded: bake() keeps what it computes and drops its network"
+        )
+    return found
+
+
+def merge(model: nn.Module) -> list[str]:
+    """Let every stack of adapter layers compute with its effective weights, rounded once.
+
+    They are summed in float32 or better, over the adapters that are on, and lie beside the
+    untouched base in no state dict.  Training while merged raises.  Merging again recomputes.
+    Returns the names of the modules.
+
+    Raises:
+        ValueError: nothing to merge, a weight that is not finite, a module below an adapter that
+            is not proved to compute the formula of its kind (linearity.py); no layer is merged
+            then.
+    """
+    found = _layer_stacks("merge", model)
+    outermost = {n: next((x for x in stack if x.enabled), None) for n, stack in found.items()}
+    chosen = {name: layer for name, layer in outermost.items() if layer is not None}
+    if not chosen:
+        raise ValueError("merge: every adapter is off; see use_adapters and disable_adapters")
+    _refuse_unfoldable("merge", chosen)
+    every = [layer for stack in found.values() for layer in stack]
+    before = [(layer, layer.merged_module) for layer in every]
+    try:
+        for layer in every:
+            layer.unmerge()
+        for name, layer in chosen.items():
+            try:
+                layer.merge()
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+    except BaseException:
+        for layer, merged in before:
+            layer.__dict__["merged_module"] = merged
+        raise
+    return list(chosen)
+
+
+def _refuse_unfoldable(caller: str, layers: Mapping[str, AdapterLayer]) -> None:
+    """Raise unless the module below each of these computes the formula of its kind.
+
+    A layer of somebody's own that has no `why_not_foldable` is taken at its word.
+    """
+    for place, layer in layers.items():
+        ask = getattr(layer, "why_not_foldable", None)
+        if ask is not None and (reason := ask()):
+            raise ValueError(
+                f"{caller}: {place}: {reason}; an adapter cannot be folded into it: leave it "
+                "unmerged (it runs as it is), or take it off with remove(model)"
+            )
+
+
+def unmerge(model: nn.Module) -> list[str]:
+    """Drop the merged modules.  Returns the names of the modules that were merged.
+
+    Raises:
+        ValueError: nothing is merged.
+    """
+    merged = [
+        (name, layer)
+        for name, stack in _layer_stacks("unmerge", model).items()
+        for layer in stack
+        if layer.merged_module is not None
+    ]
+    if not merged:
+        raise ValueError("unmerge: nothing is merged")
+    for _, layer in merged:
+        layer.unmerge()
+    return list(dict.fromkeys(name for name, _ in merged))
+
+
+def remove(
+    model: nn.Module, *, merge: bool = False, requantize: bool = False, name: str | None = None
+) -> list[str]:
+    """Take adapter layers off, in place: what is left are the bases, or their merged copies.
+
+    All of them, or with `name` those of one adapter.  With `merge`, a dense base's weights are
+    overwritten by the merged ones (of the adapters that are on), layer by layer, and an NF4 base
+    becomes dense; `requantize` keeps NF4 and warns of the error that this adds.  Prefixes and
+    prompts go too, with the heads that came with them, but with `merge` they stay: they are no
+    weights (their `bake` is what drops a network).  A model that has no 4-bit layer left no longer
+    says that it is one.  Returns the names of the modules.
+
+    Raises:
+        ValueError: nothing to remove; a module below an adapter that is not proved to compute the
+            formula of its kind (with `merge`); a merged weight that is not finite or belongs to two
+            modules (tied embeddings); `merge` of one adapter among others (switch the others off
+            or remove them first).  The model is then as it was.
+    """
+    if not isinstance(merge, bool) or not isinstance(requantize, bool):
+        raise TypeError("remove: merge and requantize are True or False")
+    _refuse_while_in_use(model, name)
+    gone = [] if merge else _take_off_prefixes(model, name)
+    if gone and not _has_more(model, name):
+        return gone
+    found = _layer_stacks("remove", model)
+    if name is not None:
+        with restoring(model):
+            return gone + _remove_one(model, name, found, merge)
+    every_name: dict[str, AdapterLayer] = {
+        place: module
+        for place, module in model.named_modules(remove_duplicate=False)
+        if any(module is stack[0] for stack in found.values())
+    }
+    if merge:
+        _check_foldable(model, found, requantize)
+        _fold_all(model, every_name, requantize)
+    else:
+        with restoring(model):
+            swap(model, {place: original(layer) for place, layer in every_name.items()})
+        _restore([layer for stack in found.values() for layer in stack])
+    forget(model)
+    if merge:
+        forget_codes(model)
+    return gone + list(found)
+
+
+def _refuse_while_in_use(model: nn.Module, name: str | None) -> None:
+    """What would refuse later, when prefixes are gone already."""
+    refuse_rows("remove", model)
+    if name is not None:
+        adapters_called("remove", model, name)
+        refuse_merged("remove", named_adapters(model))
+
+
+def _take_off_prefixes(model: nn.Module, name: str | None) -> list[str]:
+    """Let what holds prefixes take off those of this name, or all; returns their names."""
+    gone: list[str] = []
+    for place, holder in list(model.named_modules()):
+        if callable(getattr(type(holder), "add_encoder", None)):
+            encoders: dict[str, nn.Module] = dict(holder.encoders)
+            chosen = [own for own in encoders if name in (None, own)]
+            for own in chosen:
+                holder.remove(name=own, heads=False)
+            gone += [f"{place}.encoders.{own}" for own in chosen]
+    return gone
+
+
+def _has_more(model: nn.Module, name: str | None) -> bool:
+    """Whether layers are left to take off."""
+    return any(
+        is_adapter_layer(layer)
+        for own, places in named(model).items() if name in (None, own)
+        for stack in places.values()
+        for layer in stack
+    )  # fmt: skip
+
+
+def original(layer: nn.Module | AdapterLayer) -> nn.Module | nn.Parameter:
+    """What stood in the model where this stack of layers is."""
+    plain = innermost(layer)  # type: ignore[arg-type]
+    unwrap = getattr(plain, "original", None)  # of a module that was made around a parameter
+    made: nn.Module | nn.Parameter = plain if unwrap is None else unwrap()
+    return made
+
+
+def _restore(layers: list[AdapterLayer]) -> None:
+    for layer in layers:
+        restore = getattr(layer, "restore_base", None)  # LoftQ changed the codes of its base
+        if restore is not None:
+            restore()
+
+
+def _remove_one(
+    model: nn.Module, name: str, found: dict[str, list[AdapterLayer]], merge: bool
+) -> list[str]:
+    wanted = adapters_called("remove", model, name)
+    if merge:
+        raise ValueError(
+            f"remove: merging {name!r} alone would leave the others on a changed base; "
+            "use_adapters, then remove(model, merge=True) folds those that are on and drops all"
+        )
+    if merged := [n for n, s in found.items() if any(x.merged_module is not None for x in s)]:
+        raise ValueError(f"remove: {merged[0]!r} is merged; call minipeft.unmerge(model) first")
+    gone = {id(layer) for stack in wanted.values() for layer in stack if is_adapter_layer(layer)}
+    outermost: dict[int, nn.Module | nn.Parameter] = {}
+    for stack in found.values():
+        kept: nn.Module = innermost(stack[-1])  # type: ignore[arg-type]
+        stays = [layer for layer in reversed(stack) if id(layer) not in gone]
+        for layer in stays:
+            layer.base, kept = kept, layer  # type: ignore[assignment]
+        outermost[id(stack[0])] = kept if stays else original(kept)
+    places = {
+        place: outermost[id(module)]
+        for place, module in model.named_modules(remove_duplicate=False)
+        if id(module) in outermost and outermost[id(module)] is not module
+    }
+    if places:
+        swap(model, places)
+    _restore([layer for stack in found.values() for layer in stack if id(layer) in gone])
+    forget(model)
+    return list(wanted)
+
+
+def _holders(model: nn.Module) -> dict[int, int]:
+    """How many modules hold each parameter."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    return holders
+
+
+def _check_foldable(
+    model: nn.Module, found: dict[str, list[AdapterLayer]], requantize: bool
+) -> None:
+    holders = _holders(model)
+    on = {p: stack[0] for p, stack in found.items() if any(layer.enabled for layer in stack)}
+    _refuse_unfoldable("remove", on)
+    for place, stack in found.items():
+        plain = innermost(stack[0])  # type: ignore[arg-type]
+        if requantize and not is_packed(plain):
+            raise ValueError(f"remove: {place} has a dense base; requantize is for NF4 bases")
+        with torch.no_grad():
+            try:
+                values = stack[0].effective_parameters()
+            except ValueError as error:
+                raise ValueError(f"remove: {place}: {error}") from error
+        for own, value in values.items():
+            in_place = not is_packed(plain) and getattr(stack[0], "folds_into_base", True)
+            if in_place and holders[id(plain.get_parameter(own))] > 1:
+                raise ValueError(
+                    f"remove: the {own} of {place} belongs to another module too (tied weights); "
+                    "merging would change both: untie them first"
+                )
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"remove: the merged {own} of {place} holds NaN or Inf")
+
+
+def _fold_all(model: nn.Module, places: dict[str, AdapterLayer], requantize: bool) -> None:
+    plain: dict[int, nn.Module | nn.Parameter] = {}
+    errors: dict[str, float] = {}
+    for place, layer in places.items():
+        if id(layer) not in plain:
+            folded = layer.fold(requantize=requantize)
+            if requantize:
+                errors[place] = _relative_error(folded, layer)
+            plain[id(layer)] = original(folded)
+        swap(model, {place: plain[id(layer)]}, telling=False)
+    tell(model)
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        mean = sum(errors.values()) / len(errors)
+        warnings.warn(
+            f"remove: rounding merged weights to NF4 again moved them by {mean:.2%} on average, "
+            f"at most {errors[worst]:.2%} ({worst}), in the Frobenius norm",
+            stacklevel=3,
+        )
+
+
+def _relative_error(folded: nn.Module, layer: Adapter | AdapterLayer) -> float:
+    with torch.no_grad():
+        exact = layer.exact_parameters().get("weight")  # type: ignore[union-attr]
+        if exact is None:
+            return 0.0
+        weight: Tensor = folded.weight  # type: ignore[assignment]
+        return float((weight.float() - exact.float()).norm() / exact.float().norm())

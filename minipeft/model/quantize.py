@@ -1,0 +1,327 @@
+"""4-bit layers in any model, and dense ones again; QLoRA in one call.
+
+    names = quantize_model(model)                        NF4, frozen; .left_out says what is not
+    names = inject_qlora(model, "all-linear", rank=8)    the same, with LoRA on top
+    names = dequantize_model(model)                      plain layers with the rounded weights
+
+All codes are made before the first layer is put in, so an error changes nothing.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from torch import nn
+
+from minipeft.adapters.atomic import restoring
+from minipeft.adapters.linearity import why_no_float, why_not_replaceable
+from minipeft.adapters.protocol import (
+    has_stored_weight,
+    is_adapter,
+    is_conv1d,
+    is_packed,
+    linear_shape,
+)
+from minipeft.adapters.targets import (
+    Head,
+    HeadWarning,
+    Names,
+    Target,
+    adapter_targets,
+    expert_weights,
+    find,
+    head_reasons,
+    in_attention,
+    likely_head,
+    visible_modules,
+)
+from minipeft.adapters.wrapper import take_hooks
+from minipeft.inject import build, check_model, inject_over, settled, swap, tell
+from minipeft.model.dense_again import forget_codes
+from minipeft.model.peft_words import in_our_words
+from minipeft.qlora import NF4Linear
+from minipeft.quantized.conv1d import NF4Conv1D
+from minipeft.quantized.embedding import NF4Embedding
+from minipeft.quantized.experts import NF4Experts
+
+Skip = Target | tuple[()]
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """ids of parameters that two different modules hold (tied embeddings)."""
+    owner: dict[int, int] = {}
+    shared = set()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if owner.setdefault(id(parameter), id(module)) != id(module):
+                shared.add(id(parameter))
+    return shared
+
+
+def _keeps_dense(
+    module: nn.Module, also: tuple[type[nn.Module], ...], embeddings: bool
+) -> str | None:
+    """Why a layer with a weight cannot be replaced by a 4-bit one; None if it can."""
+    vouched = type(module) in also
+    if isinstance(module, nn.Embedding):
+        if not embeddings:
+            return "an embedding (embeddings=True quantises it)"
+        if module.max_norm is not None:
+            return "max_norm rescales its rows in forward"
+    elif not isinstance(module, nn.Linear) and not is_conv1d(module):
+        return f"{type(module).__name__} is no nn.Linear"
+    reason = why_not_replaceable(module)
+    if reason and vouched and has_stored_weight(module) and "forward" not in vars(module):
+        reason = why_no_float(module.weight)  # type: ignore[arg-type]
+    return reason
+
+
+def quantizable(
+    model: nn.Module,
+    *,
+    skip: Skip = (),
+    also: tuple[type[nn.Module], ...] = (),
+    embeddings: bool = False,
+    experts: bool = False,
+    head: Head = None,
+) -> tuple[dict[str, nn.Module | nn.Parameter], dict[str, str]]:
+    """What `quantize_model` would quantise, and why it leaves out the others.
+
+    Modules by their names, and 3-D parameters by theirs.  Every weight of two or more axes is in
+    one of the two.
+    """
+    skipped = {} if skip == () else find(model, skip, caller="skip")
+    outside = {**in_attention(model), **head_reasons(model, head)}
+    float32 = {
+        part
+        for module in model.modules()
+        for part in getattr(module, "_keep_in_fp32_modules", None) or ()
+    }
+    shared = _shared_weights(model)
+    chosen: dict[str, nn.Module | nn.Parameter] = {}
+    left_out: dict[str, str] = {}
+
+    def consider(
+        name: str, layer: nn.Module | nn.Parameter, tried: Callable[[], str | None]
+    ) -> None:
+        reason = None
+        weight = layer if isinstance(layer, nn.Parameter) else layer._parameters.get("weight")
+        if name in skipped or any(name.startswith(f"{outer}.") for outer in skipped):
+            reason = "skipped"
+        elif any(part in float32 for part in name.split(".")):
+            reason = "kept in float32 (_keep_in_fp32_modules)"
+        reason = reason or outside.get(name) or tried()  # last: it may run the module
+        if not reason and id(weight) in shared:
+            reason = "its weight is tied to another module's"
+        if reason:
+            left_out[name] = reason
+        else:
+            chosen[name] = layer
+
+    for name, module in visible_modules(model).items():
+        is_linear = linear_shape(module) is not None
+        if (is_linear or isinstance(module, nn.Embedding)) and not is_packed(module):
+            consider(name, module, partial(_keeps_dense, module, also, embeddings))
+    for name, parameter in expert_weights(model).items():
+        reason = None if experts else "a 3-D weight of experts (experts=True quantises it)"
+        consider(name, parameter, partial(lambda why: why, reason))
+    for name, reason in other_weights(model).items():
+        if not any(name == n or name.startswith(f"{n}.") for n in (*chosen, *left_out, *outside)):
+            inside = any(name == n or name.startswith(f"{n}.") for n in skipped)
+            left_out[name] = "skipped" if inside else reason
+    return chosen, {**{n: w for n, w in outside.items() if n not in chosen}, **left_out}
+
+
+def other_weights(model: nn.Module) -> dict[str, str]:
+    """Weights of two or more axes that no kind of 4-bit layer holds, and where they are.
+
+    A module of torch's, or a convolution, comes once, under its own name; parameters that a module
+    of your own or an attention holds by itself under theirs.
+    """
+    found: dict[str, str] = {}
+    for name, module in {"": model, **visible_modules(model)}.items():
+        if is_packed(module) or is_adapter(module):
+            continue
+        kind = type(module).__name__
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() < 2 or not parameter.is_floating_point():
+                continue
+            path = f"{name}.{own}" if name else own
+            if isinstance(module, nn.MultiheadAttention):
+                found[path] = f"{kind} multiplies by it itself"
+            elif type(module).__module__.startswith("torch.nn") and not isinstance(
+                module, nn.ParameterList | nn.ParameterDict
+            ):
+                found[name or own] = f"{kind} is no linear layer"
+            else:
+                found[path] = f"a bare parameter of a {kind}, which is no linear layer"
+    return found
+
+
+def _check_experts(model: nn.Module, names: list[str]) -> None:
+    """Raise unless the modules that hold these 3-D weights index them one expert at a time."""
+    for name in names:
+        holder = model.get_submodule(name.rpartition(".")[0])
+        how = getattr(getattr(holder, "config", None), "_experts_implementation", None)
+        if how not in (None, "eager"):
+            raise ValueError(
+                f"quantize_model: {name} is read whole by the {how!r} implementation of experts; "
+                "call model.set_experts_implementation('eager') first"
+            )
+
+
+def _quantized(
+    model: nn.Module,
+    skip: Skip,
+    also: tuple[type[nn.Module], ...],
+    embeddings: bool,
+    experts: bool,
+    nf4: Mapping[str, object],
+    head: Head,
+    *,
+    level: int = 3,
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The 4-bit layers by name, and what stays dense; `level` of warnings: the user's line."""
+    check_model("quantize_model", model)
+    chosen, left_out = quantizable(
+        model, skip=skip, also=also, embeddings=embeddings, experts=experts, head=head
+    )
+    if not chosen:
+        raise ValueError(f"quantize_model: no layer to quantise; left out: {left_out}")
+    if embeddings and not any(isinstance(module, nn.Embedding) for module in chosen.values()):
+        reasons = {n: left_out[n] for n, m in visible_modules(model).items()
+                   if isinstance(m, nn.Embedding)}  # fmt: skip
+        raise ValueError(f"quantize_model: embeddings=True, but none may be quantised: {reasons}")
+    modules = {n: m for n, m in chosen.items() if isinstance(m, nn.Module)}
+    weights = {n: p for n, p in chosen.items() if isinstance(p, nn.Parameter)}
+    if experts and not weights:
+        raise ValueError("quantize_model: experts=True, but no 3-D weight may be quantised")
+    _check_experts(model, list(weights))
+    settings = {"block_size": 64, "double_quant": True, "compute_dtype": None} | dict(nf4)
+    if unknown := set(settings) - {"block_size", "double_quant", "compute_dtype"}:
+        raise TypeError(f"quantize_model: unknown arguments {sorted(unknown)}")
+
+    def make(name: str, module: nn.Module) -> nn.Module:
+        layer: nn.Module
+        if isinstance(module, nn.Embedding):
+            table = {k: v for k, v in settings.items() if k != "compute_dtype"}
+            layer = NF4Embedding.from_embedding(module, **table)  # type: ignore[arg-type]
+        elif is_conv1d(module):
+            layer = NF4Conv1D.from_linear(module, **settings)  # type: ignore[arg-type]
+        else:  # not from_linear: it refuses the classes that `also` admits
+            layer = NF4Linear.from_weight(module.weight, module.bias, **settings)  # type: ignore[arg-type]
+        take_hooks(layer, module)
+        return layer.train(module.training)
+
+    layers = build(settled("quantize_model", model, modules), make)
+    for name, weight in weights.items():
+        try:
+            layers[name] = NF4Experts.from_weight(weight, **settings)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    for name, why in left_out.items():
+        if "forward of its own" in why:
+            hint = f"also=({type(model.get_submodule(name)).__name__},) makes it 4-bit all the same"
+            warnings.warn(f"quantize_model left {name} dense: {why}; {hint}", stacklevel=level)
+    for name, note in likely_head(model, head, layers).items():
+        warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=level)
+    return layers, left_out
+
+
+def quantize_model(
+    model: nn.Module,
+    *,
+    skip: Skip = (),
+    also: tuple[type[nn.Module], ...] = (),
+    embeddings: bool = False,
+    experts: bool = False,
+    head: Head = None,
+    **nf4: object,
+) -> Names:
+    """Replace every linear layer it may by a 4-bit one, in place; all codes first, then the swap.
+
+    nn.Linear becomes NF4Linear, transformers' Conv1D NF4Conv1D.  `embeddings` also makes
+    nn.Embedding an NF4Embedding, `experts` makes 3-D weights of mixtures of experts NF4Experts,
+    which models that index one expert at a time read like the tensor.  Left dense: the output
+    head, tied weights, `_keep_in_fp32_modules`, new heads, what `skip` names, and, with a warning,
+    subclasses that, tried with a small batch, compute something else than nn.Linear (nn.Embedding);
+    `also` admits such classes if you know better.  `head` names the output head of a model of your
+    own (a name, a module, a list of them; () if there is none); not said, a layer that looks like
+    one gives a HeadWarning.  Keywords: block_size, double_quant, compute_dtype.  Returns the names;
+    `.left_out` says what stayed dense and why, every weight of two or more axes.
+
+    Raises:
+        ValueError: nothing to quantise, weights that are not finite, `embeddings` of a model
+            whose embeddings are all tied; the model is as it was.
+    """
+    layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4, head)
+    swap(model, layers)
+    return Names(layers, left_out, notes=likely_head(model, head, layers))
+
+
+def dequantize_model(model: nn.Module) -> list[str]:
+    """Replace every 4-bit layer by the dense one it stands for, in place, under adapters too.
+
+    The weights are the rounded ones, in the dtype that the dense layers had, and frozen: what the
+    model computes is the same but for the order of sums.  A Hugging Face model no longer says that
+    it is 4-bit, so that `save_pretrained` writes what `from_pretrained` loads.  Returns the names.
+
+    Raises:
+        ValueError: the model has no 4-bit layer.
+    """
+    check_model("dequantize_model", model)
+    packed = {n: m for n, m in model.named_modules(remove_duplicate=False) if is_packed(m)}
+    if not packed:
+        raise ValueError("dequantize_model: the model has no 4-bit layer")
+    made: dict[int, nn.Module | nn.Parameter] = {}
+    with restoring(model):
+        for name, layer in packed.items():
+            if id(layer) not in made:
+                plain = layer.dense()
+                if isinstance(plain, nn.Module):
+                    take_hooks(plain, model.get_submodule(name))
+                made[id(layer)] = plain
+            swap(model, {name: made[id(layer)]}, telling=False)
+        tell(model)
+    forget_codes(model)
+    return list(packed)
+
+
+@in_our_words
+def inject_qlora(
+    model: nn.Module,
+    target: Target,
+    rank: int | Mapping[str, int],
+    alpha: float | Mapping[str, float] | None = None,
+    *,
+    exclude: Target | None = None,
+    skip: Skip = (),
+    also: tuple[type[nn.Module], ...] = (),
+    embeddings: bool = False,
+    experts: bool = False,
+    block_size: int = 64,
+    double_quant: bool = True,
+    compute_dtype: object = None,
+    head: Head = None,
+    **lora: object,
+) -> Names:
+    """QLoRA in place: quantise every layer that `quantize_model` would, wrap the targets in LoRA.
+
+    Arguments as of `quantize_model` and `inject_lora`.  A target that stays dense is wrapped all
+    the same.  Returns the wrapped names; `.left_out` says what stayed dense, and why.
+
+    Raises:
+        ValueError: as either; the model is then as it was.
+    """
+    nf4 = {
+        "block_size": block_size, "double_quant": double_quant, "compute_dtype": compute_dtype
+    }  # fmt: skip
+    target = target if isinstance(target, str) or callable(target) else list(target)
+    check_model("inject_qlora", model)
+    # a wrong target should not cost the quantisation
+    adapter_targets(model, target, exclude, head=head)
+    layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4, head, level=4)
+    notes = likely_head(model, head, layers)
+    names = inject_over(model, target, rank, alpha, exclude, lora, layers, head=head)
+    names.left_out, names.notes = left_out | names.left_out, notes | names.notes
+    return names

@@ -1,0 +1,115 @@
+"""Linear layers whose rows use different adapters: one product for all of them.
+
+The factors of all adapters lie side by side, as if they were one adapter of a high rank; a gate
+says which of its columns a row of the batch uses:
+
+    hidden = x [A_1; A_2; ...]^T       (rows, ..., capacity * rank)
+    hidden = hidden * gate[row]        1 on the columns of the row's adapters, 0 elsewhere
+    y      = base(x) + hidden [B_1, B_2, ...]^T
+
+Lower ranks are padded with zeros.  Costs grow with the number of adapters that are loaded, not with
+how many a batch uses, and stay below the base's while capacity * rank is below its sizes.  Choosing
+other rows, strengths or factors changes tensors in place: a compiled model stays compiled.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from minipeft.adapters.wrapper import innermost
+from minipeft.lora import add_lora, checked_linear
+from minipeft.model.rows.by_row import ByRow
+
+
+class LoRABank(ByRow):
+    """Up to `capacity` LoRA adapters of at most `rank` over one linear layer, gated by row.
+
+    `a` (capacity, rank, in_features) and `b` (capacity, rank, out_features) are buffers of no state
+    dict, zero at first; `load` fills a slot.  `gate` (rows, capacity), or (1, capacity) for all
+    rows alike, says which rows use which slots; banks of a model may share one tensor.  A batch of
+    n times as many rows has n for each row of the gate, side by side, as `generate` has beams.
+    Rows whose gate is 0 equal the base bit for bit, whatever else is loaded.  For inference:
+    training raises.
+
+    Raises:
+        TypeError, ValueError: as LoRALinear; capacity or rank below 1.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        capacity: int,
+        rank: int,
+        *,
+        gate: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = checked_linear("LoRABank", base)
+        if capacity < 1 or rank < 1:
+            raise ValueError(f"LoRABank: capacity={capacity}, rank={rank}; expected at least 1")
+        device = next(innermost(base).parameters()).device
+        with torch.inference_mode(False):  # its tensors could not be changed outside
+            gate = torch.zeros(1, capacity, device=device) if gate is None else gate
+            super().__init__(base, gate)
+            self.capacity, self.rank = capacity, rank
+            self.in_features, self.out_features, self.transposed = shape
+            for name, size in (("a", shape.in_features), ("b", shape.out_features)):
+                zeros = torch.zeros(capacity, rank, size, dtype=dtype, device=device)
+                self.register_buffer(name, zeros, persistent=False)
+        self.take_over()
+
+    def load(self, slot: int, a: Float[Tensor, "r inner"], b: Float[Tensor, "outer r"]) -> None:
+        """Copy the factors of one adapter into a slot, padded with zeros to the bank's rank.
+
+        Raises:
+            ValueError: no such slot, a rank above the bank's, other sizes, or NaN or Inf, which
+                would reach every row (0 * NaN is NaN); nothing changes.
+        """
+        rank = a.shape[0]
+        if not 0 <= slot < self.capacity:
+            raise ValueError(f"LoRABank: slot {slot} of {self.capacity}")
+        sizes = (a.shape[1], b.shape[0], b.shape[1])
+        if rank > self.rank or sizes != (self.in_features, self.out_features, rank):
+            raise ValueError(
+                f"LoRABank: factors {tuple(a.shape)} and {tuple(b.shape)}; expected (r, "
+                f"{self.in_features}) and ({self.out_features}, r) with r at most {self.rank}"
+            )
+        if not finite(a, b):
+            raise ValueError("LoRABank: the factors hold NaN or Inf; look for a diverged adapter")
+        with torch.no_grad():
+            self.clear(slot)
+            self.a[slot, :rank] = a.to(self.a.dtype)
+            self.b[slot, :rank] = b.T.to(self.b.dtype)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        self.a[slot].zero_()
+        self.b[slot].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.refuse_training()
+        out: Tensor = innermost(self)(x)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not self._enabled:
+            return out
+        gate = self.gate * self.strength.to(self.gate.device) if compiling else self.gate
+        each = self.rows_of_each(x)
+        if len(gate) > 1:
+            gate = gate.repeat_interleave(each, dim=0)
+        columns = gate.to(out.device, out.dtype).repeat_interleave(self.rank, dim=1)
+        if x.dim() == 1:
+            columns = columns[0]
+        else:
+            columns = columns.view(len(gate), *(1,) * (x.dim() - 2), -1)
+        return add_lora(out, x, self.a.flatten(0, 1), self.b.flatten(0, 1).T, columns)
+
+    def extra_repr(self) -> str:
+        return f"capacity={self.capacity}, rank={self.rank}"
+
+
+def finite(*factors: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    return all(bool(factor.isfinite().all()) for factor in factors)

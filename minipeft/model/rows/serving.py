@@ -1,0 +1,281 @@
+"""use_adapters(model, rows=[...]): over which modules a bank or a stack goes, and what it gets.
+
+First a plan is made and checked, then the model is changed in one go.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.adapters.names import named, stacks
+from minipeft.adapters.protocol import Adapter
+from minipeft.adapters.state import refuse_merged, require_adapters
+from minipeft.adapters.targets import visible_modules
+from minipeft.adapters.wrapper import innermost
+from minipeft.inject import swap
+from minipeft.layers.fused import LoRAFusedLinear
+from minipeft.lora import LoRALinear
+from minipeft.model.rows.bank import LoRABank, finite
+from minipeft.model.rows.by_row import ByRow, Row
+from minipeft.model.rows.stack import Lengths, RowStack, why_not
+
+Wanted = list[tuple[str, ...]]  # for each row the adapters it uses
+_JOINED = (LoRALinear, LoRAFusedLinear)  # two factors, whose product is all that they add
+
+
+class Place(NamedTuple):
+    """What rows may use over one module: adapter names and layers, the innermost first."""
+
+    layers: list[tuple[str, Any]]
+    stack: list[Adapter]  # these, and others, which are off
+
+    @property
+    def joined(self) -> bool:
+        """Whether a bank can join the factors: one product for each adapter."""
+        names = {name for name, _ in self.layers}
+        plain = all(type(layer) in _JOINED for _, layer in self.layers)
+        return plain and len(names) == len(self.layers)
+
+    @property
+    def rank(self) -> int:
+        """The highest."""
+        return max(len(layer.factors()[0]) for _, layer in self.layers)
+
+
+def _wanted(rows: Iterable[Row]) -> Wanted:
+    return [() if row is None else (row,) if isinstance(row, str) else tuple(row) for row in rows]
+
+
+def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
+    """Let row i of every batch use the adapter `rows[i]`: a name, None, or several names.
+
+    Called again with as many rows it changes tensors in place.  Factors and scales are taken over
+    as they are at the call, or later: call it again after changing them.  The first axis of what
+    the layers get must be the batch, flattened with later axes at most; embeddings get (batch,
+    tokens).  A module that has `serve_rows` of its own (the prefixes of a model) is told of its
+    adapters.  Returns the names of the modules.
+
+    Raises:
+        ValueError: no rows, no such adapter, a merged model, NaN or Inf in LoRA on a linear layer,
+            or layers asked for or on in which rows cannot be told apart (experts,
+            nn.MultiheadAttention, tables of positions); the model is then as it was.
+    """
+    wanted = _wanted(rows)
+    if not wanted:
+        raise ValueError("use_adapters: rows is empty; expected one name for each row of the batch")
+    refuse_merged("use_adapters", require_adapters("use_adapters", model))
+    everything = named(model)
+    used = list(dict.fromkeys(name for row in wanted for name in row))
+    if unknown := [name for name in used if name not in everything]:
+        raise ValueError(
+            f"use_adapters: the model has no adapter {unknown}; it has {sorted(everything)}"
+        )
+    owners: list[Any] = [module for module in model.modules() if _serves_rows(module)]
+    own = {id(part) for owner in owners for part in owner.modules()}
+    names = list(everything)  # all of them: other rows may want others
+    places = _places(model, everything, used, own)
+    prompts = {name for owner in owners for name in owner.run_by_the_model()}
+    if places and (mixed := prompts & set(used)):
+        raise ValueError(
+            f"use_adapters: {sorted(mixed)[0]!r} is a prompt, which runs through the model once "
+            "for all rows, and other layers differ by row; bake the prompt, or serve them in two "
+            "batches"
+        )
+    lengths = {name: _lengths(place, wanted) for name, place in places.items()}
+    layers = _layers(model, names, places, len(wanted))
+    for owner in owners:
+        owner.serve_rows(wanted)
+    with torch.no_grad():
+        for layer in list(layers.values())[:1]:
+            layer.gate.copy_(torch.tensor([[float(n in row) for n in names] for row in wanted]))
+        for name, place in places.items():
+            _fill(layers[name], place, names, wanted, lengths[name])
+    found = [place for name in used for place in everything[name]]
+    return list(dict.fromkeys([*places, *found]))
+
+
+def _serves_rows(module: nn.Module) -> bool:
+    return callable(getattr(type(module), "serve_rows", None))
+
+
+def _places(
+    model: nn.Module, everything: dict[str, dict[str, list[Adapter]]], used: list[str],
+    own: set[int],
+) -> dict[str, Place]:  # fmt: skip
+    """By module: the layers that rows may use.  Raises ValueError where rows cannot be told."""
+    name_of = {id(layer): name for name, adapters in everything.items()
+               for layers in adapters.values() for layer in layers}  # fmt: skip
+    tables = _token_tables(model)
+    places: dict[str, Place] = {}
+    for place, whole in stacks(model).items():
+        stack: list[Any] = [layer for layer in whole if id(layer) in name_of]
+        stack = [layer for layer in stack if id(layer) not in own]
+        found = []
+        for layer in reversed(stack):
+            name = name_of[id(layer)]
+            why = why_not(layer) or _no_batch(innermost(layer), tables)
+            if why is None:
+                found.append((name, layer))
+            elif name in used or layer.enabled:
+                raise ValueError(
+                    f"use_adapters: {name!r} has {type(layer).__name__} over {place!r}: {why}; "
+                    "rows of a batch cannot use it, and others must be off (run its rows in a "
+                    "batch of their own)"
+                )
+        if not found:
+            continue
+        if not place:
+            raise ValueError("use_adapters: the model is itself an adapter layer; put it in one")
+        places[place] = Place(found, stack)
+        for name, layer in found if places[place].joined else []:
+            if not finite(layer.factors()[0], layer.factors()[1] * (layer.scaling * layer.scale)):
+                raise ValueError(
+                    f"use_adapters: {name!r} holds NaN or Inf over {place!r}, which would reach "
+                    "the rows of others; remove it first"
+                )
+    return places
+
+
+def _token_tables(model: nn.Module) -> set[int] | None:
+    """The tables that take token ids, where the model and its parts name them."""
+    found: set[int] = set()
+    for module in model.modules():
+        getter = getattr(type(module), "get_input_embeddings", None)
+        if callable(getter):
+            try:
+                table = getter(module)
+            except (NotImplementedError, AttributeError):  # a part without one
+                continue
+            if isinstance(table, nn.Module):
+                found.add(id(innermost(table)))
+    return found or None
+
+
+def _no_batch(plain: nn.Module, tables: set[int] | None) -> str | None:
+    if tables is None or id(plain) in tables or not hasattr(plain, "num_embeddings"):
+        return None
+    return (
+        "it is not the table of the tokens (get_input_embeddings), and numbers of positions or "
+        "distances need not have a row for each of the batch"
+    )
+
+
+@contextmanager
+def _on(stack: list[Adapter], names: Iterable[int]) -> Iterator[None]:
+    """Within this context these layers of a stack are on, by their ids, and no others."""
+    chosen, before = set(names), [(layer, layer.enabled) for layer in stack]
+    try:
+        for layer in stack:
+            layer.enabled = id(layer) in chosen
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.enabled = enabled
+
+
+def _lengths(place: Place, wanted: Wanted) -> list[Lengths]:
+    """For each layer that has `lengths`, those of each row: they depend on the layers below."""
+    found: list[Lengths] = []
+    for number, (name, layer) in enumerate(place.layers):
+        if not callable(getattr(type(layer), "lengths", None)):
+            found.append(())
+            continue
+        below = place.layers[: number + 1]
+        made: dict[tuple[str, ...], Lengths] = {}
+        each: list[Lengths] = []
+        for row in wanted:
+            # a row without this layer never reads its lengths: any will do
+            on = tuple(n for n, _ in below if n in row) if name in row else (name,)
+            if on not in made:
+                with _on(place.stack, [id(x) for n, x in below if n in on]), torch.no_grad():
+                    made[on] = layer.lengths()
+            each.append(made[on])
+        found.append(tuple(torch.stack(values) for values in zip(*each, strict=True)))
+    return found
+
+
+def _layers(
+    model: nn.Module, names: list[str], places: dict[str, Place], rows: int
+) -> dict[str, ByRow]:
+    """A layer over each place: those that are there if they fit, or new ones that share a gate."""
+    present = {n: s[0] for n, s in stacks(model).items() if isinstance(s[0], ByRow)}
+    fits = set(present) == set(places) and all(
+        layer.gate.shape == (rows, len(names)) and _fits(layer, places[name], names)
+        for name, layer in present.items()
+    )
+    if fits:
+        return present
+    modules = visible_modules(model)
+    tops = {n: m.base if isinstance(m, ByRow) else m for n, m in modules.items()}
+    made: dict[str, ByRow] = {}
+    gate: Tensor | None = None
+    for name, place in places.items():
+        if gate is None:
+            own = next((p for _, x in place.layers for p in x.adapter_parameters().values()), None)
+            with torch.inference_mode(False):  # its tensors could not be changed outside
+                gate = torch.zeros(rows, len(names), device="cpu" if own is None else own.device)
+        made[name] = _made(tops[name], place, names, gate)
+    of_module: dict[int, nn.Module] = {id(tops[name]): layer for name, layer in made.items()}
+    changed = {n: of_module.get(id(top), top) for n, top in tops.items()}
+    swap(model, {n: m for n, m in changed.items() if m is not modules[n]})
+    return made
+
+
+def _fits(layer: ByRow, place: Place, names: list[str]) -> bool:
+    if isinstance(layer, LoRABank):
+        return place.joined and layer.rank >= place.rank
+    assert isinstance(layer, RowStack)
+    same = [id(x) for x in layer.layers] == [id(x) for _, x in place.layers]
+    return not place.joined and same and layer.slots == [names.index(n) for n, _ in place.layers]
+
+
+def _made(top: nn.Module, place: Place, names: list[str], gate: Tensor) -> ByRow:
+    if not place.joined:
+        layers = [layer for _, layer in place.layers]
+        return RowStack(top, layers, [names.index(name) for name, _ in place.layers], gate)
+    dtype = torch.float32
+    for _, layer in place.layers:
+        dtype = torch.promote_types(dtype, layer.lora_a.dtype)
+    return LoRABank(top, len(names), place.rank, gate=gate, dtype=dtype)
+
+
+def _fill(
+    layer: ByRow, place: Place, names: list[str], wanted: Wanted, lengths: list[Lengths]
+) -> None:
+    if isinstance(layer, RowStack):
+        using = [[i for i, row in enumerate(wanted) if name in row] for name, _ in place.layers]
+        strengths = [float(getattr(x, "full_strength", x.scale)) for _, x in place.layers]
+        layer.serve(using, strengths, lengths)
+        return
+    assert isinstance(layer, LoRABank)
+    own = dict(place.layers)
+    for slot, name in enumerate(names):
+        if name in own:
+            a, b = own[name].factors()
+            layer.load(slot, a, b * own[name].full_strength)
+        else:
+            layer.clear(slot)
+
+
+def stop_rows(model: nn.Module) -> None:
+    """Take banks and stacks off: every row uses the adapters that are on."""
+    layers: dict[str, Any] = {
+        n: m.base for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, ByRow)
+    }
+    if layers:
+        swap(model, layers)
+    for module in model.modules():
+        if _serves_rows(module):
+            module.stop_rows()  # type: ignore[operator]
+
+
+def refuse_rows(caller: str, model: nn.Module) -> None:
+    """Raise ValueError while rows of a batch are told apart."""
+    if any(isinstance(module, ByRow) for module in model.modules()):
+        raise ValueError(
+            f"{caller}: rows of a batch use different adapters (use_adapters(rows=)); call "
+            "minipeft.use_adapters(model, names) first"
+        )

@@ -1,0 +1,217 @@
+"""What else trains: biases, whole modules, single rows of an embedding.
+
+    train_biases(model, "lora_only")            biases of the layers that have LoRA, or "all"
+    train_modules(model, ["lm_head"])           modules as a whole, by a copy of each
+    train_tokens(model, tokenizer.convert_tokens_to_ids(new))
+    tie_lora(model)                             heads that share an embedding's weight follow it
+
+The base stays as it is: all of it is adapters, saved and taken off like the others.
+"""
+
+import itertools
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from minipeft.adapters.atomic import restoring
+from minipeft.adapters.names import DEFAULT, adapters_called, give_name, named, stacks
+from minipeft.adapters.protocol import is_adapter
+from minipeft.adapters.state import freeze, named_adapters, refuse_merged
+from minipeft.adapters.targets import Names, Target, find, in_attention, visible_modules
+from minipeft.adapters.wrapper import innermost
+from minipeft.inject import build, check_model, settled, swap
+from minipeft.layers.bias import LoRABias
+from minipeft.layers.embeddings import LoRAEmbedding
+from minipeft.layers.tied import LoRATiedLinear, tied_heads
+from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
+from minipeft.lora import LowRank
+from minipeft.model.rows import refuse_rows
+
+BIAS_MODES = ("all", "lora_only")
+
+
+def _join(model: nn.Module, name: str, places: Iterable[str]) -> None:
+    """Let the layers at these places belong to the adapter called `name`."""
+    layers = [model.get_submodule(place) for place in places]
+    if name == DEFAULT:
+        return
+    own = itertools.chain.from_iterable(named(model).get(name, {}).values())
+    give_name(model, name, [*own, *layers])  # type: ignore[list-item]
+
+
+def _wrap(model: nn.Module, name: str, modules: dict[str, Any], make: Any) -> None:
+    refuse_merged("train", named_adapters(model))
+    refuse_rows("train", model)
+    with restoring(model):
+        made = build(modules, make)
+        swap(model, made)
+        _join(model, name, made)
+        freeze(model)
+
+
+def train_biases(model: nn.Module, mode: str = "lora_only", *, name: str = DEFAULT) -> Names:
+    """Train biases of the model, each by a delta beside the frozen one.
+
+    `mode` "lora_only": of the modules under the LoRA layers of the adapter called `name`; "all":
+    every bias that a module adds to its output.  Returns the names of the modules; `.left_out`
+    says which have a bias that cannot be reached (attention and recurrent layers use theirs
+    inside).
+
+    Raises:
+        ValueError: another mode, no such adapter, no bias to train, biases that train already.
+    """
+    check_model("train_biases", model)
+    if mode not in BIAS_MODES:
+        raise ValueError(f"train_biases: mode={mode!r}; choose one of {BIAS_MODES}")
+    modules: dict[str, nn.Module] = {}
+    left_out: dict[str, str] = {}
+    inside = in_attention(model)
+    if mode == "lora_only":
+        lora = adapters_called("train_biases", model, name)
+        wanted = {place: model.get_submodule(place) for place, stack in lora.items()
+                  if any(isinstance(layer, LowRank) for layer in stack)}  # fmt: skip
+    else:
+        wanted = visible_modules(model)
+    for place, module in wanted.items():
+        plain = innermost(module)
+        if place in inside:
+            left_out[place] = inside[place]
+            continue
+        if getattr(plain, "bias", None) is None or "bias" not in plain._parameters:
+            if isinstance(plain, nn.MultiheadAttention | nn.RNNBase):
+                left_out[place] = f"{type(plain).__name__} uses its biases inside"
+            continue
+        modules[place] = module
+    chosen = {id(module) for module in modules.values()}  # a shared one under each of its names
+    modules = {n: m for n, m in visible_modules(model).items() if id(m) in chosen}
+    taken = [p for p, s in stacks(model).items() if any(isinstance(a, TrainedBias) for a in s)]
+    if twice := sorted(set(taken) & set(modules)):
+        raise ValueError(f"train_biases: {twice[:3]} train already ({len(twice)} in all)")
+    if not modules:
+        raise ValueError(f"train_biases: no bias to train ({mode}); left out: {left_out}")
+    _wrap(model, name, modules, lambda _, module: TrainedBias(module))
+    return Names(modules, left_out)
+
+
+def train_modules(
+    model: nn.Module, target: Target, *, name: str = DEFAULT, dtype: torch.dtype | None = None
+) -> Names:
+    """Train the modules that `target` names as a whole: a classification head, new embeddings.
+
+    Each gets a trainable copy; the original stays frozen below it.  Copies of 16-bit modules are
+    float32, unless `dtype` asks for something else.  Modules that share a weight
+    share it in their copies too, if both are named; one of two that is named alone is untied, with
+    a warning.  Returns the names.
+
+    Raises:
+        ValueError: nothing matches, a module without parameters, with 4-bit codes or adapters.
+            The model is then as it was.
+    """
+    check_model("train_modules", model)
+    modules = settled("train_modules", model, find(model, target))
+    for place, module in modules.items():
+        if not isinstance(module, nn.Module) or is_adapter(module):
+            raise ValueError(f"train_modules: {place} is an adapter, or no module")
+    inside = {id(p) for module in modules.values() for p in module.parameters()}
+    chosen = {id(part) for module in modules.values() for part in module.modules()}
+    outside = {id(p) for part in model.modules() if id(part) not in chosen
+               for p in part.parameters(recurse=False)}  # fmt: skip
+    if inside & outside:
+        warnings.warn(
+            f"train_modules: {list(modules)} share a weight with other modules (tied embeddings), "
+            "whose weight stays as it is; name both to keep them tied",
+            stacklevel=2,
+        )
+    memo: dict[int, Any] = {}
+    _wrap(model, name, modules, lambda _, module: TrainedModule(module, dtype=dtype, memo=memo))
+    return Names(modules)
+
+
+def train_tokens(
+    model: nn.Module,
+    token_ids: Iterable[int],
+    *,
+    target: Target | None = None,
+    name: str = DEFAULT,
+) -> Names:
+    """Train the embedding rows of these tokens, and of no others.
+
+    `target` names the embedding; None: what `get_input_embeddings()` gives.  A head that shares
+    the table's weight gives logits by the trained rows too, below a LoRA of its own.  Returns the
+    names of the modules.
+
+    Raises:
+        ValueError: no embedding, ids that are no rows; a table whose rows train already.
+    """
+    check_model("train_tokens", model)
+    ids = list(token_ids)
+    if target is None:
+        getter = getattr(model, "get_input_embeddings", None)
+        table = getter() if callable(getter) else None
+        if table is None:
+            raise ValueError("train_tokens: the model names no input embedding; pass target=")
+        found = {n: m for n, m in visible_modules(model).items() if m is table}
+    else:
+        found = find(model, target)
+    modules = settled("train_tokens", model, found)
+    for place, module in modules.items():
+        if any(isinstance(a, TrainedTokens) for a in stacks(model).get(place, [])):
+            raise ValueError(f"train_tokens: rows of {place} train already; remove it first")
+        if not isinstance(innermost(module), nn.Embedding):
+            raise ValueError(
+                f"train_tokens: {place} is a {type(innermost(module)).__name__}, no nn.Embedding"
+            )
+    weights = {id(innermost(module).weight): place for place, module in modules.items()}
+    heads = {
+        n: m for n, m in visible_modules(model).items()
+        if isinstance(innermost(m), nn.Linear) and id(innermost(m).weight) in weights
+    }  # fmt: skip
+    made: dict[str, TrainedTokens] = {}
+
+    def make(place: str, module: nn.Module) -> nn.Module:
+        if place in below:
+            return TrainedLogits(module, made[weights[id(innermost(module).weight)]])
+        made[place] = TrainedTokens(module, ids)
+        return made[place]
+
+    below = dict(_below_lora(place, module) for place, module in heads.items())
+    _wrap(model, name, {**modules, **below}, make)
+    return Names([*modules, *heads])
+
+
+def _below_lora(place: str, module: nn.Module) -> tuple[str, nn.Module]:
+    """The module under the LoRA and biases of its own, with its name: rows are of its weight."""
+    while (
+        isinstance(module, LowRank | LoRABias | TrainedBias)
+        and "magnitude" not in module._parameters  # DoRA's norms are of the weight below
+    ):
+        place, module = f"{place}.base", module.base
+    return place, module
+
+
+def tie_lora(model: nn.Module, *, name: str = DEFAULT) -> Names:
+    """Let every head that shares its weight with an embedding follow the embedding's LoRA.
+
+    Without this the adapter acts on the input side only.  Returns the names of the heads.
+
+    Raises:
+        ValueError: no such adapter or head, or a head that has an adapter of this name.
+    """
+    check_model("tie_lora", model)
+    called = adapters_called("tie_lora", model, name)
+    tables = [x for stack in called.values() for x in stack if isinstance(x, LoRAEmbedding)]
+    found = tied_heads(model, tables)
+    if not found:
+        raise ValueError(
+            "tie_lora: no linear layer shares its weight with an embedding that has LoRA called "
+            f"{name!r}; the model has {sorted(named(model))}"
+        )
+    twice = [p for p in found if any(a in called.get(p, []) for a in stacks(model).get(p, []))]
+    if twice:
+        raise ValueError(f"tie_lora: {twice} have an adapter {name!r} already; remove it first")
+    heads = {place: module for place, (module, _) in found.items()}
+    _wrap(model, name, heads, lambda place, module: LoRATiedLinear(module, found[place][1]))
+    return Names(heads)
