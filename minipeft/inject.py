@@ -7,7 +7,7 @@ several names is wrapped once and put back under each.
     names = inject_lora(model, ["q_proj", "v_proj"], rank=8)       LoRA over the layers' own weights
     names = inject(model, target, wrap)                            any module of your own
 
-quantize.py does the same with 4-bit layers.  Read next: nf4.py.
+model/quantize.py does the same with 4-bit layers.  Read next: nf4.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -123,8 +123,8 @@ def inject(
 ) -> Names:
     """Replace every module that `target` names by `wrap(module)`; any kind of module will do.
 
-    Freezes every parameter that no adapter owns.  Returns the names; see targets.py for what a
-    target may be ("all-linear" means linear layers here too).
+    Freezes every parameter that no adapter owns.  Returns the names; see adapters/targets.py for
+    what a target may be ("all-linear" means linear layers here too).
 
     Raises:
         ValueError: nothing matches; `wrap` refused.  The model is then as it was.
@@ -163,7 +163,7 @@ def inject_lora(
 ) -> Names:
     """Wrap the layers that `target` names in LoRA layers, in place.
 
-    Each kind of layer gets the layer of kinds.py: linear ones LoRALinear, embeddings
+    Each kind of layer gets the layer of model/kinds.py: linear ones LoRALinear, embeddings
     LoRAEmbedding, and so on.  `rank` and `alpha` are numbers, or dicts from patterns to numbers
     (the first that fits a name counts).  Further keywords go to the layers: dropout,
     rank_stabilized, init, dtype; `dora=True` makes them DoRA layers.  Freezes every parameter that
@@ -243,5 +243,5 @@ def _check_kinds(modules: Mapping[str, Any], dora: bool) -> None:
         if layer_class(module, dora=dora) is None:
             raise ValueError(
                 f"target: {name!r} is a {type(module).__name__}, for which there is no "
-                f"{'DoRA' if dora else 'LoRA'} layer (kinds.py lists those there are)"
+                f"{'DoRA' if dora else 'LoRA'} layer (model/kinds.py lists those there are)"
             )

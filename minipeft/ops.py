@@ -1,7 +1,7 @@
 """The operators: schema, shapes, and the table of implementations.
 
 An operator is a name with a schema, registered with torch so that torch.compile and torch.export
-know its shapes and treat it as one node; derivatives.py tells autograd.  What it computes is
+know its shapes and treat it as one node; fast/derivatives.py tells autograd.  What it computes is
 chosen from a table:
 
     operator          name      when (device, dtype, shape)   where
@@ -175,7 +175,7 @@ def backend(
 ) -> dict[str, str]:
     """What each operator would use for such a first argument, and why not what comes before it.
 
-    Says too where products of this dtype are computed in float32 (products.py).
+    Says too where products of this dtype are computed in float32 (fast/products.py).
 
     >>> backend(dtype=torch.float32)["nf4_linear"]
     'pytorch'

@@ -293,7 +293,7 @@ def prefix_attention(
     with it (1): `PrefixEncoder.gate`.
 
     `method` "concat" joins the prefix to keys and values; "merge" does not copy them (see
-    prefix_merge.py: the CPU, no mask, no dropout, t = s if causal); "auto" merges where that can
+    fast/prefix.py: the CPU, no mask, no dropout, t = s if causal); "auto" merges where that can
     be done and was measured to be faster.  All are the same function; when torch.compile traces,
     "concat" is what it gets.
 

@@ -341,9 +341,9 @@ def test_new_heads_train_with_the_prefix_and_go_off_with_it(model, sizes, tmp_pa
     trained = out(built)
     with mp.disable_adapters(built):
         assert torch.equal(out(built), before)
-    mp.io.ptuning.save_prefix(built, tmp_path)
+    mp.io.prefixes.save_prefix(built, tmp_path)
     again = make()
-    mp.io.ptuning.load_prefix(again, tmp_path)
+    mp.io.prefixes.load_prefix(again, tmp_path)
     assert torch.equal(out(again), trained)
     mp.remove(built)
     assert torch.equal(out(built), before) and set(built.state_dict()) == set(make().state_dict())
@@ -438,7 +438,7 @@ def test_trainer_checkpoints_come_back(family, settings, tmp_path):
     trainer.train()
     saved = tmp_path / "checkpoint-4"
     if (saved / "prefix_config.json").is_file():
-        mp.io.ptuning.load_prefix(fresh, saved)
+        mp.io.prefixes.load_prefix(fresh, saved)
     else:
         mp.load_peft(fresh, saved)
     text = Texts(odd=False)[0]["input_ids"][None]

@@ -1,7 +1,7 @@
 """What an adapter layer offers, so that whole-model functions need to know no class.
 
-`adapters.py`, `merge.py`, `memory.py` and `io` use these names and nothing else of a layer: a
-layer of your own that has them joins fully.  An adapter is recognised by its method
+`state.py`, `model/merge.py`, `model/memory.py` and `io` use these names and nothing else of a
+layer: a layer of your own that has them joins fully.  An adapter is recognised by its method
 `adapter_parameters`; one that wraps a module has `base`, and can be merged if it has `merge`.
 
 Also here: what counts as a linear layer, and in which layout it keeps its weight.

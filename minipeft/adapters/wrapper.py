@@ -9,9 +9,9 @@ adding to what the one below computes, and the innermost module is the model's o
 
 A subclass computes in `forward` and says in `exact_parameters` what that makes of the innermost
 module's parameters; the rest is here.  With a method `on_top(out, x, strength)` it serves batches
-whose rows use different adapters (bank/stack.py): what it makes of `out`, the output of the layers
-below for the input `x`, while it is on, whatever `enabled` says; `strength` is scaling * scale.  A
-layer whose rows need numbers of their own has them from `lengths()`, a tuple of tensors
+whose rows use different adapters (model/rows/stack.py): what it makes of `out`, the output of the
+layers below for the input `x`, while it is on, whatever `enabled` says; `strength` is scaling *
+scale.  A layer whose rows need numbers of their own has them from `lengths()`, a tuple of tensors
 (channels,), and gets them by row after `strength`, with the axes of `out`.
 """
 
@@ -80,7 +80,7 @@ class Wrapper(nn.Module):
     """
 
     folds_into_base = True  # False: `fold` writes nothing to the innermost module
-    nameless = False  # True: it belongs to no adapter (registry.py)
+    nameless = False  # True: it belongs to no adapter (names.py)
     base: nn.Module
     strength: Tensor  # scaling * scale, or 0 while not enabled; float32, without a dimension
     merged_module: nn.Module | None

@@ -4,7 +4,7 @@
     add_adapter(model, "fr", "all-linear", rank=4)       one more, over the same layers or others
     add_adapter(model, "poet", PrefixEncoder(...))       or a further prefix
     use_adapters(model, "fr")                            only this one; or a list of names
-    use_adapters(model, rows=["fr", None, "default"])    one for each row of a batch (bank.py)
+    use_adapters(model, rows=["fr", None, "default"])    one for each row of a batch (rows/bank.py)
 
 Which adapters are on and which are trained are separate things: `requires_grad` stays as it is.
 """

@@ -1,7 +1,7 @@
 """attach_prefix: P-tuning v2 on any Hugging Face model.
 
 A token or two is sent through the model to see what reaches attention (probe.py); no name in the
-config is trusted for that.  The prefixes hang on the model in one module, a Prefix (attached.py),
+config is trusted for that.  The prefixes hang on the model in one module, a Prefix (prefixes.py),
 which answers what attention asks: attention.py, or cache.py where a model looks up no attention.
 """
 

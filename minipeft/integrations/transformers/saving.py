@@ -27,7 +27,7 @@ def save_adapters(
     """In the place of `model.save_pretrained`: save the adapter files, never base weights.
 
     Each adapter in PEFT's format; a prefix that it cannot express, that would lose its network or
-    frozen positions, or that shares its name with LoRA, in the format of io.ptuning.save_prefix in
+    frozen positions, or that shares its name with LoRA, in the format of io.prefixes.save_prefix in
     the same directory, which load_prefix reads.
 
     All files of all adapters are of one save, as of save_peft; those of an earlier one that are not

@@ -134,7 +134,7 @@ def read_config(path: Path, *, strict: bool = True) -> LoRAConfig:
     """
     place = current(path)
     if not place.is_file():
-        hint = "; it holds a prefix_config.json: use io.ptuning.load_prefix"
+        hint = "; it holds a prefix_config.json: use io.prefixes.load_prefix"
         raise ValueError(
             f"{path}: no such file; expected a directory that PEFT or save_peft wrote"
             f"{hint if (path.parent / 'prefix_config.json').is_file() else ''}"

@@ -14,7 +14,7 @@
     base_model.model.<module>.original_module.<parameter>         the base's own, beside that
 
 Files may lack "base_model.model.", keys may hold the adapter's name (lora_A.default.weight), and
-names of modules may hold what torch wraps around them (plain_names.py).
+names of modules may hold what torch wraps around them (adapters/plain_names.py).
 """
 
 import re

@@ -197,7 +197,7 @@ def prompt_in(model: nn.Module, name: str) -> Any:
         raise CannotExpress(
             f"save_peft: the adapter {name!r} is a prefix and other layers, and PEFT's format "
             "holds one kind: attach the prefix under a name of its own, or write it by "
-            "io.ptuning.save_prefix and the rest by save_peft(..., beside_prefix=True)"
+            "io.prefixes.save_prefix and the rest by save_peft(..., beside_prefix=True)"
         )
     return prefix.encoders[name]
 
@@ -221,7 +221,7 @@ def describe_prompts(
 
     def refuse(why: str) -> CannotExpress:
         return CannotExpress(
-            f"save_peft: {why}, which PEFT's format cannot say; use io.ptuning.save_prefix"
+            f"save_peft: {why}, which PEFT's format cannot say; use io.prefixes.save_prefix"
         )
 
     if set(prefix.locations) != {"self"}:

@@ -275,7 +275,7 @@ def save_peft(
     `scale_adapters` is not part of an adapter and is not saved.  An initialisation that subtracts
     its start is written as the plain LoRA of twice the rank that it is.  `state_dict` gives values
     gathered elsewhere (a sharded model's), under the model's own names.  `beside_prefix` leaves out
-    prefixes and prompts: they are written by io.ptuning.save_prefix.  No name that is written or
+    prefixes and prompts: they are written by io.prefixes.save_prefix.  No name that is written or
     returned has what torch wraps around modules in it (torch.compile, DDP, checkpointing).
 
     All files are of one save: whenever it dies, every adapter is the old one, or the new one, or,
@@ -287,7 +287,7 @@ def save_peft(
 
     Raises:
         ValueError: no adapter, one that PEFT's format cannot express (prompts.py says which
-            prefixes; io.ptuning.save_prefix writes all), or parameters whose
+            prefixes; io.prefixes.save_prefix writes all), or parameters whose
             values are not here.  Nothing is written then.
         OSError: the disk is full, and the like; the old files are as they were.
     """
@@ -351,7 +351,7 @@ def describe(
 def _say_alone(found: _Collected) -> None:
     """Warn of adapters that stand alone; raise ValueError where there is nothing else."""
     place, kind = next(iter(found.alone.items()))
-    how = f"io.ptuning.save_prefix(model.{place}, path)"
+    how = f"io.prefixes.save_prefix(model.{place}, path)"
     if kind != PrefixEncoder.__name__:
         how = "adapter_state_dict and safetensors"
     message = (
