@@ -9,7 +9,7 @@ from torch import nn
 import minipeft as mp
 from minipeft import LoRABank, LoRALinear, NF4Linear
 from minipeft.adapters.names import named
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost
 
 ROWS = ["fr", None, "default", ["fr", "de"], "de", None]
 

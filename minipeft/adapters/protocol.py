@@ -99,6 +99,13 @@ def is_adapter_layer(module: object) -> TypeGuard[AdapterLayer]:
     return is_adapter(module) and callable(getattr(type(module), "merge", None))
 
 
+def innermost(module: nn.Module) -> nn.Module:
+    """The model's own module, below all adapters."""
+    while is_adapter(module) and isinstance(below := getattr(module, "base", None), nn.Module):
+        module = below
+    return module
+
+
 def is_packed(module: object) -> TypeGuard[PackedLayer]:
     """Whether the module stores its weights as codes."""
     return callable(getattr(type(module), "logical_parameters", None))

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from minipeft.adapters.protocol import is_adapter, linear_shape
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost, is_adapter, linear_shape
 from minipeft.quantized.experts import NF4Experts
 
 Target = str | Iterable[str] | Callable[[str, nn.Module], bool]

@@ -24,15 +24,8 @@ from torch import Tensor, nn
 
 from minipeft.adapters.buffers import mode_of
 from minipeft.adapters.linearity import why_not_foldable
-from minipeft.adapters.protocol import is_adapter, is_packed
+from minipeft.adapters.protocol import innermost, is_adapter, is_packed
 from minipeft.ops import autocast_is_on, without_autocast
-
-
-def innermost(module: nn.Module) -> nn.Module:
-    """The model's own module, below all adapters."""
-    while is_adapter(module) and isinstance(below := getattr(module, "base", None), nn.Module):
-        module = below
-    return module
 
 
 def stored_parameter(caller: str, module: nn.Module, name: str) -> Tensor:

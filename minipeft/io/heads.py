@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import adapters_called
-from minipeft.adapters.protocol import is_adapter
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost, is_adapter
 from minipeft.layers.trained import TrainedModule
 
 Heads = dict[str, dict[str, Tensor]]  # module name: its state

@@ -22,7 +22,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost
 from minipeft.lora import LowRank, add_lora, lora_delta
 
 # the weights of nn.MultiheadAttention, and what their factors are called without the last letter

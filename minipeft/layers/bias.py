@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.wrapper import Wrapper, innermost
+from minipeft.adapters.protocol import innermost
+from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.conv import LoRAConv
 from minipeft.lora import LoRALinear
 

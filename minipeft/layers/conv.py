@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.linearity import why_not_formula
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost
 from minipeft.lora import LowRank, lora_scaling
 
 _POINTWISE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

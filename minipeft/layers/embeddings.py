@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minipeft.adapters.linearity import why_not_formula
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost
 from minipeft.lora import LowRank
 from minipeft.quantized.embedding import NF4Embedding
 

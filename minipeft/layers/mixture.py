@@ -17,7 +17,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost
 from minipeft.fast import products
 from minipeft.lora import LowRank
 from minipeft.ops import without_autocast

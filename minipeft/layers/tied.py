@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minipeft.adapters.wrapper import Wrapper, innermost
+from minipeft.adapters.protocol import innermost
+from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.lora import add_lora
 

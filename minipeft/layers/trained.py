@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minipeft.adapters.buffers import keeps_statistics
-from minipeft.adapters.wrapper import Wrapper, innermost, stored_parameter
+from minipeft.adapters.protocol import innermost
+from minipeft.adapters.wrapper import Wrapper, stored_parameter
 from minipeft.layers.casting import CastCall, rounded_like, widened
 
 _CHANNELS_FIRST = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.protocol import linear_shape
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost, linear_shape
 from minipeft.layers.trained import TrainedLogits, Unscaled, checked_ids
 
 

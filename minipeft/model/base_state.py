@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.plain_names import PlainNames
-from minipeft.adapters.protocol import is_adapter, is_packed
+from minipeft.adapters.protocol import innermost, is_adapter, is_packed
 from minipeft.adapters.state import named_adapters, refuse_merged, understood
-from minipeft.adapters.wrapper import innermost
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

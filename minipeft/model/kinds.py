@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from minipeft.adapters.protocol import linear_shape
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost, linear_shape
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv
 from minipeft.layers.embeddings import LoRAEmbedding

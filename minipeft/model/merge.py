@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from minipeft.adapters.atomic import restoring
 from minipeft.adapters.names import adapters_called, forget, named, stacks
-from minipeft.adapters.protocol import Adapter, AdapterLayer, is_adapter_layer, is_packed
+from minipeft.adapters.protocol import Adapter, AdapterLayer, innermost, is_adapter_layer, is_packed
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
-from minipeft.adapters.wrapper import innermost
 from minipeft.inject import swap, tell
 from minipeft.model.dense_again import forget_codes
 from minipeft.model.rows import refuse_rows

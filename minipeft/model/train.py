@@ -18,10 +18,9 @@ from torch import nn
 
 from minipeft.adapters.atomic import restoring
 from minipeft.adapters.names import DEFAULT, adapters_called, give_name, named, stacks
-from minipeft.adapters.protocol import is_adapter
+from minipeft.adapters.protocol import innermost, is_adapter
 from minipeft.adapters.state import freeze, named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, Target, find, in_attention, visible_modules
-from minipeft.adapters.wrapper import innermost
 from minipeft.inject import build, check_model, settled, swap
 from minipeft.layers.bias import LoRABias
 from minipeft.layers.embeddings import LoRAEmbedding

@@ -19,8 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.linearity import check_own_weight
-from minipeft.adapters.protocol import is_adapter, is_packed
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost, is_adapter, is_packed
 from minipeft.fast import derivatives
 from minipeft.lora import LoRALinear, add_lora
 from minipeft.ops import without_autocast

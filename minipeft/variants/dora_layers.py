@@ -11,8 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minipeft.adapters.linearity import check_own_weight
-from minipeft.adapters.protocol import is_adapter
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost, is_adapter
 from minipeft.layers.conv import LoRAConv, kernel_product
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.ops import without_autocast

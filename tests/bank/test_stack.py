@@ -9,7 +9,8 @@ from torch import nn
 
 import minipeft as mp
 from minipeft.adapters.names import give_name, named
-from minipeft.adapters.wrapper import Wrapper, innermost
+from minipeft.adapters.protocol import innermost
+from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.conv import LoRAConv
 from minipeft.layers.trained import TrainedModule
 from minipeft.lora import LowRank

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.protocol import is_packed
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost, is_packed
 from minipeft.io.peft.config import CONFIG_NAME
 from minipeft.io.peft.keys import Key
 from minipeft.io.peft.located import Located

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from minipeft.adapters.plain_names import PlainNames, Spellings
+from minipeft.adapters.protocol import innermost
 from minipeft.adapters.targets import expert_weights, head_reasons, in_attention, visible_modules
-from minipeft.adapters.wrapper import innermost
 from minipeft.io.peft.keys import PREFIX, Key, beside, parse, without_prefix
 
 LONGEST_KEY = 1000  # characters; real names have some hundred, and matching longer ones takes time

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from minipeft.adapters.buffers import changed_buffers, complaint
 from minipeft.adapters.names import DEFAULT, adapters_called, named
 from minipeft.adapters.plain_names import PlainNames
-from minipeft.adapters.protocol import Adapter, is_conv1d
+from minipeft.adapters.protocol import Adapter, innermost, is_conv1d
 from minipeft.adapters.targets import matches, visible_modules
-from minipeft.adapters.wrapper import innermost
 from minipeft.io.files import check_writable
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX

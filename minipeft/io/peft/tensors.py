@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.protocol import linear_shape
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost, linear_shape
 from minipeft.io.peft.keys import Key
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv, full_from_grouped, grouped_from_full

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.protocol import Adapter, linear_shape
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import Adapter, innermost, linear_shape
 from minipeft.io.peft.keys import Key
 from minipeft.io.peft.tensors import copy_into, experts_parameters, parameters
 from minipeft.layers.fused import LoRAFusedLinear

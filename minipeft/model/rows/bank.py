@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minipeft.adapters.wrapper import innermost
+from minipeft.adapters.protocol import innermost
 from minipeft.lora import add_lora, checked_linear
 from minipeft.model.rows.by_row import ByRow
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.wrapper import Wrapper, innermost
+from minipeft.adapters.protocol import innermost
+from minipeft.adapters.wrapper import Wrapper
 
 Row = str | None | Sequence[str]  # an adapter, none, or several that add up
 

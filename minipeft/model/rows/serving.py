@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import named, stacks
-from minipeft.adapters.protocol import Adapter
+from minipeft.adapters.protocol import Adapter, innermost
 from minipeft.adapters.state import refuse_merged, require_adapters
 from minipeft.adapters.targets import visible_modules
-from minipeft.adapters.wrapper import innermost
 from minipeft.inject import swap
 from minipeft.layers.fused import LoRAFusedLinear
 from minipeft.lora import LoRALinear

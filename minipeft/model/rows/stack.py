@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.wrapper import Wrapper, innermost
+from minipeft.adapters.protocol import innermost
+from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.trained import spatial_axes
 from minipeft.model.rows.by_row import ByRow
 
