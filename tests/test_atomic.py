@@ -123,9 +123,9 @@ def test_an_error_in_the_last_step_puts_everything_back(call, tmp_path, monkeypa
     def fail(*args):
         raise MemoryError("no room")
 
-    module = {"combine": "combine", "add_adapter": "switch", "train_modules": "extras"}[call]
+    module = {"combine": "combine", "add_adapter": "switch", "train_modules": "train"}[call]
     last = "give_name" if call == "add_adapter" else "freeze"
-    monkeypatch.setattr(f"minipeft.{module}.{last}", fail)
+    monkeypatch.setattr(f"minipeft.model.{module}.{last}", fail)
     calls = {**LATE, "train_modules": lambda m, path: mp.train_modules(m, ["3"], name="fr")}
     with pytest.raises(MemoryError):
         calls[call](model, tmp_path)

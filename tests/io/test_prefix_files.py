@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.io import prefixes as ptuning
+from minipeft.io import prefixes
 from minipeft.io.files import encoded, read_all
 from minipeft.layers.prompt import PromptEmbedding
 
@@ -63,8 +63,8 @@ def test_prefixes_train_from_a_file_as_they_would_have_without_one(settings, way
         mp.save_peft(model, tmp_path)
         mp.load_peft(again, tmp_path)
     else:
-        ptuning.save_prefix(model, tmp_path)
-        ptuning.load_prefix(again, tmp_path)
+        prefixes.save_prefix(model, tmp_path)
+        prefixes.load_prefix(again, tmp_path)
     found = again.minipeft_prefix.encoder
     for key in ("dropout", "frozen", "prefix_length"):
         assert getattr(found, key) == getattr(prefix.encoder, key)
@@ -108,8 +108,8 @@ def test_lora_beside_a_prefix_of_ones_own_is_saved_and_the_prefix_with_it(tmp_pa
     mp.inject_lora(model, ["qkv"], rank=2)
     nn.init.normal_(model.qkv.lora_b)
     assert mp.save_peft(model, tmp_path / "lora") == ["qkv"]
-    ptuning.save_prefix(model.prefix, tmp_path / "prefix")
-    again = Attention(ptuning.load_encoder(tmp_path / "prefix"))
+    prefixes.save_prefix(model.prefix, tmp_path / "prefix")
+    again = Attention(prefixes.load_encoder(tmp_path / "prefix"))
     mp.load_peft(again, tmp_path / "lora")
     assert torch.equal(again(x), model(x))
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
@@ -141,12 +141,12 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_an_encoder_comes_back_from_its_file(form, tmp_path):
     saved = encoder(**FORMS[form])
-    ptuning.save_prefix(saved, tmp_path, reparametrization=True)
+    prefixes.save_prefix(saved, tmp_path, reparametrization=True)
     target = mp.PrefixEncoder([(2, 4, 4)], 3, **{**FORMS[form], "dropout": 0.0})
     parameters = list(target.parameters())
-    assert ptuning.load_prefix(target, tmp_path) is target
+    assert prefixes.load_prefix(target, tmp_path) is target
     assert all(a is b for a, b in zip(parameters, target.parameters(), strict=True))
-    for found in (target, ptuning.load_encoder(tmp_path)):
+    for found in (target, prefixes.load_encoder(tmp_path)):
         assert found.dropout == saved.dropout
         state = found.state_dict()
         assert state.keys() == saved.state_dict().keys()
@@ -158,10 +158,10 @@ def test_an_encoder_comes_back_from_its_file(form, tmp_path):
 
 def test_a_folded_encoder_keeps_its_prefix_and_says_where_it_goes(tmp_path):
     saved = encoder(hidden=5, dropout=0.5)
-    ptuning.save_prefix(saved, tmp_path)
+    prefixes.save_prefix(saved, tmp_path)
     with pytest.raises(ValueError, match=r"hidden is None.*encoder's 5.*load_encoder"):
-        ptuning.load_prefix(encoder(hidden=5), tmp_path)
-    found = ptuning.load_prefix(encoder(hidden=5).bake(), tmp_path)
+        prefixes.load_prefix(encoder(hidden=5), tmp_path)
+    found = prefixes.load_prefix(encoder(hidden=5).bake(), tmp_path)
     assert torch.equal(found.flat(), saved.flat()) and found.dropout == 0.5
 
 
@@ -176,45 +176,45 @@ def test_a_folded_encoder_keeps_its_prefix_and_says_where_it_goes(tmp_path):
     ],
 )
 def test_an_encoder_of_another_form_is_left_as_it_was(other, message, tmp_path):
-    ptuning.save_prefix(encoder(), tmp_path)
+    prefixes.save_prefix(encoder(), tmp_path)
     target = other()
     before = {k: v.clone() for k, v in target.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        ptuning.load_prefix(target, tmp_path)
+        prefixes.load_prefix(target, tmp_path)
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
 
 
 def test_an_encoder_of_ones_own_cannot_be_attached_and_an_attached_one_can_be_had(tmp_path):
-    ptuning.save_prefix(encoder(), tmp_path / "own")
+    prefixes.save_prefix(encoder(), tmp_path / "own")
     with pytest.raises(ValueError, match="pass a PrefixEncoder in the place of the model"):
-        ptuning.load_prefix(llama(), tmp_path / "own")
+        prefixes.load_prefix(llama(), tmp_path / "own")
     model = llama()
     prefix = mp.attach_prefix(model, 4)
-    ptuning.save_prefix(model, tmp_path / "attached")
-    found = ptuning.load_encoder(tmp_path / "attached")
+    prefixes.save_prefix(model, tmp_path / "attached")
+    found = prefixes.load_encoder(tmp_path / "attached")
     assert torch.equal(found.flat(), prefix.encoder.flat())
     mp.attach_prompt(other := llama(), 3)
-    ptuning.save_prefix(other, tmp_path / "prompt")
+    prefixes.save_prefix(other, tmp_path / "prompt")
     with pytest.raises(ValueError, match="holds a prompt, which is no PrefixEncoder"):
-        ptuning.load_encoder(tmp_path / "prompt")
+        prefixes.load_encoder(tmp_path / "prompt")
 
 
 def test_a_prefix_whose_values_are_elsewhere_or_not_finite_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="no values here"):
-        ptuning.save_prefix(encoder().to("meta"), tmp_path / "a")
+        prefixes.save_prefix(encoder().to("meta"), tmp_path / "a")
     broken = encoder()
     nn.init.constant_(broken.tables[0], float("nan"))
     with pytest.raises(ValueError, match="NaN"):
-        ptuning.save_prefix(broken, tmp_path / "a")
+        prefixes.save_prefix(broken, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
 def test_files_of_two_saves_of_a_prefix_are_refused(tmp_path):
     for name, length in (("a", 3), ("b", 3)):
         made = encoder(length, dropout=0.5 if name == "a" else 0.0)
-        ptuning.save_prefix(made, tmp_path / name)
+        prefixes.save_prefix(made, tmp_path / name)
     (tmp_path / "a" / "prefix.safetensors").rename(tmp_path / "b" / "prefix.safetensors")
     with pytest.raises(
         ValueError, match=r"saved with dropout = 0\.5, and prefix_config\.json says"
     ):
-        ptuning.load_encoder(tmp_path / "b")
+        prefixes.load_encoder(tmp_path / "b")

@@ -12,7 +12,7 @@ import minipeft as mp
 
 pytest.importorskip("transformers")
 from benchmarks.prefix_behaviours import Case, P, difference
-from minipeft.io import prefixes as ptuning
+from minipeft.io import prefixes
 
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
 FAMILIES = [
@@ -135,7 +135,7 @@ def test_checkpoints_of_p_tuning_v2_and_chatglm(start, position, mlp, tmp_path, 
     state[f"{start}word_embeddings.weight"] = torch.randn(3, 3)
     save_file(state, tmp_path / "model.safetensors")
     case = Case("LLaMA")
-    prefix = ptuning.load_prefix_encoder(case.model, tmp_path / "model.safetensors")
+    prefix = prefixes.load_prefix_encoder(case.model, tmp_path / "model.safetensors")
     assert prefix.position == position
     worst = max(
         difference(a, b)
@@ -145,9 +145,9 @@ def test_checkpoints_of_p_tuning_v2_and_chatglm(start, position, mlp, tmp_path, 
     with capsys.disabled():
         print(f"\n{start or 'P-tuning-v2'} {'MLP' if mlp else 'table'}: {worst:.1e}")
     assert worst <= (1e-5 if mlp else 0.0)  # float32 sums of 11 and 7 products of numbers around 1
-    ptuning.save_prefix_encoder(case.model, tmp_path / "out.safetensors")
+    prefixes.save_prefix_encoder(case.model, tmp_path / "out.safetensors")
     other = Case("LLaMA")
-    ptuning.load_prefix_encoder(other.model, tmp_path / "out.safetensors", position=position)
+    prefixes.load_prefix_encoder(other.model, tmp_path / "out.safetensors", position=position)
     assert torch.equal(other.logits(), case.logits())
 
 
@@ -167,8 +167,8 @@ def test_own_files_hold_everything(family, settings, tmp_path):
     with torch.no_grad():
         for parameter in mp.adapter_parameters(case.model):
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    ptuning.save_prefix(case.model, tmp_path)
-    found = ptuning.load_prefix(again.model, tmp_path)
+    prefixes.save_prefix(case.model, tmp_path)
+    found = prefixes.load_prefix(again.model, tmp_path)
     assert (found.position, found.window, found.locations) == (
         prefix.position, prefix.window, prefix.locations,
     )  # fmt: skip
@@ -195,8 +195,8 @@ def test_training_goes_on_from_a_file_with_its_network(attach, tmp_path, capsys)
     else:
         mp.attach_prompt(case.model, P, kind=attach, hidden=6)
     trained_steps(case, 3)
-    ptuning.save_prefix(case.model, tmp_path, reparametrization=True)
-    ptuning.load_prefix(again.model, tmp_path)
+    prefixes.save_prefix(case.model, tmp_path, reparametrization=True)
+    prefixes.load_prefix(again.model, tmp_path)
     trained_steps(case, 3)
     trained_steps(again, 3)
     with capsys.disabled():
@@ -210,15 +210,15 @@ def test_zero_gated_prompts_and_heads_are_saved(tmp_path):
     with torch.no_grad():
         for gate in prefix.encoder.source.gates:
             gate.normal_()
-    ptuning.save_prefix(case.model, tmp_path / "zero")
-    ptuning.load_prefix(again.model, tmp_path / "zero")
+    prefixes.save_prefix(case.model, tmp_path / "zero")
+    prefixes.load_prefix(again.model, tmp_path / "zero")
     assert torch.equal(again.logits(), case.logits())
     case, again = Case("BERT"), Case("BERT")
     mp.attach_prefix(case.model, P)
     with torch.no_grad():
         case.model.classifier.copy.weight.normal_()
-    ptuning.save_prefix(case.model, tmp_path / "head")
-    ptuning.load_prefix(again.model, tmp_path / "head")
+    prefixes.save_prefix(case.model, tmp_path / "head")
+    prefixes.load_prefix(again.model, tmp_path / "head")
     assert torch.equal(again.logits(), case.logits())
     with mp.disable_adapters(again.model):
         assert not torch.equal(again.logits(), case.logits())
@@ -311,11 +311,11 @@ def damage(path, change) -> None:
 def test_damaged_files_leave_the_model_as_it_was(change, message, tmp_path):
     case, other = Case("LLaMA"), Case("LLaMA")
     mp.attach_prefix(case.model, P)
-    ptuning.save_prefix(case.model, tmp_path)
+    prefixes.save_prefix(case.model, tmp_path)
     damage(tmp_path / "prefix_config.json", change)
     before, names = other.logits(), set(other.model.state_dict())
     with pytest.raises(ValueError, match=message):
-        ptuning.load_prefix(other.model, tmp_path)
+        prefixes.load_prefix(other.model, tmp_path)
     assert set(other.model.state_dict()) == names and torch.equal(other.logits(), before)
     assert all(p.requires_grad for p in other.model.parameters())
 
@@ -324,31 +324,31 @@ def test_each_loader_names_the_other_and_the_model_that_a_file_is_of(tmp_path):
     case = Case("LLaMA")
     mp.attach_prefix(case.model, P)
     mp.save_peft(case.model, tmp_path / "peft")
-    ptuning.save_prefix(case.model, tmp_path / "own")
-    with pytest.raises(ValueError, match=r"use io\.ptuning\.load_prefix"):
+    prefixes.save_prefix(case.model, tmp_path / "own")
+    with pytest.raises(ValueError, match=r"use io\.prefixes\.load_prefix"):
         mp.load_peft(Case("LLaMA").model, tmp_path / "own")
     with pytest.raises(ValueError, match="use load_peft"):
-        ptuning.load_prefix(Case("LLaMA").model, tmp_path / "peft")
+        prefixes.load_prefix(Case("LLaMA").model, tmp_path / "peft")
     for family in ("Mistral", "T5"):  # Mistral has the same shapes
         with pytest.raises(ValueError, match="made for a LlamaForCausalLM"):
-            ptuning.load_prefix(Case(family).model, tmp_path / "own")
+            prefixes.load_prefix(Case(family).model, tmp_path / "own")
 
 
 def test_adapters_of_other_models_are_refused(tmp_path):
     case = Case("LLaMA")
     mp.attach_prefix(case.model, P)
     mp.save_peft(case.model, tmp_path / "peft")
-    ptuning.save_prefix(case.model, tmp_path / "own")
+    prefixes.save_prefix(case.model, tmp_path / "own")
     for family, message in (("Qwen3", "96 columns; the 3 layers"), ("T5", "encoder-decoder")):
         with pytest.raises(ValueError, match=message):
             mp.load_peft(Case(family).model, tmp_path / "peft")
     with pytest.raises(ValueError, match="made for a LlamaForCausalLM"):
-        ptuning.load_prefix(Case("Qwen3").model, tmp_path / "own")
+        prefixes.load_prefix(Case("Qwen3").model, tmp_path / "own")
     with pytest.raises(ValueError, match="called 'default' already"):
         mp.load_peft(case.model, tmp_path / "peft")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match="pickle"):
-        ptuning.load_prefix_encoder(Case("LLaMA").model, tmp_path / "pytorch_model.bin")
+        prefixes.load_prefix_encoder(Case("LLaMA").model, tmp_path / "pytorch_model.bin")
 
 
 def test_save_pretrained_writes_what_it_can_and_the_rest_beside_it(tmp_path):
@@ -360,7 +360,7 @@ def test_save_pretrained_writes_what_it_can_and_the_rest_beside_it(tmp_path):
     case.model.save_pretrained(tmp_path)
     other = Case("LLaMA")
     mp.load_peft(other.model, tmp_path)
-    ptuning.load_prefix(other.model, tmp_path)
+    prefixes.load_prefix(other.model, tmp_path)
     assert torch.equal(other.logits(), case.logits())
 
 
@@ -372,7 +372,7 @@ def test_a_checkpoint_of_lora_prefix_and_head_of_one_name_comes_back(first, tmp_
     for parameter in mp.adapter_parameters(case.model):
         nn.init.normal_(parameter, std=0.1)
     case.model.save_pretrained(tmp_path)
-    loads = [mp.load_peft, ptuning.load_prefix]
+    loads = [mp.load_peft, prefixes.load_prefix]
     for load in loads if first == "peft" else loads[::-1]:
         load(other.model, tmp_path)
     assert torch.equal(other.logits(), case.logits())
@@ -389,7 +389,7 @@ def test_checkpoints_keep_what_training_needs(attach, tmp_path):
             settings = {"mlp": {"hidden": 6}, "frozen": {"frozen": 2}}
             mp.attach_prefix(case.model, P, **settings[attach])
     case.model.save_pretrained(tmp_path)
-    ptuning.load_prefix(again.model, tmp_path)
+    prefixes.load_prefix(again.model, tmp_path)
     shapes = [
         [(tuple(p.shape), p.requires_grad) for p in mp.adapter_parameters(m)]
         for m in (case.model, again.model)
@@ -415,7 +415,7 @@ def test_a_file_cannot_train_or_overwrite_the_base(tmp_path):
 
     case, other = Case("LLaMA"), Case("LLaMA")
     mp.attach_prefix(case.model, P)
-    ptuning.save_prefix(case.model, tmp_path)
+    prefixes.save_prefix(case.model, tmp_path)
     tensors = read_tensors(tmp_path / "prefix.safetensors")
     for place in ("model", "model.layers", "model.layers.0"):
         inside = other.model.get_submodule(place).state_dict()
@@ -425,7 +425,7 @@ def test_a_file_cannot_train_or_overwrite_the_base(tmp_path):
         write_tensors(tmp_path / "prefix.safetensors", tensors | more)
         damage(tmp_path / "prefix_config.json", lambda c, place=place: c.update(heads=[place]))
         with pytest.raises(ValueError, match=r"is no head|the model's is torch.float32"):
-            ptuning.load_prefix(other.model, tmp_path)
+            prefixes.load_prefix(other.model, tmp_path)
         assert all(p.requires_grad for p in other.model.parameters())
 
 
@@ -436,8 +436,8 @@ def test_modules_deep_in_the_model_train_and_are_saved(modules, tmp_path):
     mp.train_modules(case.model, modules)
     for parameter in mp.adapter_parameters(case.model):
         nn.init.normal_(parameter, std=0.1)
-    ptuning.save_prefix(case.model, tmp_path / "own")
-    ptuning.load_prefix(again.model, tmp_path / "own")
+    prefixes.save_prefix(case.model, tmp_path / "own")
+    prefixes.load_prefix(again.model, tmp_path / "own")
     assert torch.equal(again.logits(), case.logits())
     mp.save_peft(case.model, tmp_path / "peft")
     mp.load_peft(third.model, tmp_path / "peft")
@@ -464,11 +464,11 @@ def test_gathered_values_are_what_is_written(kind, tmp_path):
         prefix = mp.attach_prompt(case.model, P, kind="table" if kind == "prompt" else "mlp")
     state = {n: p.detach() + 1 for n, p in case.model.named_parameters() if p.requires_grad}
     mp.save_peft(case.model, tmp_path / "peft", state_dict=state)
-    ptuning.save_prefix(case.model, tmp_path / "own", state_dict=state)
+    prefixes.save_prefix(case.model, tmp_path / "own", state_dict=state)
     with torch.no_grad():
         for parameter in prefix.parameters():
             parameter.add_(1)
-    for load, folder in ((mp.load_peft, "peft"), (ptuning.load_prefix, "own")):
+    for load, folder in ((mp.load_peft, "peft"), (prefixes.load_prefix, "own")):
         other = Case("LLaMA")
         load(other.model, tmp_path / folder)
         assert difference(other.logits(), case.logits()) <= TOLERANCE
@@ -486,7 +486,7 @@ def test_gathered_values_are_what_is_written(kind, tmp_path):
 def test_files_are_refused_where_attaching_would_be(made_on, attach, family, message, tmp_path):
     case, other = Case(made_on), Case(family)
     attach(case.model)
-    ptuning.save_prefix(case.model, tmp_path)
+    prefixes.save_prefix(case.model, tmp_path)
     shapes = [[4, 8, 8]] * 3 if family == "BLOOM" else None
 
     def forge(config):
@@ -498,7 +498,7 @@ def test_files_are_refused_where_attaching_would_be(made_on, attach, family, mes
     damage(tmp_path / "prefix_config.json", forge)
     before = other.logits()
     with pytest.raises(ValueError, match=message):
-        ptuning.load_prefix(other.model, tmp_path)
+        prefixes.load_prefix(other.model, tmp_path)
     assert torch.equal(other.logits(), before)
 
 
@@ -507,16 +507,16 @@ def test_tensors_that_a_prefix_cannot_hold_are_refused(tmp_path):
 
     case = Case("LLaMA")
     mp.attach_prefix(case.model, P)
-    ptuning.save_prefix(case.model, tmp_path)
+    prefixes.save_prefix(case.model, tmp_path)
     for bad in (torch.ones(P, 96).long(), torch.full((P, 96), 1e300, dtype=torch.float64),
                 torch.ones(P, 96) + 0j):  # fmt: skip
         write_tensors(tmp_path / "prefix.safetensors", {"flat": bad})
         with pytest.raises(ValueError, match="NaN or Inf, or no floating-point"):
-            ptuning.load_prefix(Case("LLaMA").model, tmp_path)
+            prefixes.load_prefix(Case("LLaMA").model, tmp_path)
     with torch.no_grad():
         case.model.minipeft_prefix.encoder.tables[0][0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN or Inf"):
-        ptuning.save_prefix(case.model, tmp_path / "new")
+        prefixes.save_prefix(case.model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
