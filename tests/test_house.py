@@ -33,7 +33,8 @@ LEVELS = [
         "optim",
         "model",
     },
-    {"io", "integrations"},
+    {"integrations"},
+    {"io"},
 ]
 THIRD_PARTY = {"torch", "numpy", "einops", "jaxtyping", "tqdm"}
 
@@ -96,24 +97,67 @@ def test_imports_go_one_way(path):
             assert top in allowed, f"{path.name} imports {name}"
 
 
+def file_of(name: str) -> Path | None:
+    """The file in minipeft/ that a dotted name stands for, as a module or as a package."""
+    place = ROOT.joinpath(*name.split("."))
+    known = {place.with_suffix(".py"), place / "__init__.py"} & set(FILES)
+    return known.pop() if known else None
+
+
+def files_imported(text: str) -> set[Path]:
+    """The files of minipeft/ that this source imports, at the top or inside functions.
+
+    `from package import name` is the submodule of that name; where there is none, the package.
+    """
+    found: set[Path | None] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {file_of(alias.name) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            found |= {file_of(f"{module}.{a.name}") or file_of(module) for a in node.names}
+    return {path for path in found if path is not None}
+
+
+def circles(edges: dict[Path, set[Path]]) -> list[list[str]]:
+    """The sets of files that reach each other, by their paths."""
+
+    def reached(start: Path) -> set[Path]:
+        seen, todo = set(), list(edges[start])
+        while todo:
+            if (path := todo.pop()) not in seen:
+                seen.add(path)
+                todo += edges[path]
+        return seen
+
+    reach = {path: reached(path) for path in edges}
+    sets = {frozenset(p for p in reach[q] if q in reach[p]) for q in edges if q in reach[q]}
+    return [sorted(str(path.relative_to(ROOT)) for path in found) for found in sets]
+
+
 def test_files_import_each_other_without_cycles():
-    edges = {}
-    for path in FILES:
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        edges[name] = {n for n in imports(ast.parse(path.read_text())) if n.startswith("minipeft.")}
-    done: set[str] = set()
+    assert circles({path: files_imported(path.read_text()) for path in FILES}) == []
 
-    def visit(name: str, trail: tuple[str, ...]) -> None:
-        assert name not in trail, f"cycle: {trail}"
-        if name in done or name not in edges:
-            return
-        for target in edges[name] - {name}:
-            visit(target, (*trail, name))
-        done.add(name)
 
-    for name in edges:
-        if not name.endswith("__init__"):
-            visit(name, ())
+def test_files_imported_follows_packages_and_looks_into_functions():
+    text = """
+from minipeft.io.peft import CONFIG_NAME, config
+from minipeft.io import seal
+
+def load():
+    from minipeft import inject
+    import minipeft.io.files
+"""
+    found = {str(path.relative_to(ROOT / "minipeft")) for path in files_imported(text)}
+    names = {"io/peft/__init__.py", "io/peft/config.py", "io/seal.py", "inject.py", "io/files.py"}
+    assert found == names
+
+
+def test_circles_finds_files_that_reach_each_other():
+    a, b, c = (ROOT / name for name in "abc")
+    assert circles({a: {b}, b: {c}, c: set()}) == []
+    assert circles({a: {b}, b: {c}, c: {b}}) == [["b", "c"]]
+    assert circles({a: {a}, b: set()}) == [["a"]]
 
 
 @pytest.mark.parametrize("path", FILES + KERNELS, ids=str)

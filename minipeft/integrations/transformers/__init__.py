@@ -1,6 +1,5 @@
-"""Hugging Face models: deep prefixes, saving, and models without weights."""
+"""Hugging Face models: deep prefixes, prompts, and models without weights."""
 
-from minipeft.integrations.transformers import saving
 from minipeft.integrations.transformers.attach_prefix import attach_prefix
 from minipeft.integrations.transformers.attach_prompt import attach_prompt, attach_zero_gated
 from minipeft.integrations.transformers.meta import meta_model
@@ -12,5 +11,4 @@ __all__ = [
     "attach_prompt",
     "attach_zero_gated",
     "meta_model",
-    "saving",
 ]

@@ -11,7 +11,8 @@ from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.protocol import is_adapter
 from minipeft.adapters.state import freeze
 from minipeft.adapters.targets import NEW_HEADS
-from minipeft.integrations.transformers import attention, positions, probe, saving
+from minipeft.inject import tell
+from minipeft.integrations.transformers import attention, positions, probe
 from minipeft.integrations.transformers.prefixes import NAME, Prefix, check_key
 from minipeft.model.rows import refuse_rows
 from minipeft.model.train import train_modules
@@ -80,7 +81,7 @@ def attach(
         model.add_module(NAME, prefix)
     adapters: list[Any] = [part for part in encoder.modules() if is_adapter(part)]
     give_name(model, name, [*adapters, *(model.get_submodule(place) for place in heads)])
-    saving.adopt(model)
+    tell(model)
     freeze(model)
     if prefix.route == "attention":
         prefix.hooks.name_attention()

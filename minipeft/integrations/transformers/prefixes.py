@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.buffers import release
 from minipeft.adapters.names import DEFAULT, forget, stacks
-from minipeft.inject import swap
-from minipeft.integrations.transformers import probe, saving
+from minipeft.inject import swap, tell
+from minipeft.integrations.transformers import probe
 from minipeft.integrations.transformers.attention import Part
 from minipeft.integrations.transformers.hooks import Hooks
 from minipeft.integrations.transformers.masks import Query, of_rows, within_window
@@ -401,8 +400,7 @@ class Prefix(nn.Module):
             self.hooks.remove()
             delattr(self.model, NAME)
         forget(self.model)
-        saving.adopt(self.model)
-        release(self.model)
+        tell(self.model)
 
     def extra_repr(self) -> str:
         where = (

@@ -1,7 +1,8 @@
 """`save_pretrained` of an injected model writes the adapter, as Trainer expects of it.
 
 The method as it was would write base weights under names such as `q_proj.base.weight`, which
-`from_pretrained` does not know: it would fill those layers with random numbers.
+`from_pretrained` does not know: it would fill those layers with random numbers.  `inject.tell`
+calls `adopt` after every change of a model, so nothing below io/ knows of this file.
 """
 
 import os
@@ -15,6 +16,12 @@ from minipeft import inject
 from minipeft.adapters.names import DEFAULT, named
 from minipeft.adapters.protocol import is_adapter, is_packed
 from minipeft.adapters.state import named_adapters
+from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress
+from minipeft.io.peft.save import describe, stage_adapter
+from minipeft.io.prefixes import config as own_files
+from minipeft.io.prefixes import save as ptuning
+from minipeft.io.replace import Replacement
+from minipeft.io.seal import stage
 
 
 def save_adapters(
@@ -45,14 +52,6 @@ def save_adapters(
             "save_pretrained: the model has 4-bit layers; io.bitsandbytes.save_quantized writes "
             "them as a checkpoint that from_pretrained (with bitsandbytes) and load_quantized load"
         )
-    # io builds on integrations
-    from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress
-    from minipeft.io.peft.save import describe, stage_adapter
-    from minipeft.io.prefixes import config as own_files
-    from minipeft.io.prefixes import save as ptuning
-    from minipeft.io.replace import Replacement
-    from minipeft.io.seal import stage
-
     if not is_main_process:
         return
     gathered = ptuning.gathered_by_id(model, state_dict or {})
