@@ -49,7 +49,6 @@ METHODS: dict[str, tuple[float, Callable[[Any, int], Any]]] = {
     "prompt, from a text": (3e-2, _from_text),
     "P-tuning v1, LSTM": (1e-3, lambda m, n: mp.attach_prompt(m, n, kind="lstm", hidden=128)),
     "P-tuning v1, MLP": (1e-3, lambda m, n: mp.attach_prompt(m, n, kind="mlp", hidden=128)),
-    "zero-gated": (9e-3, lambda m, n: mp.attach_zero_gated(m, n)),
 }
 
 

@@ -14,7 +14,7 @@ from minipeft.adapters.state import (
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
 from minipeft.fast.products import SlowProductsWarning
 from minipeft.inject import inject, inject_lora
-from minipeft.integrations.transformers import attach_prefix, attach_prompt, attach_zero_gated
+from minipeft.integrations.transformers import attach_prefix, attach_prompt
 from minipeft.io.peft import load_peft, save_peft
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv
@@ -24,10 +24,8 @@ from minipeft.layers.mixture import LoRAExperts
 from minipeft.layers.prompt import (
     PromptEmbedding,
     PromptEncoder,
-    ZeroGatedPrompt,
     rows_from_tokens,
     rows_from_vocabulary,
-    zero_gated_attention,
 )
 from minipeft.layers.tied import LoRATiedLinear
 from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
@@ -95,14 +93,12 @@ __all__ = [
     "PromptEmbedding",
     "PromptEncoder",
     "SlowProductsWarning",
-    "ZeroGatedPrompt",
     "__version__",
     "adapter_parameters",
     "adapter_state_dict",
     "add_adapter",
     "attach_prefix",
     "attach_prompt",
-    "attach_zero_gated",
     "backend",
     "base_state_dict",
     "check_gradients",
@@ -157,5 +153,4 @@ __all__ = [
     "unmerge",
     "use_adapters",
     "use_kernels",
-    "zero_gated_attention",
 ]

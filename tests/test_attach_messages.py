@@ -13,10 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "intermediate_size": 48, "vocab_size": 97}  # fmt: skip
-ATTACH = {
-    "attach_prefix": mp.attach_prefix, "attach_prompt": mp.attach_prompt,
-    "attach_zero_gated": mp.attach_zero_gated,
-}  # fmt: skip
+ATTACH = {"attach_prefix": mp.attach_prefix, "attach_prompt": mp.attach_prompt}
 
 
 def llama(**settings):

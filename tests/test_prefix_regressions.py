@@ -70,11 +70,9 @@ def test_switching_before_a_checkpointed_backward_is_refused(family, reentrant):
 def test_prompts_beside_lora_rows_are_refused():
     case = Case("LLaMA")
     random_lora(case.model)
-    mp.attach_zero_gated(case.model, 4, name="zero")
     mp.attach_prompt(case.model, 4, name="prompt")
-    for name in ("zero", "prompt"):
-        with pytest.raises(ValueError, match="is a prompt, which runs through the model once"):
-            mp.use_adapters(case.model, rows=[["default", name], name])
+    with pytest.raises(ValueError, match="is a prompt, which runs through the model once"):
+        mp.use_adapters(case.model, rows=[["default", "prompt"], "prompt"])
     mp.use_adapters(case.model, rows=["default", None])
     with pytest.raises(ValueError, match="use_adapters"):
         mp.attach_prefix(case.model, 3, name="more")
@@ -106,10 +104,10 @@ def test_threads_do_not_see_each_others_prompts():
     assert not wrong, wrong[:3]
 
 
-def test_zero_gated_prompts_are_no_tokens_of_a_window_and_stay_causal():
+def test_gated_prefixes_are_no_tokens_of_a_window_and_stay_causal():
     case = Case("Mistral, window")
     case.attach(tokens=False, window="like_token")
-    mp.attach_zero_gated(case.model, 3, n_layers=3, name="zero", init_std=1.0)
+    mp.attach_prefix(case.model, 3, gated=True, name="gated", init_std=1.0)
     open_gates(case.model)
     text = torch.randint(3, 97, (1, 20))
     with torch.no_grad():
@@ -278,25 +276,9 @@ def test_a_prefix_that_is_off_while_rows_use_it_is_named():
         case.logits()
 
 
-@torch.no_grad()
-def test_key_norms_over_all_heads_at_once():
-    import transformers
-
-    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES)).eval()
-    prefix = mp.attach_zero_gated(model, 3)
-    attention = model.model.layers[-1].self_attn
-    attention.k_norm.weight.copy_(torch.rand(16) + 0.5)
-    rows, _ = prefix.encoder.source.layer(prefix.encoder.source.n_layers - 1)
-    keys = (rows @ attention.k_proj.weight.T).double()
-    root = (keys.square().mean(-1, keepdim=True) + attention.k_norm.variance_epsilon).sqrt()
-    expected = (keys / root * attention.k_norm.weight).view(3, 2, 8).transpose(0, 1)
-    found = prefix.layer(len(model.model.layers) - 1)[0].k
-    assert difference(found, expected) <= TOLERANCE
-
-
 def test_masks_for_one_row_for_all_slots_and_from_the_model_that_was_copied():
     case = Case("LLaMA")
-    mp.attach_zero_gated(case.model, 3)
+    mp.attach_prefix(case.model, 3, gated=True)
     case.logits(attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool).tril())
     bloom = Case("BLOOM")
     mask = torch.ones_like(bloom.text)

@@ -1,4 +1,4 @@
-"""Prompts at the input and zero-gated ones: against loops in float64, and PEFT's modules."""
+"""Prompts at the input: against loops in float64, and PEFT's modules."""
 
 import math
 import types
@@ -13,29 +13,20 @@ import minipeft as mp
 from minipeft.layers.prompt import (
     PromptEmbedding,
     PromptEncoder,
-    ZeroGatedPrompt,
     rows_from_tokens,
     rows_from_vocabulary,
-    zero_gated_attention,
 )
 
 MAKERS = {
     "embedding": lambda: PromptEmbedding(5, 12),
     "mlp": lambda: PromptEncoder(5, 12, hidden=7),
     "lstm": lambda: PromptEncoder(5, 12, hidden=7, kind="lstm"),
-    "gated": lambda: ZeroGatedPrompt(3, 5, 12, 4),
 }
 ENCODERS = [
     {"hidden": 7}, {"hidden": None}, {"kind": "lstm", "hidden": 7},
     {"kind": "lstm", "hidden": 5, "lstm_layers": 1},
     {"kind": "lstm", "hidden": 3, "lstm_layers": 3},
 ]  # fmt: skip
-
-
-def rows_of(prompt):
-    """What the prompt adds, (layers * rows, embedding_dim)."""
-    out = prompt()
-    return torch.cat([rows for rows, _ in out]) if isinstance(out, list) else out
 
 
 def slow_linear(rows, linear):
@@ -73,33 +64,14 @@ def slow_encoder(encoder):
     return torch.stack(rows).detach()
 
 
-def slow_zero_gated(q, k, v, gate, scale):
-    """One query, one head, one key at a time, in float64."""
-    batch, heads, tokens, _ = q.shape
-    groups, length, _ = k.shape
-    out = torch.zeros(batch, heads, tokens, v.shape[2], dtype=torch.float64)
-    for b in range(batch):
-        for h in range(heads):
-            g = h // (heads // groups)
-            strength = math.tanh(float(gate[b, h] if gate.dim() == 2 else gate[h]))
-            for i in range(tokens):
-                scores = [
-                    scale * float(q[b, h, i].double() @ k[g, j].double()) for j in range(length)
-                ]
-                total = sum(math.exp(score) for score in scores)
-                for j, score in enumerate(scores):
-                    out[b, h, i] += strength * math.exp(score) / total * v[g, j].double()
-    return out
-
-
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_a_prompt_that_is_off_has_length_0(make):
     prompt = make()
-    on = rows_of(prompt)
+    on = prompt()
     prompt.enabled = False
-    assert rows_of(prompt).shape == (0, on.shape[1]) and "disabled" in repr(prompt)
+    assert prompt().shape == (0, on.shape[1]) and "disabled" in repr(prompt)
     prompt.enabled = True
-    assert torch.equal(rows_of(prompt), on)
+    assert torch.equal(prompt(), on)
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -110,7 +82,7 @@ def test_parameters_are_float32_whatever_the_default_dtype(make):
     finally:
         torch.set_default_dtype(torch.float32)
     assert {p.dtype for p in prompt.parameters()} == {torch.float32}
-    assert rows_of(prompt).dtype == torch.float32
+    assert prompt().dtype == torch.float32
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -121,13 +93,13 @@ def test_whole_model_functions_see_a_prompt(make):
     assert {n for n, p in model.named_parameters() if p.requires_grad} == own
     assert set(mp.adapter_state_dict(model)) == own
     with mp.disable_adapters(model):
-        assert len(rows_of(model[1])) == 0
-    assert len(rows_of(model[1])) > 0
+        assert len(model[1]()) == 0
+    assert len(model[1]()) > 0
     with pytest.raises(ValueError, match=r"cannot be scaled by 0\.5"):
         mp.scale_adapters(model, 0.5)
     other = nn.Sequential(nn.Linear(12, 12), make())
     mp.load_adapter_state_dict(other, mp.adapter_state_dict(model))
-    assert torch.equal(rows_of(other[1]), rows_of(model[1]))
+    assert torch.equal(other[1](), model[1]())
 
 
 @pytest.mark.parametrize("make", [MAKERS[name] for name in ("embedding", "mlp", "lstm")])
@@ -290,109 +262,6 @@ def test_impossible_settings_of_the_encoder(keywords, message):
 def test_an_impossible_deviation(init_std):
     with pytest.raises(ValueError, match="init_std"):
         PromptEmbedding(3, 4, init_std=init_std)
-    with pytest.raises(ValueError, match="init_std"):
-        ZeroGatedPrompt(2, 3, 4, 2, init_std=init_std)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ((0, 3, 4, 2), "n_layers=0"), ((2, 0, 4, 2), "prompt_length=0"),
-        ((2, 3, 0, 2), "embedding_dim=0"), ((2, 3, 4, 0), "n_heads=0"),
-    ],
-)  # fmt: skip
-def test_impossible_sizes_of_a_zero_gated_prompt(sizes, message):
-    with pytest.raises(ValueError, match=f"ZeroGatedPrompt: {message}"):
-        ZeroGatedPrompt(*sizes)
-
-
-@given(
-    batch=st.integers(1, 2), tokens=st.integers(1, 4), length=st.integers(0, 5),
-    groups=st.sampled_from([1, 2, 3]), repeats=st.sampled_from([1, 3]), per_row=st.booleans(),
-    scale=st.sampled_from([None, 0.7]),
-)  # fmt: skip
-def test_zero_gated_attention_equals_a_float64_loop(
-    batch, tokens, length, groups, repeats, per_row, scale
-):
-    heads, dk, dv = groups * repeats, 6, 5
-    q = torch.randn(batch, heads, tokens, dk)
-    k, v = torch.randn(groups, length, dk), torch.randn(groups, length, dv)
-    gate = torch.randn(batch, heads) if per_row else torch.randn(heads)
-    y = zero_gated_attention(q, k, v, gate, scale=scale)
-    expected = slow_zero_gated(q, k, v, gate, scale or 1 / math.sqrt(dk))
-    # float32 scores of sums of 6 products of numbers up to 5
-    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("gate", [(4,), (2, 4)])
-def test_gradients_reach_all_arguments(gate):
-    shapes = [(2, 4, 3, 6), (2, 5, 6), (2, 5, 4), gate]
-    tensors = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    assert torch.autograd.gradcheck(zero_gated_attention, tensors)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gate_0_adds_exactly_nothing_and_its_gradient_is_the_prompts_share(dtype):
-    q, ordinary = torch.randn(2, 4, 3, 8, dtype=dtype), torch.randn(2, 4, 3, 8, dtype=dtype)
-    k, v = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8, requires_grad=True)
-    gate = torch.zeros(4, requires_grad=True)
-    added = zero_gated_attention(q, k, v, gate)
-    assert added.dtype == dtype and not added.any()
-    assert torch.equal(ordinary + added, ordinary)
-    added.sum().backward()
-    assert gate.grad.all() and not k.grad.any() and not v.grad.any()
-    # tanh has slope 1 at 0: the gradient is what the prompt's attention sums up to per head
-    rounded = k.detach().to(dtype), v.detach().to(dtype)
-    whole = slow_zero_gated(q, *rounded, torch.full((4,), math.inf), 1 / math.sqrt(8))
-    # 48 numbers below 4, each rounded once: by at most 4 * eps / 2
-    torch.testing.assert_close(
-        gate.grad.double(), whole.sum((0, 2, 3)), rtol=0, atol=96 * torch.finfo(dtype).eps
-    )
-
-
-def test_a_zero_gated_prompt_in_an_attention_starts_as_nothing_and_learns():
-    torch.manual_seed(1)
-    prompt, project = ZeroGatedPrompt(3, 5, 16, n_heads=4), nn.Linear(16, 2 * 2 * 8)
-    q, target = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3, 8)
-
-    def added(layer):
-        rows, gate = prompt.layer(layer)
-        k, v = project(rows).view(-1, 2, 2, 8).permute(1, 2, 0, 3)
-        return zero_gated_attention(q, k, v, gate)
-
-    assert len(prompt()) == 3 and all(not added(layer).any() for layer in range(3))
-    optimizer = torch.optim.Adam(prompt.parameters(), lr=0.1)
-    losses = []
-    for _ in range(20):
-        loss = (added(1) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] and prompt.gates[1].all() and not prompt.gates[0].any()
-    prompt.enabled = False
-    assert added(1).shape == q.shape and not added(1).any()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"prompt_k": torch.randn(3, 5, 8)}, {"prompt_k": torch.randn(2, 4, 8)},
-        {"prompt_k": torch.randn(2, 5, 7)}, {"prompt_k": torch.randn(1, 2, 5, 8)},
-        {"prompt_v": torch.randn(5, 8)}, {"prompt_v": torch.randn(1, 5, 6)},
-        {"q": torch.randn(2, 3, 3, 8)}, {"gate": torch.zeros(1)}, {"gate": torch.zeros(3, 4)},
-        {"gate": torch.zeros(())},
-        {"prompt_k": torch.randn(3, 5, 8), "prompt_v": torch.randn(3, 5, 6)},
-        {"prompt_k": torch.randn(0, 5, 8), "prompt_v": torch.randn(0, 5, 6)},
-    ],
-)  # fmt: skip
-def test_shapes_that_do_not_belong_together(change):
-    arguments = {
-        "q": torch.randn(2, 4, 3, 8), "prompt_k": torch.randn(2, 5, 8),
-        "prompt_v": torch.randn(2, 5, 6), "gate": torch.zeros(4), **change,
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="h a multiple of g"):
-        zero_gated_attention(**arguments)
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("mlp", 2), ("lstm", 1), ("lstm", 2), ("lstm", 3)])

@@ -7,13 +7,6 @@ Prompt tuning puts P trained rows in front of the embedded tokens, once, at the 
 
     PromptEmbedding   a table                               Lester et al. 2021
     PromptEncoder     a table through an LSTM or an MLP     P-tuning, Liu et al. 2021
-    ZeroGatedPrompt   a table and gates for every layer     LLaMA-Adapter, Zhang et al. 2023
-
-The last one enters inside the attention: a layer's frozen key and value projections make keys and
-values of its rows, attention over them has a softmax of its own, and tanh(gate), 0 at the start,
-times the result is added to what the layer computes anyway:
-
-    y = softmax(scale * q k^T) v + tanh(gate) * softmax(scale * q prompt_k^T) prompt_v
 """
 
 import copy
@@ -22,7 +15,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -30,13 +22,6 @@ from torch import Tensor, nn
 def _check_size(owner: str, name: str, size: object) -> None:
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(f"{owner}: {name}={size!r}; expected a whole number of at least 1")
-
-
-def _table(owner: str, prompt_length: int, embedding_dim: int, init_std: float) -> Tensor:
-    """Rows drawn from N(0, init_std) in float32, whatever the default dtype."""
-    if not 0 < init_std < math.inf:
-        raise ValueError(f"{owner}: init_std={init_std!r}; expected a number above 0")
-    return torch.randn(prompt_length, embedding_dim, dtype=torch.float32) * init_std
 
 
 class _Prompt(nn.Module):
@@ -89,8 +74,10 @@ class PromptEmbedding(_Prompt):
 
     def __init__(self, prompt_length: int, embedding_dim: int, *, init_std: float = 0.02) -> None:
         super().__init__(prompt_length, embedding_dim)
-        rows = _table("PromptEmbedding", prompt_length, embedding_dim, init_std)
-        self.table = nn.Parameter(rows)
+        if not 0 < init_std < math.inf:
+            raise ValueError(f"PromptEmbedding: init_std={init_std!r}; expected a number above 0")
+        rows = torch.randn(prompt_length, embedding_dim, dtype=torch.float32)
+        self.table = nn.Parameter(rows * init_std)
 
     def forward(self) -> Float[Tensor, "prompt embedding_dim"]:
         return self.table if self.enabled else self.table[:0]
@@ -273,99 +260,3 @@ class PromptEncoder(_Prompt):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, hidden={self.hidden}, {self.kind}"
-
-
-class ZeroGatedPrompt(_Prompt):
-    """LLaMA-Adapter's prompts: for every layer rows, and a gate per head that starts at 0.
-
-    `tables` has (prompt_length, embedding_dim) per layer, drawn from N(0, init_std), and `gates`
-    (n_heads,) per layer, zeros; all float32.  `layer(i)` returns both, the gate before its tanh.
-    The caller casts the rows, sends them through layer i's key and value projections (without a
-    rotary embedding: they have no place in the text) and adds `zero_gated_attention` to what the
-    layer's attention computes.  At gate 0 the model computes what it did, bit for bit; the gates
-    have gradients there, the rows only once the gates have moved.
-
-    While `enabled` is False the rows have length 0, and nothing is added.
-
-    Raises:
-        ValueError: a size below 1, init_std not above 0.
-
-    >>> prompt = ZeroGatedPrompt(3, 10, 16, n_heads=4)
-    >>> rows, gate = prompt.layer(2)
-    >>> rows.shape, gate
-    (torch.Size([10, 16]), Parameter containing:
-    tensor([0., 0., 0., 0.], requires_grad=True))
-    """
-
-    def __init__(
-        self,
-        n_layers: int,
-        prompt_length: int,
-        embedding_dim: int,
-        n_heads: int,
-        *,
-        init_std: float = 0.02,
-    ) -> None:
-        super().__init__(prompt_length, embedding_dim)
-        _check_size("ZeroGatedPrompt", "n_layers", n_layers)
-        _check_size("ZeroGatedPrompt", "n_heads", n_heads)
-        self.n_layers, self.n_heads = n_layers, n_heads
-        self.tables = nn.ParameterList(
-            _table("ZeroGatedPrompt", prompt_length, embedding_dim, init_std)
-            for _ in range(n_layers)
-        )
-        self.gates = nn.ParameterList(
-            torch.zeros(n_heads, dtype=torch.float32) for _ in range(n_layers)
-        )
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """One layer's rows (prompt_length, embedding_dim) and gate (n_heads,), before the tanh."""
-        rows = self.tables[layer]
-        return rows if self.enabled else rows[:0], self.gates[layer]
-
-    def forward(self) -> list[tuple[Tensor, Tensor]]:
-        return [self.layer(index) for index in range(self.n_layers)]
-
-    def extra_repr(self) -> str:
-        return f"n_layers={self.n_layers}, n_heads={self.n_heads}, {super().extra_repr()}"
-
-
-def zero_gated_attention(
-    q: Float[Tensor, "b h t dk"],
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    gate: Tensor,
-    *,
-    scale: float | None = None,
-) -> Float[Tensor, "b h t dv"]:
-    """tanh(gate) * softmax(scale * q prompt_k^T) prompt_v  (Zhang et al. 2023).
-
-    A softmax of its own, over the prompt alone: add the result to attention over the tokens.
-    `prompt_k` (g, p, dk) and `prompt_v` (g, p, dv) are the same for all rows; h is a multiple of g
-    (grouped heads).  `gate` is (h,), or (b, h) for each row its own, before the tanh.  All are
-    cast to q's dtype.  `scale` None: 1 / sqrt(dk).  p = 0 adds zeros.
-
-    Raises:
-        ValueError: shapes that do not belong together.
-    """
-    batch, heads, tokens, key_dim = q.shape
-    shapes = tuple(prompt_k.shape), tuple(prompt_v.shape), tuple(gate.shape)
-    if (
-        prompt_k.dim() != 3
-        or prompt_v.dim() != 3
-        or prompt_k.shape[:2] != prompt_v.shape[:2]
-        or prompt_k.shape[2] != key_dim
-        or len(prompt_k) == 0
-        or heads % len(prompt_k)
-        or shapes[2] not in ((heads,), (batch, heads))
-    ):
-        raise ValueError(
-            f"zero_gated_attention: q {tuple(q.shape)}, prompt_k {shapes[0]}, prompt_v {shapes[1]}"
-            f", gate {shapes[2]}; expected (b, h, t, dk), (g, p, dk), (g, p, dv), (h,) or (b, h) "
-            "with h a multiple of g"
-        )
-    if prompt_k.shape[1] == 0:  # a mean over nothing; not every attention kernel takes it
-        return q.new_zeros(batch, heads, tokens, prompt_v.shape[2])
-    k, v = (x.to(q.device, q.dtype).expand(batch, *x.shape) for x in (prompt_k, prompt_v))
-    mean = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=heads != k.shape[1])
-    return torch.tanh(gate).to(mean.device, mean.dtype)[..., None, None] * mean

@@ -204,14 +204,14 @@ def test_training_goes_on_from_a_file_with_its_network(attach, tmp_path, capsys)
     assert difference(again.logits(), case.logits()) <= 1e-6  # the same operations
 
 
-def test_zero_gated_prompts_and_heads_are_saved(tmp_path):
+def test_gates_and_heads_are_saved(tmp_path):
     case, again = Case("LLaMA"), Case("LLaMA")
-    prefix = mp.attach_zero_gated(case.model, P, n_layers=2)
+    prefix = mp.attach_prefix(case.model, P, gated=True)
     with torch.no_grad():
-        for gate in prefix.encoder.source.gates:
+        for gate in prefix.encoder.gates:
             gate.normal_()
-    prefixes.save_prefix(case.model, tmp_path / "zero")
-    prefixes.load_prefix(again.model, tmp_path / "zero")
+    prefixes.save_prefix(case.model, tmp_path / "gated")
+    prefixes.load_prefix(again.model, tmp_path / "gated")
     assert torch.equal(again.logits(), case.logits())
     case, again = Case("BERT"), Case("BERT")
     mp.attach_prefix(case.model, P)
@@ -231,7 +231,6 @@ def test_zero_gated_prompts_and_heads_are_saved(tmp_path):
         ("LLaMA", lambda m: mp.attach_prefix(m, P, gated=True, position="shift"), "a gated prefix"),
         ("Mistral, window", lambda m: mp.attach_prefix(m, P), "window='always'"),
         ("T5", lambda m: mp.attach_prefix(m, P), "a prefix in"),
-        ("LLaMA", lambda m: mp.attach_zero_gated(m, P), "zero-gated"),
     ],
 )
 def test_what_pefts_format_cannot_say_is_refused(family, attach, message, tmp_path):
@@ -259,7 +258,6 @@ def test_lora_and_a_prefix_of_one_name_are_refused_and_of_two_names_written(tmp_
         mp.save_peft(third.model, tmp_path / "mixed")
 
 
-ZERO = {"kind": "zero_gated", "n_layers": 2, "n_heads": 4, "embedding_dim": 32}
 LSTM = {"kind": "prompt_encoder", "embedding_dim": 32, "network": "lstm"}
 
 
@@ -303,8 +301,6 @@ def damage(path, change) -> None:
         (lambda c: c.update(heads=["classifier"]), "heads"),
         (lambda c: c.update(dropout=float("nan")), "dropout"),
         (lambda c: c.update(kind="prompt", embedding_dim=31), "embeddings have"),
-        (lambda c: c.update(ZERO, n_layers=4), "n_layers=4"),
-        (lambda c: c.update(ZERO, n_heads=3), "the model has"),
         (lambda c: c.update(LSTM, lstm_layers=10**7), "lstm_layers"),
     ],
 )
@@ -477,7 +473,6 @@ def test_gathered_values_are_what_is_written(kind, tmp_path):
 @pytest.mark.parametrize(
     ("made_on", "attach", "family", "message"),
     [
-        ("LLaMA", lambda m: mp.attach_zero_gated(m, P), "BLOOM", "k_proj"),
         ("GPT-2", lambda m: mp.attach_prompt(m, P), "BERT", "is no decoder"),
         ("GPT-2", lambda m: mp.attach_prompt(m, P), "T5", "is no decoder"),
         ("GPT-2", lambda m: mp.attach_prefix(m, P, gated=True), "CodeGen", "takes none"),
@@ -487,12 +482,10 @@ def test_files_are_refused_where_attaching_would_be(made_on, attach, family, mes
     case, other = Case(made_on), Case(family)
     attach(case.model)
     prefixes.save_prefix(case.model, tmp_path)
-    shapes = [[4, 8, 8]] * 3 if family == "BLOOM" else None
 
     def forge(config):
         """As if it were of this model, so that the later checks are reached."""
         config.pop("model_type")
-        config.update({"kv_shapes": shapes} if shapes else {})
         config.update({"position": "none"} if family == "T5" else {})
 
     damage(tmp_path / "prefix_config.json", forge)

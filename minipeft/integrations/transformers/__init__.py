@@ -1,7 +1,7 @@
 """Hugging Face models: deep prefixes, prompts, and models without weights."""
 
 from minipeft.integrations.transformers.attach_prefix import attach_prefix
-from minipeft.integrations.transformers.attach_prompt import attach_prompt, attach_zero_gated
+from minipeft.integrations.transformers.attach_prompt import attach_prompt
 from minipeft.integrations.transformers.meta import meta_model
 from minipeft.integrations.transformers.prefixes import Prefix
 
@@ -9,6 +9,5 @@ __all__ = [
     "Prefix",
     "attach_prefix",
     "attach_prompt",
-    "attach_zero_gated",
     "meta_model",
 ]

@@ -1,4 +1,4 @@
-"""attach_prompt and attach_zero_gated: prompt tuning, P-tuning v1 and LLaMA-Adapter's prompts."""
+"""attach_prompt: prompt tuning and P-tuning v1 on a Hugging Face decoder."""
 
 from typing import Any
 
@@ -8,12 +8,8 @@ from torch import Tensor, nn
 from minipeft.adapters.names import DEFAULT
 from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import Prefix
-from minipeft.integrations.transformers.prompt_runs import RunPrompt, ZeroGated
-from minipeft.layers.prompt import (
-    PromptEmbedding,
-    PromptEncoder,
-    ZeroGatedPrompt,
-)
+from minipeft.integrations.transformers.prompt_runs import RunPrompt
+from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 
 KINDS = ("table", "lstm", "mlp")
 
@@ -80,67 +76,6 @@ def attach_prompt(
         model, prompt_length, make, caller="attach_prompt", name=name, position=position,
         window=window, train_head=train_head,
     )  # fmt: skip
-
-
-def attach_zero_gated(
-    model: nn.Module,
-    prompt_length: int,
-    *,
-    n_layers: int | None = None,
-    name: str = DEFAULT,
-    init_std: float = 0.02,
-    train_head: bool = True,
-) -> Prefix:
-    """LLaMA-Adapter's prompts (Zhang et al. 2023): the model starts exactly as it was.
-
-    In each of the last `n_layers` layers (None: all but the first two, or all of a model with
-    fewer than three) trainable rows go through the layer's own k_proj and v_proj.  They are not
-    rotated and have a softmax of their own, whose result is added to attention times tanh of a
-    gate per head that starts at 0.  Tokens keep their positions.
-
-    Raises:
-        TypeError: no transformers model.
-        ValueError: attention that is not reached through AttentionInterface or has no k_proj and
-            v_proj; an encoder or encoder-decoder; otherwise as `attach_prefix`.
-    """
-
-    def make(prefix: Prefix) -> ZeroGated:
-        depth = len(prefix.kv_shapes)
-        count = n_layers if n_layers is not None else (depth - 2 if depth > 2 else depth)
-        size, heads = sizes_for_zero_gated("attach_zero_gated", model, prefix, count)
-        source = ZeroGatedPrompt(count, prompt_length, size, heads, init_std=init_std)
-        return ZeroGated(source, depth - count)
-
-    return attach(
-        model, prompt_length, make, caller="attach_zero_gated", name=name, train_head=train_head
-    )
-
-
-def sizes_for_zero_gated(
-    caller: str, model: nn.Module, prefix: Prefix, n_layers: int
-) -> tuple[int, int]:
-    """What the key projections take, and the number of query heads, in the last layers.
-
-    Raises:
-        ValueError: attention that is not reached by its function, has no k_proj and v_proj, or
-            differs from layer to layer; another number of layers.
-    """
-    check_decoder(caller, model, prefix)
-    modules: list[Any] = prefix.hooks.modules
-    if not modules or not all(hasattr(m, "k_proj") and hasattr(m, "v_proj") for m in modules):
-        raise ValueError(
-            f"{caller}: {type(model).__name__} has no attention with k_proj and v_proj that looks "
-            "up AttentionInterface; use attach_prefix(gated=True)"
-        )
-    if isinstance(n_layers, bool) or not 1 <= n_layers <= len(modules):
-        raise ValueError(f"{caller}: n_layers={n_layers!r}; the model has {len(modules)}")
-    found = {
-        (int(module.k_proj.in_features), heads)
-        for module, heads in list(zip(modules, prefix.query_heads, strict=True))[-n_layers:]
-    }
-    if len(found) != 1:
-        raise ValueError(f"{caller}: layers of different sizes and heads {sorted(found)}")
-    return found.pop()
 
 
 def _embedded(table: Any, ids: Tensor, prompt_length: int) -> Tensor:

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.integrations.transformers.masks import Query, put_in_front
-from minipeft.layers.prompt import zero_gated_attention
 from minipeft.prefix import KVShape, gated_attention, with_prefix
 
 MARK = re.compile(r"minipeft(\d+)_")
@@ -81,16 +80,13 @@ def stamped(mask: Tensor | None, owner: Owner) -> Tensor | None:
 class Part(NamedTuple):
     """One prefix in one layer, whose columns in the mask are `columns`.
 
-    With a softmax of its own (`apart`) it is added to attention, times its gate, in the rows that
-    the mask lets see it; if not, it is in front of the tokens, with a gate as `gated_attention`
-    says.
+    It is in front of the tokens; with a gate, as `gated_attention` says.
     """
 
     k: Tensor  # (kv_heads, prefix, key_dim)
     v: Tensor
-    gate: Tensor | None  # (kv_heads,), or (heads,) if apart
+    gate: Tensor | None  # (kv_heads,)
     columns: int
-    apart: bool = False
 
 
 def joined(parts: list[Part]) -> tuple[Tensor, Tensor]:
@@ -222,13 +218,7 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
         plain = [part.gate is None for part in parts]
         out, *rest = with_parts(plain)
         for number, part in enumerate(parts):
-            if part.apart:
-                seen = _rows_that_see(attention_mask, parts, number).expand(len(query), -1)
-                scale = kwargs.get("scaling")
-                gate = seen * part.gate  # type: ignore[operator]
-                own = zero_gated_attention(query, part.k, part.v, gate, scale=scale)
-                out = out + own.transpose(1, 2)
-            elif part.gate is not None:
+            if part.gate is not None:
                 whole = with_parts([p or i == number for i, p in enumerate(plain)])[0]
                 heads = (out.transpose(1, 2), whole.transpose(1, 2))  # (batch, heads, queries, dim)
                 out = gated_attention(*heads, part.gate).transpose(1, 2)
@@ -287,14 +277,6 @@ def _over(
         if isinstance(kwargs.get("position_bias"), Tensor):  # T5's, of tokens: a prefix has none
             kwargs = {**kwargs, "position_bias": F.pad(kwargs["position_bias"], (length, 0))}
     return function(module, query, key, value, mask, **kwargs)
-
-
-def _rows_that_see(mask: Tensor | None, parts: list[Part], number: int) -> Tensor:
-    """Which rows of the batch see part `number`, (batch, 1), as 1 or 0."""
-    assert mask is not None
-    first = mask[:, 0, -1, sum(part.columns for part in parts[:number])]
-    seen = first if first.dtype == torch.bool else first == 0
-    return seen[:, None].to(parts[number].k.dtype)
 
 
 def _function(name: str, module: nn.Module) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from minipeft.integrations.transformers import probe
 from minipeft.integrations.transformers.attention import Part
 from minipeft.integrations.transformers.hooks import Hooks
 from minipeft.integrations.transformers.masks import Query, of_rows, within_window
-from minipeft.integrations.transformers.prompt_runs import Prompted, RunPrompt
+from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.layers.trained import TrainedModule
 from minipeft.model.rows import ByRow, refuse_rows
 from minipeft.prefix import KVShape, PrefixEncoder
@@ -29,8 +29,8 @@ def check_key(caller: str, name: str) -> None:
 
 
 def _counts(encoder: Any) -> bool:
-    """Whether it counts as tokens before the text: no gated one, which starts as nothing."""
-    return not getattr(encoder, "gated", False) and bool(getattr(encoder, "shifts", True))
+    """Whether it counts as tokens before the text; a gated one starts as nothing and does not."""
+    return not getattr(encoder, "gated", False)
 
 
 class Prefix(nn.Module):
@@ -53,7 +53,7 @@ class Prefix(nn.Module):
         self.encoders = nn.ModuleDict()
         self.position, self.window, self.route = position, window, reach.route
         self.kv_shapes: list[KVShape] = reach.shapes
-        self.locations, self.query_heads = reach.locations, reach.query_heads
+        self.locations = reach.locations
         self.causal, self.has_windows = causal, reach.has_windows
         self.rows: list[tuple[str, ...]] | None = None  # None: all rows use what is on
         self.served: tuple[str, ...] = ()  # the names in rows, in the order of encoders
@@ -80,7 +80,7 @@ class Prefix(nn.Module):
         """Which prefixes take part, and which run of those that draw random numbers."""
         part = self.taking_part()
         by_id = {id(encoder): name for name, encoder in self.encoders.items()}
-        runs = (e.run_number() if isinstance(e, Prompted) else 0 for e in part)
+        runs = (e.run_number() if isinstance(e, RunPrompt) else 0 for e in part)
         return tuple((by_id[id(e)], run) for e, run in zip(part, runs, strict=True))
 
     def is_on(self) -> bool:
@@ -96,8 +96,8 @@ class Prefix(nn.Module):
         return [self._part(encoder, layer) for encoder in self.taking_part()]
 
     def _part(self, encoder: Any, layer: int) -> Part:
-        if isinstance(encoder, Prompted):
-            return encoder.part(layer, self)
+        if isinstance(encoder, RunPrompt):
+            return encoder.part(layer)
         k, v = encoder.layer(layer)
         if k.is_meta:
             raise ValueError(
@@ -139,8 +139,8 @@ class Prefix(nn.Module):
 
     def before_forward(self, holder: nn.Module, given: Any) -> None:
         """Let prompts run: their keys and values come from the model itself."""
-        running = [e for e in self.taking_part() if isinstance(e, Prompted)]
-        if any(isinstance(encoder, RunPrompt) for encoder in running):
+        running = [e for e in self.taking_part() if isinstance(e, RunPrompt)]
+        if running:
             cache = given["past_key_values"]
             if cache is None and given["use_cache"] and not torch.is_grad_enabled():
                 from transformers import DynamicCache
@@ -215,7 +215,7 @@ class Prefix(nn.Module):
 
     def run_by_the_model(self) -> list[str]:
         """The names of prompts whose keys come from layers of the model."""
-        return [name for name, encoder in self.encoders.items() if isinstance(encoder, Prompted)]
+        return [name for name, encoder in self.encoders.items() if isinstance(encoder, RunPrompt)]
 
     def stop_rows(self) -> None:
         """All rows use what is on again."""
@@ -336,19 +336,11 @@ class Prefix(nn.Module):
         """Replace an MLP or a prompt by the tables it produces, for good.
 
         Optimisers must be built anew.
-
-        Raises:
-            ValueError: LLaMA-Adapter's prompts, which are no prefix.
         """
         old = self._named(name)
         refuse_rows("bake", self.model)
         key = next(n for n, e in self.encoders.items() if e is old)
-        if isinstance(old, RunPrompt):
-            baked = old.bake(self)
-        elif isinstance(old, PrefixEncoder):
-            baked = old.bake()
-        else:
-            raise ValueError("bake: zero-gated prompts have a softmax of their own; keep them")
+        baked = old.bake(self) if isinstance(old, RunPrompt) else old.bake()
         replaced = {id(part) for part in old.modules()}
         for module in self.model.modules():  # names live on the model
             for layers in module.__dict__.get("_minipeft_adapters", {}).values():

@@ -33,7 +33,6 @@ class Reach:
     modules: list[nn.Module] = field(default_factory=list)  # of route B
     holders: list[nn.Module] = field(default_factory=list)  # the models that make the masks
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values seen
-    query_heads: list[int] = field(default_factory=list)  # of route B
     has_windows: bool = False  # whether a layer attends within a sliding window
 
     def only(self, wanted: tuple[str, ...]) -> "Reach":
@@ -45,7 +44,7 @@ class Reach:
 
         return replace(
             self, shapes=kept(self.shapes), locations=kept(self.locations),
-            modules=kept(self.modules), pairs=kept(self.pairs), query_heads=kept(self.query_heads),
+            modules=kept(self.modules), pairs=kept(self.pairs),
         )  # fmt: skip
 
 
@@ -164,7 +163,7 @@ def _through_attention(model: Any, tokens: dict[str, Tensor]) -> Reach:
     return Reach(
         "attention", [call.shape for call in found], [locations[i] for i in order],
         [call.module for call in found], _holders(model, [call.module for call in found]),
-        [(call.k, call.v) for call in found], [call.query.shape[1] for call in found],
+        [(call.k, call.v) for call in found],
         any(call.window is not None for call in found),
     )  # fmt: skip
 

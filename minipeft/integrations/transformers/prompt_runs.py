@@ -20,44 +20,11 @@ from torch import Tensor, nn
 from minipeft.integrations.transformers import positions
 from minipeft.integrations.transformers.arguments import names_of
 from minipeft.integrations.transformers.attention import PLAIN, Part
-from minipeft.layers.prompt import ZeroGatedPrompt
 from minipeft.prefix import PrefixEncoder
 
 KEPT = "_minipeft_prompts"  # on a cache: the keys and values of the prompts it was filled with
 Pairs = list[tuple[Tensor, Tensor]]
 _numbers = itertools.count(1)
-
-
-class Prompted(nn.Module):
-    """Among a model's prefixes, one that a prompt makes; `source` is the prompt's module."""
-
-    source: Any
-    shifts = True  # whether tokens are numbered from behind it
-
-    @property
-    def prefix_length(self) -> int:
-        """Its positions."""
-        return int(self.source.prompt_length)
-
-    @property
-    def enabled(self) -> bool:
-        """Whether it is on."""
-        return bool(self.source.enabled)
-
-    @enabled.setter
-    def enabled(self, value: bool) -> None:
-        self.source.enabled = value
-
-    def before_forward(self, holder: nn.Module, cache: Any, *, by_attention: bool) -> None:
-        """Called before each forward in which it takes part; `cache` is the caller's."""
-
-    def run_number(self) -> int:
-        """Another number after each run that drew random numbers."""
-        return 0
-
-    def part(self, layer: int, prefix: Any) -> Part:
-        """Keys, values and gate in one layer."""
-        raise NotImplementedError
 
 
 class Run:
@@ -102,12 +69,14 @@ class LastRun:
         return LastRun, ()
 
 
-class RunPrompt(Prompted):
+class RunPrompt(nn.Module):
     """The keys and values of prompt embeddings, by a run of the model over them.
 
     `source()` gives the embeddings (prompt_length, embedding_dim): a PromptEmbedding (prompt
     tuning) or a PromptEncoder (P-tuning v1).
     """
+
+    source: Any
 
     def __init__(self, source: nn.Module) -> None:
         super().__init__()
@@ -115,8 +84,22 @@ class RunPrompt(Prompted):
         self.last = LastRun()
         self.key = uuid.uuid4().hex  # on caches: an id() may be another prompt's later
 
+    @property
+    def prefix_length(self) -> int:
+        """Its positions."""
+        return int(self.source.prompt_length)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether it is on."""
+        return bool(self.source.enabled)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self.source.enabled = value
+
     def before_forward(self, holder: nn.Module, cache: Any, *, by_attention: bool) -> None:
-        """Run the prompt.
+        """Run the prompt, before each forward in which it takes part.
 
         A conversation that goes on without gradients keeps what its first turn ran, which its
         cache was computed with: the pairs stay with the cache.
@@ -138,8 +121,8 @@ class RunPrompt(Prompted):
         run = self.last.get()
         return 0 if run is None else run.number
 
-    def part(self, layer: int, prefix: Any) -> Part:
-        """The keys and values of the last run."""
+    def part(self, layer: int) -> Part:
+        """The keys and values of the last run, in one layer."""
         run = self.last.get()
         if run is None:
             raise RuntimeError("the prompt has not been run: call the model, not a part of it")
@@ -157,43 +140,6 @@ class RunPrompt(Prompted):
         encoder.to(next(self.parameters()).device).train(self.training)
         encoder.enabled = self.enabled
         return encoder
-
-
-class ZeroGated(Prompted):
-    """LLaMA-Adapter: prompts go through each layer's own key and value projections.
-
-    No position is applied to them, they have a softmax of their own, and tanh of a gate that
-    starts at 0 scales what they add.  Layers before the last `n_layers` have none.
-    """
-
-    shifts = False
-    source: ZeroGatedPrompt
-
-    def __init__(self, source: ZeroGatedPrompt, first: int) -> None:
-        super().__init__()
-        self.source, self.first = source, first
-
-    def part(self, layer: int, prefix: Any) -> Part:
-        """Keys and values of one layer's prompt; empty in layers without."""
-        shape = prefix.kv_shapes[layer]
-        if layer < self.first:
-            device = next(self.parameters()).device
-            k, v = (torch.zeros(shape.kv_heads, 0, size, device=device)
-                    for size in (shape.key_dim, shape.value_dim))  # fmt: skip
-            zero = torch.zeros(prefix.query_heads[layer], device=device)
-            return Part(k, v, zero, self.prefix_length, apart=True)
-        rows, gate = self.source.layer(layer - self.first)
-        attention = prefix.hooks.modules[layer]
-        k, v = (
-            projection(rows.to(projection.weight.dtype))
-            for projection in (attention.k_proj, attention.v_proj)
-        )
-        norm: Any = getattr(attention, "k_norm", getattr(attention, "k_layernorm", None))
-        whole = norm is not None and norm.weight.numel() == k.shape[-1]  # over all heads at once
-        k = norm(k) if whole else k
-        k, v = (x.view(len(rows), shape.kv_heads, -1) for x in (k, v))
-        k = norm(k) if norm is not None and not whole else k
-        return Part(k.transpose(0, 1), v.transpose(0, 1), gate, self.prefix_length, apart=True)
 
 
 def run_prompt(holder: Any, rows: Tensor, *, by_attention: bool) -> Pairs:

@@ -262,8 +262,6 @@ def describe_prompts(
             own = {"dropout": float(encoder.dropout), "frozen": encoder.frozen}
             training = {"prefix": own}
         return config, {_KEY: encoder.flat().detach(), **heads}, training
-    if not isinstance(encoder, RunPrompt):
-        raise refuse("zero-gated prompts")
     source = encoder.source
     config |= {
         "token_dim": source.embedding_dim, "num_attention_heads": text.num_attention_heads,

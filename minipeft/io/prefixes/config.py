@@ -9,16 +9,8 @@ from minipeft.io.replace import current
 CONFIG_NAME, WEIGHTS_NAME = "prefix_config.json", "prefix.safetensors"
 _LARGEST_CONFIG = 2**24  # bytes
 _LARGEST_SIZE, _MOST_LAYERS = 2**24, 2**12
-_SIZES = (
-    "prefix_length",
-    "hidden",
-    "embedding_dim",
-    "frozen",
-    "n_layers",
-    "n_heads",
-    "lstm_layers",
-)
-_KINDS = ("encoder", "prefix", "prompt", "prompt_encoder", "zero_gated")
+_SIZES = ("prefix_length", "hidden", "embedding_dim", "frozen", "lstm_layers")
+_KINDS = ("encoder", "prefix", "prompt", "prompt_encoder")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -42,11 +34,10 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: format {config.get('format')!r:.40} of kind {config.get('kind')!r:.40}; "
             f"expected 1 and one of {_KINDS}"
         )
-    sizes = ("n_layers", "n_heads", "embedding_dim")
-    needed: dict[str, tuple[str, ...]] = {"zero_gated": sizes, "prefix": (), "encoder": ()}
+    of_a_prompt = config["kind"] in ("prompt", "prompt_encoder")
     for key in _SIZES:
         value = config.get(key)
-        required = key == "prefix_length" or key in needed.get(config["kind"], ("embedding_dim",))
+        required = key == "prefix_length" or (key == "embedding_dim" and of_a_prompt)
         if value is None and not required:
             continue
         most = _MOST_LAYERS if key.endswith("layers") else _LARGEST_SIZE

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT
 from minipeft.integrations.transformers.attach import attach
-from minipeft.integrations.transformers.attach_prompt import check_decoder, sizes_for_zero_gated
+from minipeft.integrations.transformers.attach_prompt import check_decoder
 from minipeft.integrations.transformers.prefixes import Prefix
-from minipeft.integrations.transformers.prompt_runs import RunPrompt, ZeroGated
+from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.io.heads import by_module, check_heads, fill_heads
 from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME, read_config
 from minipeft.io.replace import read_whole
 from minipeft.io.seal import read_sealed
-from minipeft.layers.prompt import PromptEmbedding, PromptEncoder, ZeroGatedPrompt
+from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 from minipeft.prefix import KVShape, PrefixEncoder
 
 Path_ = str | os.PathLike[str]
@@ -144,14 +144,7 @@ def _built(
     kind, model = config["kind"], prefix.model
     if kind == "prefix" and config.get("gated") and prefix.route == "cache":
         raise ValueError(f"{where}: a gated prefix; {type(model).__name__} takes none")
-    if kind == "zero_gated":
-        found = sizes_for_zero_gated(str(where), model, prefix, config["n_layers"])
-        if found != (config["embedding_dim"], config["n_heads"]):
-            raise ValueError(
-                f"{where}: prompts of (size, heads) {config['embedding_dim'], config['n_heads']}; "
-                f"the model has {found}"
-            )
-    elif kind != "prefix":
+    if kind != "prefix":
         check_decoder(str(where), model, prefix)
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         if table.embedding_dim != config["embedding_dim"]:
@@ -165,8 +158,6 @@ def _built(
         _check_state(_prompt(config).state_dict(), tensors, where)
     source = _prompt(config)
     _fill(source, tensors, where, only="")
-    if kind == "zero_gated":
-        return ZeroGated(source, len(prefix.kv_shapes) - config["n_layers"])  # type: ignore[arg-type]
     return RunPrompt(source)
 
 
@@ -201,8 +192,6 @@ def _prompt(config: Mapping[str, Any]) -> nn.Module:
     """The prompt that a configuration describes."""
     length, kind = config["prefix_length"], config["kind"]
     size = config["embedding_dim"]
-    if kind == "zero_gated":
-        return ZeroGatedPrompt(config["n_layers"], length, size, config["n_heads"])
     if kind == "prompt":
         return PromptEmbedding(length, size)
     return PromptEncoder(

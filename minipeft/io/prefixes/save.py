@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, adapters_called
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
-from minipeft.integrations.transformers.prompt_runs import ZeroGated
 from minipeft.io.files import check_writable
 from minipeft.io.heads import head_tensors
 from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME
@@ -165,9 +164,6 @@ def _described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], d
         return settings, {"flat": encoder.flat().detach(), **gates}
     source = encoder.source
     settings = {"prefix_length": source.prompt_length, "embedding_dim": source.embedding_dim}
-    if isinstance(encoder, ZeroGated):
-        more = {"kind": "zero_gated", "n_layers": source.n_layers, "n_heads": source.n_heads}
-        return {**settings, **more}, _encoder_tensors(source)
     if isinstance(source, PromptEncoder):
         if not reparametrization:
             return {**settings, "kind": "prompt"}, {"encoder.table": source.bake().table.detach()}
