@@ -12,6 +12,8 @@ from minipeft.adapters.state import (
     scale_adapters,
 )
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
+from minipeft.fast import derivatives as _derivatives
+from minipeft.fast import flops as _flops
 from minipeft.fast.products import SlowProductsWarning
 from minipeft.inject import inject, inject_lora
 from minipeft.integrations.transformers import attach_prefix, attach_prompt
@@ -66,6 +68,9 @@ from minipeft.variants.starts import (
     init_pissa,
     init_pissa_fast,
 )
+
+_derivatives.register()  # of all operators, which the imports above have defined
+_flops.count_products()
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,9 @@
 
 One float32 absmax for 64 weights costs half a bit a weight.  Their mean (the offset) is taken off
 and what is left is quantised to 8 bits in blocks of 256, with a map that has 7 decades of
-magnitudes and more values in the larger ones:
+magnitudes and more values in the larger ones.  The scales of a weight are positive and lie near
+each other: codes of their small differences from the mean are finer than codes of the scales.  The
+map is signed, since the differences go both ways.
 
     absmax   0.081  0.074  0.079 ...     float32, one for 64 weights         32 / 64
     offset   0.076                       float32, one for the tensor
@@ -14,6 +16,7 @@ magnitudes and more values in the larger ones:
 
 import functools
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float32, UInt8
@@ -22,8 +25,7 @@ from torch import Tensor
 from minipeft import nf4, ops
 
 ABSMAX_BLOCK_SIZE = 256  # scales in a block: QLoRA's
-_SUM_CHUNK = 2**16
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+_SUM_CHUNK = 2**16  # scales converted to float64 at a time; the order of the sum depends on it
 
 
 @functools.cache
@@ -46,8 +48,8 @@ def dynamic_codebook() -> tuple[float, ...]:
 
 
 @functools.cache
-def _codebook(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The values, and the float32 midpoints between neighbours."""
+def dynamic_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The values of the map, and the float32 midpoints between neighbours."""
     values = torch.tensor(dynamic_codebook(), dtype=torch.float32, device=device)
     return values, (values[1:] + values[:-1]) / 2
 
@@ -72,50 +74,42 @@ def ordered_mean(x: Float32[Tensor, " n"]) -> Float32[Tensor, " one"]:
     return (_halving_sum(torch.stack(chunks)) / x.numel()).float().view(1)
 
 
-@ops.implements("quantize_absmax")
-def _quantize(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    flat = absmax.reshape(-1)
+def _encoded_shapes(given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    absmax, groups = given.absmax, ops.ceil_div(given.absmax.numel(), given.block_size)
+    code = absmax.new_empty(absmax.shape, dtype=torch.uint8)
+    return code, absmax.new_empty((groups,)), absmax.new_empty((1,))
+
+
+@ops.operator(
+    "quantize_absmax",
+    "(Tensor absmax, int block_size) -> (Tensor, Tensor, Tensor)",
+    shapes=_encoded_shapes,
+)
+def encode(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, their scales, and the offset: what nf4.py does to weights, less their mean."""
+    flat = absmax.flatten()
     offset = ordered_mean(flat)
-    _, midpoints = _codebook(flat.device)
-    code, scales = torch.empty_like(flat, dtype=torch.uint8), []
-    step = max(1, nf4.chunk_elements(flat.device) // block_size) * block_size
-    for first in range(0, flat.numel(), step):
-        rest = flat[first : first + step] - offset
-        padding = -rest.numel() % block_size
-        blocks = torch.nn.functional.pad(rest, (0, padding)).view(-1, block_size)
-        scale = blocks.abs().amax(dim=1)
-        scale = torch.where(scale < _SMALLEST_NORMAL, 0.0, scale)
-        blocks = blocks * torch.where(scale == 0, 0.0, scale.reciprocal())[:, None]
-        nearest = torch.bucketize(blocks.flatten(), midpoints)  # a tie goes to the lower code
-        code[first : first + step] = nearest[: rest.numel()].to(torch.uint8)
-        scales.append(scale)
-    scale = torch.cat(scales) if scales else flat.new_empty(0)
-    return code.view(absmax.shape), scale, offset
+    scaled, scale = nf4.scaled_blocks(flat - offset, block_size)
+    _, midpoints = dynamic_tables(flat.device)
+    nearest = torch.bucketize(scaled.flatten(), midpoints)  # a tie goes to the lower code
+    return nearest[: flat.numel()].to(torch.uint8).view(absmax.shape), scale, offset
 
 
-@ops.implements("dequantize_absmax")
-def _dequantize(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tensor:
-    values, _ = _codebook(code.device)
-    flat = values.index_select(0, code.reshape(-1).int())
-    whole = flat.numel() // block_size * block_size
-    flat[:whole].view(-1, block_size).mul_(scale[: whole // block_size, None])
-    flat[whole:].mul_(scale[-1] if whole < flat.numel() else 1.0)
-    return flat.add_(offset).view(code.shape)
+def _decoded_shape(given: Any) -> Any:
+    return given.code.new_empty(given.code.shape, dtype=torch.float32)
 
 
-@ops.implements("dequantize_nf4")
-def _dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    block_size: int,
-    dtype: torch.dtype,
-    codebook: Tensor | None = None,
-) -> Tensor:
-    scales = decoded_absmax(absmax, scale, offset)
-    return nf4.decode(packed, scales, shape, block_size, dtype, codebook)
+@ops.operator(
+    "dequantize_absmax",
+    "(Tensor code, Tensor scale, Tensor offset, int block_size) -> Tensor",
+    shapes=_decoded_shape,
+)
+def decode(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tensor:
+    """The scales of weights: value[code] * scale + offset."""
+    values, _ = dynamic_tables(code.device)
+    scales = scale.repeat_interleave(block_size)[: code.numel()]
+    rest = values.index_select(0, code.flatten().int()) * scales
+    return (rest + offset).view(code.shape)
 
 
 def decoded_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
@@ -126,17 +120,29 @@ def decoded_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) 
     return out
 
 
-def absmax_of_blocks(
-    absmax: Tensor, scale: Tensor | None, offset: Tensor | None, blocks: Tensor
+def _weights_shape(given: Any) -> Any:
+    return given.packed.new_empty(given.shape, dtype=given.dtype)
+
+
+@ops.operator(
+    "dequantize_nf4",
+    "(Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, SymInt[] shape, "
+    "int block_size, ScalarType dtype, Tensor? codebook=None) -> Tensor",
+    shapes=_weights_shape,
+)
+def decode_weights(
+    packed: Tensor,
+    absmax: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    shape: list[int],
+    block_size: int,
+    dtype: torch.dtype,
+    codebook: Tensor | None = None,
 ) -> Tensor:
-    """float32 scales of the blocks with these numbers, in their shape; the others stay codes."""
-    wanted = blocks.reshape(-1)
-    chosen = absmax.reshape(-1).index_select(0, wanted)
-    if scale is not None and offset is not None:
-        values, _ = _codebook(absmax.device)
-        chosen = values.index_select(0, chosen.int())
-        chosen.mul_(scale.index_select(0, wanted // ABSMAX_BLOCK_SIZE)).add_(offset)
-    return chosen.view(blocks.shape)
+    """NF4 with scales in either form: first the scales, then nf4.py's `decode`."""
+    scales = decoded_absmax(absmax, scale, offset)
+    return nf4.decode(packed, scales, shape, block_size, dtype, codebook)
 
 
 def quantize_absmax(

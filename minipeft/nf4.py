@@ -2,7 +2,8 @@
 
 Weights of a trained layer look like draws from a normal distribution.  NF4's 16 values are normal
 quantiles, so each is used about equally often; every block of 64 weights stores its largest
-magnitude (absmax), and every weight the index of the value nearest to weight / absmax.
+magnitude (absmax), and every weight the index of the value nearest to weight / absmax.  The widest
+gap between values lies between -1 and -0.696, so a weight is off by at most 0.152 absmax.
 
     weights   0.31 -0.62  0.05  0.11 ...     one block of 64
     absmax    0.62                           float32
@@ -11,13 +12,14 @@ magnitude (absmax), and every weight the index of the value nearest to weight / 
     packed    0xC0        0x89               the first code of a byte is its high nibble
 
 4 bits for the code and 32/64 for the absmax: 4.5 bits a weight; double_quant.py makes it 4.127.
+`encode` and `decode` are the whole format; fast/nf4.py computes the same bits four times as fast.
 Read next: double_quant.py.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -28,16 +30,17 @@ from minipeft import ops
 
 BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32..4096, as bitsandbytes
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-_BINS = 4096  # of the encoding table; the narrowest gap between midpoints is 334 bins wide
 
 
 def normal_float_codebook(bits: int = 4) -> tuple[float, ...]:
     """The 2**bits values of NormalFloat: quantiles of the standard normal, scaled to [-1, 1].
 
-    2**(bits-1) quantiles above zero, one fewer below, and zero itself.  Probabilities run from
-    1/2 to an offset that is the mean of 1 - 1/(2 * 15) and 1 - 1/(2 * 16) for 4 bits, since the
-    quantile of 1 is infinite.  Probabilities and values are rounded to float32 (and the offset to
-    7 decimals) as in the published table, which the result for 4 bits equals to the bit.
+    Zero is one of them, so that zeros of a weight and of padding stay zero.  That leaves an odd
+    number: for 4 bits 8 quantiles above zero and 7 below.  Probabilities run from 1/2 to an offset
+    below 1, whose quantile is infinite: the middle of the last of 16 equal parts of probability is
+    1 - 1/(2 * 16), that of 15 parts (one for each value but zero) 1 - 1/(2 * 15), and the published
+    offset is the mean of the two.  Probabilities and values are rounded to float32 (and the offset
+    to 7 decimals) as in the published table, which the result for 4 bits equals to the bit.
 
     Raises:
         ValueError: bits outside 2..8.
@@ -59,164 +62,62 @@ def normal_float_codebook(bits: int = 4) -> tuple[float, ...]:
 
 
 NF4_CODEBOOK = normal_float_codebook(4)
-_ZERO_CODE = NF4_CODEBOOK.index(0.0)  # 7
 
 
 @functools.cache
-def _encoding_table(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Per bin of [-1, 1]: the code at its lower edge, and the midpoint above that code.
-
-    A bin is narrower than any gap between midpoints, so one comparison with that midpoint gives
-    the code.  The edge is taken 1e-6 lower, since computing a bin's number in float32 is off by
-    up to 2e-7 of [-1, 1]: a value is never in a bin whose lower code is already too high.
-    """
-    values = torch.tensor(NF4_CODEBOOK, dtype=torch.float32)
-    midpoints = (values[1:] + values[:-1]) / 2  # float32, as every reader of NF4 rounds them
-    edges = torch.arange(_BINS, dtype=torch.float64) * (2 / _BINS) - 1 - 1e-6
-    lower = torch.bucketize(edges, midpoints.double())
-    above = torch.cat([midpoints, midpoints.new_tensor([math.inf])])[lower]
-    return lower.to(torch.uint8).to(device), above.to(device)
-
-
-def _pair_table(values: Tensor) -> Tensor:
-    """For each byte the two float32 values it stands for, as one int64 each: 256 entries."""
-    high, low = values.repeat_interleave(16), values.repeat(16)
-    return torch.stack([high, low], dim=1).view(torch.int64).flatten()
-
-
-@functools.cache
-def _nf4_pairs(device: torch.device) -> Tensor:
-    return _pair_table(torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device))
-
-
-def chunk_elements(device: torch.device) -> int:
-    """Weights to work on at a time.
-
-    On a CPU the float32 temporaries of a chunk stay in a core's cache; elsewhere launches are
-    few and temporaries below 64 MiB.
-    """
-    return 2**17 if device.type == "cpu" else 2**21
+def codebook_on(device: torch.device) -> Float32[Tensor, " 16"]:
+    """NF4_CODEBOOK as a tensor on this device."""
+    return torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device)
 
 
 def scaled_blocks(
-    blocks: Float[Tensor, "n_blocks block_size"],
+    x: Float[Tensor, " n"], block_size: int
 ) -> tuple[Float32[Tensor, "n_blocks block_size"], Float32[Tensor, " n_blocks"]]:
-    """Blocks times the float32 reciprocal of their absmax, and absmax.
+    """Blocks of `x` times the float32 reciprocal of their absmax, and absmax.
 
-    A block whose absmax is no normal number is zero.  What is not finite stays so in absmax.
+    Zeros fill the last block; they change no absmax.  Below the smallest normal number a
+    reciprocal can overflow, so such a block counts as zero: absmax 0, and every value 0.  What is
+    not finite stays so in absmax.
     """
-    x = blocks.float()
-    absmax = x.abs().amax(dim=1)
+    x, missing = x.float(), -x.numel() % block_size
+    if missing:
+        x = torch.nn.functional.pad(x, (0, missing))
+    blocks = rearrange(x, "(n_blocks i) -> n_blocks i", i=block_size)
+    absmax = blocks.abs().amax(dim=1)
     absmax = torch.where(absmax < _SMALLEST_NORMAL, 0.0, absmax)
-    return x * torch.where(absmax == 0, 0.0, absmax.reciprocal())[:, None], absmax
+    return blocks * torch.where(absmax == 0, 0.0, absmax.reciprocal())[:, None], absmax
 
 
-def encode_blocks(
-    blocks: Float[Tensor, "n_blocks block_size"],
-) -> tuple[UInt8[Tensor, "n_blocks bytes"], Float32[Tensor, " n_blocks"]]:
-    """NF4 of whole blocks: the rule, without chunks.
-
-    The higher of two codes is taken only strictly above their float32 midpoint.
-    """
-    lower, above = _encoding_table(blocks.device)
-    x, absmax = scaled_blocks(blocks)
-    bins = ((x + 1) * (_BINS / 2)).int().clamp_(0, _BINS - 1).flatten()
-    step_up = x.flatten() > above.index_select(0, bins)
-    code = lower.index_select(0, bins) + step_up.view(torch.uint8)
-    return pack_pairs(code.view(blocks.shape)), absmax
-
-
-def pack_pairs(codes: UInt8[Tensor, "rows two_n"]) -> UInt8[Tensor, "rows n"]:
+def pack_pairs(codes: UInt8[Tensor, " two_n"]) -> UInt8[Tensor, " n"]:
     """Two 4-bit codes in a byte, the first in the high nibble."""
-    high, low = rearrange(codes, "rows (n two) -> two rows n", two=2)
+    high, low = rearrange(codes, "(n two) -> two n", two=2)
     packed: Tensor = (high << 4) | low
     return packed
 
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+def unpack_pairs(packed: UInt8[Tensor, "*shape"]) -> UInt8[Tensor, " two_n"]:
+    """The codes in their order, flat: the high nibble of a byte first."""
+    return torch.stack([packed >> 4, packed & 15], dim=-1).flatten()
 
 
-def quantize_blocks(
-    caller: str, w: Tensor, block_size: int, encode: Encode
-) -> tuple[Tensor, Tensor]:
-    """Codes as bytes and absmax of `w` over its flattened blocks, a chunk of them at a time.
-
-    `encode` turns (n_blocks, block_size) into (n_blocks, bytes) and absmax; how many weights
-    share a byte is seen from it.  Zeros fill the last block: they change no absmax.
-    """
-    n, n_blocks = w.numel(), math.ceil(w.numel() / block_size)
-    in_byte = block_size // encode(w.new_zeros(1, block_size))[0].shape[1]
-    codes = torch.empty(math.ceil(n / in_byte), dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(n_blocks, dtype=torch.float32, device=w.device)
-    step = max(1, chunk_elements(w.device) // block_size)
-    for first in range(0, n_blocks, step):
-        last = min(first + step, n_blocks)
-        chunk = flat_range(w, first * block_size, min(last * block_size, n))
-        missing = -chunk.numel() % block_size
-        if missing:
-            chunk = torch.cat([chunk, chunk.new_zeros(missing)])
-        block_codes, absmax[first:last] = encode(chunk.view(-1, block_size))
-        start = first * block_size // in_byte
-        part = codes[start : start + block_codes.numel()]
-        part.copy_(block_codes.flatten()[: part.numel()])
-    finite = absmax.isfinite()
-    if not bool(finite.all()):
-        start = int((~finite).int().argmax()) * block_size
-        block = flat_range(w, start, min(start + block_size, n))
-        inside = int((~block.isfinite()).int().argmax())
-        index = tuple(int(i) for i in torch.unravel_index(torch.tensor(start + inside), w.shape))
-        raise ValueError(
-            f"{caller}: {block[inside].item()} at index {index} of a tensor of shape "
-            f"{tuple(w.shape)}; weights must be finite"
-        )
-    return codes, absmax
+def _encoded_shapes(given: Any) -> tuple[Tensor, Tensor]:
+    n, empty = given.w.numel(), given.w.new_empty
+    absmax = empty((ops.ceil_div(n, given.block_size),), dtype=torch.float32)
+    return empty((ops.ceil_div(n, 2),), dtype=torch.uint8), absmax
 
 
-def flat_range(w: Tensor, first: int, last: int) -> Tensor:
-    """w.flatten()[first:last]; of a tensor that is not contiguous only the rows it takes."""
-    while w.dim() > 1 and not w.is_contiguous():
-        row = w[0].numel()
-        top, bottom = first // row, max(first // row + 1, math.ceil(last / row))
-        if bottom - top > 1:
-            return w[top:bottom].reshape(-1)[first - top * row : last - top * row]
-        w, first, last = w[top], first - top * row, last - top * row
-    return w.reshape(-1)[first:last]
-
-
-@ops.implements("quantize_nf4")
-def _quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    return quantize_blocks("quantize_nf4", w.detach(), block_size, encode_blocks)
-
-
-def decode_into(
-    out: Tensor, packed: Tensor, absmax: Tensor, block_size: int, codebook: Tensor | None = None
-) -> None:
-    """Write code * absmax into `out` (contiguous, any float dtype), rounding each product once.
-
-    `packed` and `absmax` hold the blocks of `out` from its first element on; `codebook` is sixteen
-    float32 values, NF4's if None.
-    """
-    flat, packed, absmax = out.view(-1), packed.reshape(-1), absmax.reshape(-1)
-    table = _nf4_pairs(out.device) if codebook is None else _pair_table(codebook)
-    n, step = flat.numel(), max(1, chunk_elements(out.device) // block_size) * block_size
-    whole = n - n % block_size
-    for first in range(0, whole, step):
-        last = min(first + step, whole)
-        pairs = table.index_select(0, packed[first // 2 : last // 2].int())
-        blocks = pairs.view(torch.float32).view(-1, block_size)
-        blocks.mul_(absmax[first // block_size : last // block_size, None])
-        flat[first:last].view(-1, block_size).copy_(blocks)
-    if whole < n:
-        pairs = table.index_select(0, packed[whole // 2 :].int()).view(torch.float32)
-        flat[whole:] = pairs[: n - whole] * absmax[-1]
-
-
-def decode_at(packed: Tensor, index: Tensor, codebook: Tensor | None = None) -> Tensor:
-    """The float32 codebook values, before scaling, of the weights with these flat numbers."""
-    table = _nf4_pairs(packed.device) if codebook is None else _pair_table(codebook)
-    byte = packed.reshape(-1).index_select(0, (index // 2).reshape(-1)).int()
-    pairs = table.index_select(0, byte).view(torch.float32).view(-1, 2)
-    return pairs.gather(1, (index % 2).view(-1, 1)).view(index.shape)
+@ops.operator(
+    "quantize_nf4", "(Tensor w, int block_size) -> (Tensor, Tensor)", shapes=_encoded_shapes
+)
+def encode(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Packed codes and absmax of the flattened `w`."""
+    scaled, absmax = scaled_blocks(w.flatten(), block_size)
+    check_finite("quantize_nf4", w, absmax)
+    values = codebook_on(w.device)
+    midpoints = (values[1:] + values[:-1]) / 2  # in float32, as every reader of NF4 rounds them
+    codes = torch.bucketize(scaled.flatten(), midpoints)  # the higher code strictly above one
+    packed = pack_pairs(codes.to(torch.uint8))
+    return packed[: math.ceil(w.numel() / 2)], absmax
 
 
 def decode(
@@ -227,10 +128,26 @@ def decode(
     dtype: torch.dtype,
     codebook: Tensor | None = None,
 ) -> Tensor:
-    """A new tensor of `shape` with what `packed` and float32 `absmax` stand for."""
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    decode_into(out, packed, absmax, block_size, codebook)
-    return out
+    """The weights: codebook[code] * absmax in float32, rounded once to `dtype`.
+
+    A zero block stays zero: its codes are those of the value 0, whatever scale multiplies it.
+    """
+    n = math.prod(shape)
+    values = codebook_on(packed.device) if codebook is None else codebook
+    scales = absmax.flatten().repeat_interleave(block_size)[:n]
+    weights = values[unpack_pairs(packed)[:n].int()] * scales
+    return weights.to(dtype).view(shape)
+
+
+def check_finite(caller: str, w: Tensor, absmax: Tensor) -> None:
+    """Raise ValueError that names the first value of `w` that is not finite, as absmax shows."""
+    if bool(absmax.isfinite().all()):
+        return
+    index = tuple((~w.isfinite()).nonzero()[0].tolist())
+    raise ValueError(
+        f"{caller}: {w[index].item()} at index {index} of a tensor of shape {tuple(w.shape)}; "
+        "weights must be finite"
+    )
 
 
 def check_block_size(caller: str, block_size: int) -> None:

@@ -1,61 +1,43 @@
-"""The operators: schema, shapes, and the table of implementations.
+"""The operators' table: which function computes what, on which device, and why not another.
 
 An operator is a name with a schema, registered with torch so that torch.compile and torch.export
-know its shapes and treat it as one node; fast/derivatives.py tells autograd.  What it computes is
-chosen from a table:
+know its shapes and treat it as one node.  `operator` defines it, with its shapes and gradients,
+over the plain function that computes it: in nf4.py, double_quant.py, qlora.py and quantized/.  The
+other functions that compute it are rows of a table:
 
     operator          name      when (device, dtype, shape)   where
     dequantize_nf4    triton    a CUDA or ROCm device         minipeft_kernels.triton.nf4
-    dequantize_nf4    pytorch   always                        minipeft.double_quant, minipeft.nf4
+    dequantize_nf4    pytorch   always                        minipeft.fast.nf4
+    dequantize_nf4    plain     always                        minipeft.double_quant
 
-Rows are tried from the top; the PyTorch one is the last of each operator and takes everything.
-A row names a module and a function; the module is imported when the row is first needed, inside
-the operator's body, never when minipeft is imported.  An import that fails strikes the row out,
-and `backend()` tells the reason.
+Rows are tried from the top; the plain one is the last of each operator.  A row names a module and a
+function; the module is imported when the row is first needed, inside the operator's body, never
+when minipeft is imported.  An import that fails strikes the row out, and `backend()` tells the
+reason.
 
 Read next: kernels/README.md, how to add a row.
 """
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from itertools import zip_longest
+from types import SimpleNamespace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from minipeft.fast import flops
 from minipeft.fast.products import is_slow
 
 F = TypeVar("F", bound=Callable[..., Any])
+Gradient = Callable[[Tensor, Any], Tensor]
 Predicate = Callable[[torch.device, torch.dtype, tuple[int, ...]], bool]
 
 LIBRARY: Any = torch.library.Library("minipeft", "DEF")  # type: ignore[no-untyped-call]
-
-# torch's registration helper `custom_op` imports dynamo at its first call (about a second);
-# define and impl do not.
-SCHEMAS = {
-    "quantize_nf4": "(Tensor w, int block_size) -> (Tensor, Tensor)",
-    "dequantize_nf4": "(Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
-    "SymInt[] shape, int block_size, ScalarType dtype, Tensor? codebook=None) -> Tensor",
-    "quantize_absmax": "(Tensor absmax, int block_size) -> (Tensor, Tensor, Tensor)",
-    "dequantize_absmax": "(Tensor code, Tensor scale, Tensor offset, int block_size) -> Tensor",
-    "nf4_linear": "(Tensor x, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
-    "Tensor? bias, SymInt out_features, int block_size, Tensor? codebook=None) -> Tensor",
-    "nf4_linear_input_gradient": "(Tensor grad, Tensor packed, Tensor absmax, Tensor? scale, "
-    "Tensor? offset, SymInt in_features, int block_size, Tensor? codebook=None) -> Tensor",
-    "nf4_embedding": "(Tensor rows, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
-    "SymInt table_rows, SymInt dim, int block_size, ScalarType dtype, Tensor? codebook=None) "
-    "-> Tensor",
-    "nf4_experts": "(Tensor x, Tensor expert, Tensor packed, Tensor absmax, Tensor? scale, "
-    "Tensor? offset, SymInt[] shape, bool transposed, int block_size, Tensor? codebook=None) "
-    "-> Tensor",
-}
-
-MULTIPLIES = ("nf4_linear", "nf4_linear_input_gradient", "nf4_experts")
 
 
 @dataclass(frozen=True)
@@ -73,6 +55,23 @@ class Implementation:
     function: str
 
 
+@dataclass(frozen=True)
+class Operator:
+    """What torch has to know of an operator beside what it computes; see `operator`."""
+
+    arguments: tuple[str, ...]
+    gradients: dict[str, Gradient]
+    row_arguments: int
+
+    def named(self, args: Sequence[Any]) -> SimpleNamespace:
+        """The arguments by their names in the schema; None for defaults, which torch leaves out."""
+        return SimpleNamespace(**dict(zip_longest(self.arguments, args)))
+
+
+def _always(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return True
+
+
 def _on_gpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     return device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16)
 
@@ -83,13 +82,28 @@ KERNELS = (
     ),
 )  # fmt: skip
 
-_table: dict[str, list[Implementation]] = {
-    name: [row for row in KERNELS if row.operator == name] for name in SCHEMAS
-}
-_loaded: dict[Implementation, Callable[..., Any] | str] = {}  # the function, or why there is none
-_kernels_enabled: ContextVar[bool] = ContextVar(
-    "minipeft_kernels_enabled", default=os.environ.get("MINIPEFT_KERNELS", "1") != "0"
+FAST = (
+    Implementation("quantize_nf4", "pytorch", _always, "minipeft.fast.nf4", "quantize"),
+    Implementation("dequantize_nf4", "pytorch", _always, "minipeft.fast.nf4", "dequantize"),
+    Implementation("nf4_linear", "pytorch", _always, "minipeft.fast.linear", "linear"),
+    Implementation(
+        "nf4_linear_input_gradient", "pytorch", _always, "minipeft.fast.linear", "input_gradient"
+    ),
 )
+
+OPERATORS: dict[str, Operator] = {}
+_table: dict[str, list[Implementation]] = {}
+_loaded: dict[Implementation, Callable[..., Any] | str] = {}  # the function, or why there is none
+IN_TRANSFORMS: dict[str, Callable[..., Any]] = {}  # see `call`
+
+Kernels = bool | Literal["plain"]
+_SETTINGS: dict[str, Kernels] = {"1": True, "0": False, "plain": "plain"}
+
+
+_wanted = os.environ.get("MINIPEFT_KERNELS") or "1"
+if _wanted not in _SETTINGS:
+    raise ValueError(f"MINIPEFT_KERNELS={_wanted!r}; expected one of {list(_SETTINGS)}")
+_kernels: ContextVar[Kernels] = ContextVar("minipeft_kernels", default=_SETTINGS[_wanted])
 
 
 def add_implementation(row: Implementation) -> None:
@@ -98,9 +112,9 @@ def add_implementation(row: Implementation) -> None:
     Raises:
         ValueError: the operator does not exist.
     """
-    if row.operator not in _table:
+    if row.operator not in OPERATORS:
         raise ValueError(
-            f"add_implementation: no operator {row.operator!r}; there are {sorted(_table)}"
+            f"add_implementation: no operator {row.operator!r}; there are {sorted(OPERATORS)}"
         )
     _table[row.operator].insert(0, row)
 
@@ -111,16 +125,36 @@ def remove_implementation(row: Implementation) -> None:
     _loaded.pop(row, None)
 
 
-def implements(operator: str) -> Callable[[F], F]:
-    """Decorator: this PyTorch function is what `operator` falls back on, for any input."""
+def operator(
+    name: str,
+    schema: str,
+    *,
+    shapes: Callable[[Any], Any],
+    gradients: dict[str, Gradient] | None = None,
+    row_arguments: int = 0,
+) -> Callable[[F], F]:
+    """Decorator: this function is the plain row of a new operator, for any input.
 
-    def register(function: F) -> F:
-        row = Implementation(
-            operator, "pytorch", lambda *_: True, function.__module__, function.__name__
-        )
-        _table[operator].append(row)
-        _loaded[row] = function
-        return function
+    `shapes` gives empty tensors of the result's shapes.  `gradients` has a function for each
+    argument in which the operator is linear: it takes the result's gradient too.  Both get the
+    operator's arguments as attributes, by the names in the schema; in a gradient the linear ones
+    are shapes, since nothing of their size is kept for backward.  The first `row_arguments`
+    arguments have a leading axis of rows: a batch of them is more rows (torch.func.vmap).
+    """
+
+    def register(plain: F) -> F:
+        last = Implementation(name, "plain", _always, plain.__module__, plain.__name__)
+        _table[name] = [row for row in (*KERNELS, *FAST) if row.operator == name] + [last]
+        _loaded[last] = plain
+        # torch's helper `custom_op` imports dynamo at its first call (a second); these do not
+        LIBRARY.define(name + schema)
+        LIBRARY.impl(name, _body(name), "CompositeExplicitAutograd")
+        arguments = getattr(torch.ops.minipeft, name).default._schema.arguments
+        names = tuple(argument.name for argument in arguments)
+        made = OPERATORS[name] = Operator(names, gradients or {}, row_arguments)
+        fake = lambda *args: shapes(made.named(args))  # noqa: E731
+        torch.library.register_fake(f"minipeft::{name}", fake, lib=LIBRARY)
+        return plain
 
     return register
 
@@ -141,9 +175,11 @@ def choose(
 
     The last entry of the list names the row that was chosen.
     """
-    reasons = []
+    reasons, setting = [], _kernels.get()
     for row in _table[operator]:
-        if row.name != "pytorch" and not _kernels_enabled.get():
+        if setting == "plain" and row.name != "plain":
+            reasons.append(f"{row.name}: only plain rows are on")
+        elif not setting and row.name not in ("pytorch", "plain"):
             reasons.append(f"{row.name}: kernels are off")
         elif not row.when(device, dtype, shape):
             reasons.append(f"{row.name}: not for {dtype} {shape} on {device.type}")
@@ -155,16 +191,23 @@ def choose(
 
 
 @contextmanager
-def use_kernels(enabled: bool) -> Iterator[None]:
-    """Within this context, let operators use optional kernels, or only PyTorch.
+def use_kernels(which: Kernels) -> Iterator[None]:
+    """Within this context, which rows of the table operators may use.
 
-    The environment variable MINIPEFT_KERNELS=0 does the same for a whole process.
+    True: all of them.  False: PyTorch's, no optional kernels.  "plain": the plain functions of the
+    numbered files, which are slow and take more memory.  The environment variable MINIPEFT_KERNELS
+    (1, 0 or plain) does the same for a whole process.
+
+    Raises:
+        ValueError: none of the three.
     """
-    token = _kernels_enabled.set(enabled)
+    if which not in (True, False, "plain"):
+        raise ValueError(f'use_kernels: {which!r}; expected True, False or "plain"')
+    token = _kernels.set(which)
     try:
         yield
     finally:
-        _kernels_enabled.reset(token)
+        _kernels.reset(token)
 
 
 def backend(
@@ -182,13 +225,13 @@ def backend(
     """
     device = torch.device(device)
     report = {}
-    for operator in SCHEMAS:
-        _, reasons = choose(operator, device, dtype, shape)
+    for name, defined in OPERATORS.items():
+        _, reasons = choose(name, device, dtype, shape)
         rejected = "; ".join(reasons[:-1])
-        report[operator] = reasons[-1] + (f" (not {rejected})" if rejected else "")
-        if operator in MULTIPLIES and reasons[-1] == "pytorch" and is_slow(dtype, device):
+        report[name] = reasons[-1] + (f" (not {rejected})" if rejected else "")
+        if defined.gradients and reasons[-1] == "pytorch" and is_slow(dtype, device):
             kind = str(dtype).removeprefix("torch.")
-            report[operator] += f", products in float32 (this CPU has none of {kind})"
+            report[name] += f", products in float32 (this CPU has none of {kind})"
     return report
 
 
@@ -211,6 +254,13 @@ def autocast_is_on(device: torch.device) -> bool:
     return known and torch.is_autocast_enabled(kind)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: x's own, or autocast's where that is on (not for float64)."""
+    if x.dtype == torch.float64 or not autocast_is_on(x.device):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A context in which autocast casts nothing; it costs nothing where autocast is off."""
     return _autocast_off(device.type) if autocast_is_on(device) else nullcontext()
@@ -227,68 +277,20 @@ def _body(operator: str) -> Callable[..., Any]:
     return run
 
 
-def _ceil_div(n: Any, d: int) -> Any:  # n may be a symbolic integer
+def call(name: str, *args: Any) -> Tensor:
+    """The operator on all its arguments, also within torch.func.
+
+    torch.func takes autograd functions and no operators; torch.compile the other way round.
+    fast/derivatives.py makes these functions.
+    """
+    function = None
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        function = IN_TRANSFORMS.get(name)
+    run = getattr(torch.ops.minipeft, name) if function is None else function
+    out: Tensor = run(*args)
+    return out
+
+
+def ceil_div(n: Any, d: int) -> Any:
+    """n / d, rounded up; `n` may be a symbolic integer."""
     return (n + d - 1) // d
-
-
-def _fake_quantize_nf4(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    n = w.numel()
-    absmax = w.new_empty((_ceil_div(n, block_size),), dtype=torch.float32)
-    return w.new_empty((_ceil_div(n, 2),), dtype=torch.uint8), absmax
-
-
-def _fake_dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    block_size: int,
-    dtype: torch.dtype,
-    codebook: Tensor | None = None,
-) -> Tensor:
-    return packed.new_empty(shape, dtype=dtype)
-
-
-def _fake_quantize_absmax(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    groups = _ceil_div(absmax.numel(), block_size)
-    code = torch.empty_like(absmax, dtype=torch.uint8, memory_format=torch.contiguous_format)
-    return code, absmax.new_empty((groups,)), absmax.new_empty((1,))
-
-
-def _fake_dequantize_absmax(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tensor:
-    return torch.empty_like(code, dtype=torch.float32, memory_format=torch.contiguous_format)
-
-
-def _fake_nf4_linear(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], args[5]))
-
-
-def _fake_nf4_linear_input_gradient(grad: Tensor, *args: Any) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], args[4]))
-
-
-def _fake_nf4_embedding(rows: Tensor, packed: Tensor, *args: Any) -> Tensor:
-    return packed.new_empty((*rows.shape, args[4]), dtype=args[6])
-
-
-def _fake_nf4_experts(x: Tensor, *args: Any) -> Tensor:
-    shape, transposed = args[5], args[6]
-    return x.new_empty((x.shape[0], shape[2] if transposed else shape[1]))
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "quantize_nf4": _fake_quantize_nf4,
-    "dequantize_nf4": _fake_dequantize_nf4,
-    "quantize_absmax": _fake_quantize_absmax,
-    "dequantize_absmax": _fake_dequantize_absmax,
-    "nf4_linear": _fake_nf4_linear,
-    "nf4_linear_input_gradient": _fake_nf4_linear_input_gradient,
-    "nf4_embedding": _fake_nf4_embedding,
-    "nf4_experts": _fake_nf4_experts,
-}
-for _name, _schema in SCHEMAS.items():
-    LIBRARY.define(_name + _schema)
-    LIBRARY.impl(_name, _body(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"minipeft::{_name}", _FAKES[_name], lib=LIBRARY)
-flops.count_products()

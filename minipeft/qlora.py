@@ -3,101 +3,315 @@
 There is no QLoRA class: it is LoRALinear(NF4Linear.from_linear(linear), rank=8), equation 5 of
 the paper:  y = x doubleDequant(c1, c2, W)^T + s x A^T B^T.
 
-NF4Linear keeps its weight as bytes (packed.py says how), decodes it, and multiplies.  Backward
-needs the weight again and decodes it again: saving it would cost what was saved.
+A 4-bit layer keeps bytes only, as frozen uint8 parameters, so that no cast, optimiser or precision
+policy can touch them; float32 scales are kept as their bytes and viewed as float32 at use.  For a
+weight of shape (*rows, n) whose last axis holds whole blocks:
 
-Read next: prefix.py.
+    packed          (*rows, n/2)           two codes in a byte
+    absmax_code     (*rows, n/block_size)  8-bit codes of the block scales
+    absmax_scale    (4 * groups,)          float32 bytes, one scale for 256 codes
+    absmax_offset   (4,)                   float32 bytes
+
+or `absmax_bytes` (*rows, 4 * n/block_size) instead of the last three without double quantisation;
+flat where blocks run over the ends of rows.  `codebook_bytes` (64,) is there only if the values are
+not NF4's: sixteen float32 of a file that somebody else wrote.  No parameter is called as what is
+decoded from it (`absmax`, `codebook`): offloading reads parameters by name.
+
+Which layers become 4-bit is the caller's choice.  minipeft.quantize_model leaves the output head
+dense: its errors go into every token's scores with no layer after it, and its weight is often the
+embedding's too.  Read next: prefix.py.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from minipeft import ops
+from minipeft import nf4, ops
 from minipeft.adapters.linearity import why_not_replaceable
-from minipeft.double_quant import decoded_absmax
-from minipeft.fast import derivatives, products
-from minipeft.packed import PackedModule, encoded, frozen
-
-PANEL_BYTES = 16 * 2**20
-GPU_PANEL_BYTES = 256 * 2**20
+from minipeft.double_quant import ABSMAX_BLOCK_SIZE, decoded_absmax, quantize_absmax
 
 
-def _panel_bytes(device: torch.device) -> int:
-    """How much of the weight to decode at a time for a product.
+class Packed(NamedTuple):
+    """One weight as the operators take it: codes, scales, and whose values the codes stand for.
 
-    On a CPU larger panels leave the cache before they are multiplied, and smaller ones make thin
-    products; elsewhere it is a bound on memory, seldom reached.
+    `absmax` is float32, or 8-bit codes with their float32 `scale` and `offset`.  `codebook` is
+    sixteen float32 values, or None for NF4's.
     """
-    return PANEL_BYTES if device.type == "cpu" else GPU_PANEL_BYTES
+
+    packed: Tensor
+    absmax: Tensor
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    codebook: Tensor | None = None
 
 
-@ops.implements("nf4_linear")
-def _linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    block_size: int,
-    codebook: Tensor | None = None,
+def decode(state: Packed, shape: list[int], block_size: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight, of this shape."""
+    *codes, codebook = state
+    return ops.call("dequantize_nf4", *codes, shape, block_size, dtype, codebook)
+
+
+def multiply(
+    x: Tensor, state: Packed, bias: Tensor | None, out_features: int, block_size: int
 ) -> Tensor:
-    in_features = x.shape[-1]
-    rows = max(1, _panel_bytes(x.device) // max(1, in_features * x.element_size()))
-    if rows >= out_features or in_features % block_size:
-        shape = [out_features, in_features]
-        weight = torch.ops.minipeft.dequantize_nf4(
-            packed, absmax, scale, offset, shape, block_size, x.dtype, codebook
-        )
-        return products.linear(x, weight, bias)
-    scales = decoded_absmax(absmax, scale, offset).view(out_features, -1)
-    codes, panels = packed.view(out_features, -1), []
-    for first in range(0, out_features, rows):
-        last = min(first + rows, out_features)
-        weight = torch.ops.minipeft.dequantize_nf4(
-            codes[first:last], scales[first:last], None, None, [last - first, in_features],
-            block_size, x.dtype, codebook,
-        )  # fmt: skip
-        panels.append(products.linear(x, weight, None if bias is None else bias[first:last]))
-    return torch.cat(panels, dim=-1)
+    """x W^T + bias, with derivatives by x and bias in every mode of PyTorch."""
+    *codes, codebook = state
+    return ops.call("nf4_linear", x, *codes, bias, out_features, block_size, codebook)
 
 
-@ops.implements("nf4_linear_input_gradient")
-def _input_gradient(
-    grad: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    in_features: int,
-    block_size: int,
-    codebook: Tensor | None = None,
-) -> Tensor:
-    out_features = grad.shape[-1]
-    blocks = _panel_bytes(grad.device) // max(1, out_features * grad.element_size() * block_size)
-    columns = max(1, blocks) * block_size
-    if columns >= in_features or in_features % block_size:
-        shape = [out_features, in_features]
-        weight = torch.ops.minipeft.dequantize_nf4(
-            packed, absmax, scale, offset, shape, block_size, grad.dtype, codebook
-        )
-        return products.matmul(grad, weight)
-    # panels of columns, not of rows: each element of the gradient is one sum, rounded once
-    scales = decoded_absmax(absmax, scale, offset).view(out_features, -1)
-    codes, panels = packed.view(out_features, -1), []
-    for first in range(0, in_features, columns):
-        last = min(first + columns, in_features)
-        weight = torch.ops.minipeft.dequantize_nf4(
-            codes[:, first // 2 : last // 2].contiguous(),
-            scales[:, first // block_size : last // block_size].contiguous(),
-            None, None, [out_features, last - first], block_size, grad.dtype,
-            codebook,
-        )  # fmt: skip
-        panels.append(products.matmul(grad, weight))
-    return torch.cat(panels, dim=-1)
+def _product_shape(given: Any) -> Any:
+    return given.x.new_empty((*given.x.shape[:-1], given.out_features))
+
+
+def _gradient_of_x(grad: Tensor, given: Any) -> Tensor:
+    """dL/dx = dL/dy W.  W is decoded again: keeping it for backward would cost what 4 bits save."""
+    return ops.call(
+        "nf4_linear_input_gradient", grad, given.packed, given.absmax, given.scale, given.offset,
+        given.x[-1], given.block_size, given.codebook,
+    )  # fmt: skip
+
+
+def _gradient_of_bias(grad: Tensor, given: Any) -> Tensor:
+    return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+
+@ops.operator(
+    "nf4_linear",
+    "(Tensor x, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, Tensor? bias, "
+    "SymInt out_features, int block_size, Tensor? codebook=None) -> Tensor",
+    shapes=_product_shape,
+    gradients={"x": _gradient_of_x, "bias": _gradient_of_bias},
+    row_arguments=1,
+)
+def linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None,
+    bias: Tensor | None, out_features: int, block_size: int, codebook: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Decode the weight, then multiply."""
+    state = Packed(packed, absmax, scale, offset, codebook)
+    weight = decode(state, [out_features, x.shape[-1]], block_size, x.dtype)
+    return F.linear(x, weight, bias)
+
+
+def _input_gradient_shape(given: Any) -> Any:
+    return given.grad.new_empty((*given.grad.shape[:-1], given.in_features))
+
+
+def _gradient_of_grad(grad: Tensor, given: Any) -> Tensor:
+    return ops.call(
+        "nf4_linear", grad, given.packed, given.absmax, given.scale, given.offset, None,
+        given.grad[-1], given.block_size, given.codebook,
+    )  # fmt: skip
+
+
+@ops.operator(
+    "nf4_linear_input_gradient",
+    "(Tensor grad, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
+    "SymInt in_features, int block_size, Tensor? codebook=None) -> Tensor",
+    shapes=_input_gradient_shape,
+    gradients={"grad": _gradient_of_grad},
+    row_arguments=1,
+)
+def input_gradient(
+    grad: Tensor, packed: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None,
+    in_features: int, block_size: int, codebook: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Decode the weight, then multiply by it untransposed."""
+    state = Packed(packed, absmax, scale, offset, codebook)
+    return grad @ decode(state, [grad.shape[-1], in_features], block_size, grad.dtype)
+
+
+def as_bytes(scales: Tensor) -> Tensor:
+    """The bytes of a tensor, as uint8."""
+    return scales.contiguous().view(torch.uint8)
+
+
+def as_float32(stored: Tensor) -> Tensor:
+    """float32 values from their bytes, without a copy where the memory is aligned."""
+    # a slice of somebody's buffer: viewing needs alignment (a compiled layer owns its parameters)
+    if not torch.compiler.is_compiling() and stored.storage_offset() % 4:
+        stored = stored.clone()
+    return stored.view(torch.float32)
+
+
+def frozen(data: Tensor) -> nn.Parameter:
+    """A parameter that no optimiser trains."""
+    return nn.Parameter(data, requires_grad=False)
+
+
+def encoded(weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Tensor]:
+    """NF4 codes and scales of a weight, by the names that layers keep them under.
+
+    Raises:
+        ValueError: the weight has no values, or some that cannot be quantised.
+    """
+    if weight.is_meta:
+        raise ValueError("NF4: the weight is on the meta device and has no values yet")
+    packed, absmax = nf4.quantize_nf4(weight.detach(), block_size=block_size)
+    if not double_quant:
+        return {"packed": packed, "absmax": absmax}
+    code, scale, offset = quantize_absmax(absmax)
+    return {
+        "packed": packed, "absmax_code": code, "absmax_scale": scale, "absmax_offset": offset
+    }  # fmt: skip
+
+
+class PackedModule(nn.Module):
+    """What 4-bit layers share: the bytes of one weight of `shape`, and reading them.
+
+    `weight` is the dequantised weight in `weight_dtype`, the dtype that the dense layer had,
+    computed on read; casting the module changes that dtype and no code.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        block_size: int = 64,
+        double_quant: bool = True,
+        codebook: Sequence[float] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        nf4.check_block_size(type(self).__name__, block_size)
+        self.shape, self.block_size = tuple(int(size) for size in shape), block_size
+        self.weight_dtype = dtype or torch.get_default_dtype()
+        *rows, row = self.shape
+        n, aligned = math.prod(self.shape), row % block_size == 0
+        n_blocks = math.ceil(n / block_size)
+        blocks = (*rows, row // block_size) if aligned else (n_blocks,)
+        sizes = {"packed": (*rows, row // 2) if aligned else (math.ceil(n / 2),)}
+        if double_quant:
+            sizes["absmax_code"] = blocks
+            sizes["absmax_scale"] = (4 * math.ceil(n_blocks / ABSMAX_BLOCK_SIZE),)
+            sizes["absmax_offset"] = (4,)
+        else:
+            sizes["absmax_bytes"] = (*blocks[:-1], 4 * blocks[-1])
+        for name, size in sizes.items():
+            self.register_parameter(
+                name, frozen(torch.empty(size, dtype=torch.uint8, device=device))
+            )
+        if codebook is not None:
+            values = torch.tensor(codebook, dtype=torch.float32, device=device)
+            self.register_parameter("codebook_bytes", frozen(as_bytes(values)))
+
+    def fill(self, state: dict[str, Tensor]) -> None:
+        """Take codes and scales (float32 or bytes, any shape of the right size); no copies.
+
+        By the names of the parameters; `absmax` is `absmax_bytes`.  `codebook`: values that are not
+        NF4's.
+
+        Raises:
+            ValueError: a tensor is missing, or has another size.
+        """
+        state = {
+            "absmax_bytes" if name == "absmax" else name: value for name, value in state.items()
+        }
+        names = [name for name in self.packed_parameters() if name != "codebook_bytes"]
+        if missing := [name for name in names if name not in state]:
+            raise ValueError(f"{type(self).__name__}.fill: {missing} missing")
+        stored = {name: as_bytes(state[name]) for name in names}
+        for name, value in stored.items():
+            expected = self._parameters[name].shape  # type: ignore[union-attr]
+            if value.numel() != expected.numel():
+                raise ValueError(
+                    f"{type(self).__name__}.fill: {name} takes {expected.numel()} bytes, got "
+                    f"{value.numel()}"
+                )
+            stored[name] = value.view(expected)
+        if "codebook" in state:
+            values = state["codebook"].float()
+            if tuple(values.tolist()) != nf4.NF4_CODEBOOK:
+                stored["codebook_bytes"] = as_bytes(values)
+        for name, value in stored.items():
+            self._parameters[name] = frozen(value)
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the block scales are stored as 8-bit codes."""
+        return "absmax_code" in self._parameters
+
+    def state(self) -> Packed:
+        """The weight as the operators take it.
+
+        Raises:
+            RuntimeError: within torch.jit.trace, which has no word for bytes viewed as float32.
+        """
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise RuntimeError(
+                f"{type(self).__name__}: torch.jit.trace cannot hold 4-bit layers; use "
+                "torch.export or torch.compile, or minipeft.dequantize_model before"
+            )
+        stored = cast(dict[str, Tensor], self._parameters)
+        if not self.double_quant:
+            absmax = as_float32(stored["absmax_bytes"])
+            return Packed(stored["packed"], absmax, codebook=self.codebook)
+        scale, offset = as_float32(stored["absmax_scale"]), as_float32(stored["absmax_offset"])
+        return Packed(stored["packed"], stored["absmax_code"], scale, offset, self.codebook)
+
+    @property
+    def codebook(self) -> Float32[Tensor, " 16"] | None:
+        """The sixteen values of the codes where they are not NF4's."""
+        stored = self._parameters.get("codebook_bytes")
+        return None if stored is None else as_float32(stored)
+
+    @property
+    def absmax(self) -> Float32[Tensor, "*blocks"]:
+        """The decoded scales, float32; (*rows, blocks) where rows hold whole blocks."""
+        state = self.state()
+        return decoded_absmax(state.absmax, state.scale, state.offset)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "*shape"]:
+        """The dense weight, in `dtype` or the dtype that the dense layer had."""
+        return decode(self.state(), list(self.shape), self.block_size, dtype or self.weight_dtype)
+
+    @property
+    def weight(self) -> Float[Tensor, "*shape"]:
+        """The dequantised weight, computed on read."""
+        return self.dequantize()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "absmax", "codebook"):
+            raise AttributeError(
+                f"{type(self).__name__}.{name} is computed from codes; make a new layer from the "
+                "dense one, or load a state dict"
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
+        # .half(), .to(bfloat16): codes are bytes and stay; `weight` follows as a dense one would
+
+        def keeping_bytes(t: Tensor) -> Tensor:  # .type(float16) would cast codes too
+            out = fn(t)
+            return t.to(out.device) if t.dtype == torch.uint8 != out.dtype else out
+
+        super()._apply(keeping_bytes, recurse)  # type: ignore[no-untyped-call]
+        device = cast(Tensor, self._parameters["packed"]).device
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=device)).dtype
+        return self
+
+    def logical_parameters(self) -> int:
+        """The number of weights that the codes stand for."""
+        return math.prod(self.shape)
+
+    def packed_parameters(self) -> dict[str, nn.Parameter]:
+        """Codes and scales: everything but a bias."""
+        stored = self._parameters.items()
+        return {name: value for name, value in stored if name != "bias" and value is not None}
+
+    def settings_repr(self) -> str:
+        """block_size and the like, for `extra_repr`."""
+        own = ", a codebook of its own" if "codebook_bytes" in self._parameters else ""
+        return f"block_size={self.block_size}, double_quant={self.double_quant}{own}"
+
+    def extra_repr(self) -> str:
+        return ", ".join([*map(str, self.shape), self.settings_repr()])
 
 
 class NF4Linear(PackedModule):
@@ -134,12 +348,8 @@ class NF4Linear(PackedModule):
             raise ValueError(f"NF4Linear: compute_dtype={compute_dtype}; expected a float dtype")
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = compute_dtype
-        self.register_parameter(
-            "bias",
-            frozen(torch.empty(out_features, dtype=self.weight_dtype, device=device))
-            if bias
-            else None,
-        )
+        empty = torch.empty(out_features, dtype=self.weight_dtype, device=device)
+        self.register_parameter("bias", frozen(empty) if bias else None)
 
     @classmethod
     def from_linear(
@@ -193,16 +403,13 @@ class NF4Linear(PackedModule):
             raise ValueError(
                 f"NF4Linear: input of shape {tuple(x.shape)}; expected (*, {self.in_features})"
             )
-        dtype = x.dtype
-        if ops.autocast_is_on(x.device):
-            dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+        dtype = ops.product_dtype(x)
         compute_dtype = self.compute_dtype or dtype
         bias = None if self.bias is None else self.bias.to(compute_dtype)
-        out = derivatives.call(
-            "nf4_linear", x.to(compute_dtype), *self.state(), bias, self.out_features,
-            self.block_size, self.codebook,
-        )  # fmt: skip
-        return out.to(dtype)
+        product = multiply(
+            x.to(compute_dtype), self.state(), bias, self.out_features, self.block_size
+        )
+        return product.to(dtype)
 
     def requantized(self, weight: Tensor) -> "NF4Linear":
         """A layer with this one's settings and bias and the codes of another weight, in NF4."""
@@ -223,10 +430,8 @@ class NF4Linear(PackedModule):
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
-            f"{self.settings_repr()}"
-        )
+        sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {self.settings_repr()}"
 
 
 def check_quantizable(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -14,10 +14,10 @@ from strategies import weights
 from minipeft import (
     NF4_CODEBOOK,
     dequantize_nf4,
-    nf4,
     normal_float_codebook,
     quantize_nf4,
 )
+from minipeft.fast import nf4 as fast
 
 BLOCK_SIZES = st.sampled_from([32, 64, 128, 4096])
 HALF_WIDEST_GAP = max(b - a for a, b in pairwise(NF4_CODEBOOK)) / 2
@@ -71,7 +71,7 @@ def test_chunks_change_no_bit(chunk, monkeypatch):
     w = torch.randn(301, 77)
     expected = quantize_nf4(w)
     decoded = dequantize_nf4(*expected, w.shape, dtype=torch.bfloat16)
-    monkeypatch.setattr(nf4, "chunk_elements", lambda device: chunk)
+    monkeypatch.setattr(fast, "chunk_elements", lambda device: chunk)
     found = quantize_nf4(w)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])

@@ -13,33 +13,33 @@ from minipeft import ops
 
 CALLS = {
     "quantize_nf4": lambda s: (torch.randn(5, 64), 64),
-    "dequantize_nf4": lambda s: (*s.state(), [32, 64], 64, torch.bfloat16),
+    "dequantize_nf4": lambda s: (*s.state()[:4], [32, 64], 64, torch.bfloat16),
     "quantize_absmax": lambda s: (torch.rand(300), 256),
-    "dequantize_absmax": lambda s: (*s.state()[1:], 256),
+    "dequantize_absmax": lambda s: (*s.state()[1:4], 256),
     "nf4_linear": lambda s: (
-        torch.randn(3, 64, requires_grad=True), *s.state(), torch.randn(32, requires_grad=True),
+        torch.randn(3, 64, requires_grad=True), *s.state()[:4], torch.randn(32, requires_grad=True),
         32, 64,
     ),
     "nf4_linear_input_gradient": lambda s: (
-        torch.randn(3, 32, requires_grad=True), *s.state(), 64, 64,
+        torch.randn(3, 32, requires_grad=True), *s.state()[:4], 64, 64,
     ),
     "nf4_embedding": lambda s: (
-        torch.tensor([[3, 0], [31, 3]]), *s.state(), 32, 64, 64, torch.bfloat16,
+        torch.tensor([[3, 0], [31, 3]]), *s.state()[:4], 32, 64, 64, torch.bfloat16,
     ),
     "nf4_experts": lambda s: (
-        torch.randn(5, 64, requires_grad=True), torch.tensor([3, 0, 3, 1, 1]), *s.state(),
+        torch.randn(5, 64, requires_grad=True), torch.tensor([3, 0, 3, 1, 1]), *s.state()[:4],
         [4, 8, 64], False, 64,
     ),
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # opcheck's own, about .grad of views
-@pytest.mark.parametrize("name", ops.SCHEMAS)
+@pytest.mark.parametrize("name", ops.OPERATORS)
 def test_opcheck(name):
     layer = mp.NF4Linear.from_linear(torch.nn.Linear(64, 32))
     arguments = CALLS[name](layer)
     opcheck(getattr(torch.ops.minipeft, name).default, arguments)
-    if "codebook" in ops.SCHEMAS[name]:
+    if "codebook" in ops.OPERATORS[name].arguments:
         codebook = torch.tensor(mp.FP4_CODEBOOK)
         opcheck(getattr(torch.ops.minipeft, name).default, (*arguments, codebook))
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minipeft import LoRALinear, NF4Linear, qlora
+from minipeft import LoRALinear, NF4Linear
+from minipeft.fast import linear as fast_linear
 
 SHAPES = [(128, 64), (192, 33), (100, 7), (65, 3), (64, 1)]  # (in, out): aligned and ragged
 
@@ -70,7 +71,9 @@ def test_panels_compute_the_same(dtype, monkeypatch):
     grad = torch.randn(5, 70, dtype=dtype)
     whole = layer(x)
     (whole_grad,) = torch.autograd.grad(whole, x, grad)
-    monkeypatch.setattr(qlora, "PANEL_BYTES", 70 * 64 * dtype.itemsize)  # 23 rows; one block wide
+    monkeypatch.setattr(
+        fast_linear, "PANEL_BYTES", 70 * 64 * dtype.itemsize
+    )  # 23 rows; one block wide
     panels = layer(x)
     (panels_grad,) = torch.autograd.grad(panels, x, grad)
     # each element is the same sum, by a product of another size: float32 order, one bf16 rounding

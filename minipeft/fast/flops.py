@@ -14,8 +14,9 @@ from types import ModuleType
 
 import torch
 
+from minipeft.ops import OPERATORS
+
 COUNTER = "torch.utils.flop_counter"
-PRODUCTS = ("nf4_linear", "nf4_linear_input_gradient", "nf4_experts")
 
 
 def product_flops(x: Sequence[int], *_: object, out_shape: Sequence[int], **__: object) -> int:
@@ -24,7 +25,7 @@ def product_flops(x: Sequence[int], *_: object, out_shape: Sequence[int], **__: 
 
 
 def _add_formulas(counter: ModuleType) -> None:
-    for name in PRODUCTS:
+    for name in (name for name, defined in OPERATORS.items() if defined.gradients):  # products
         counter.register_flop_formula(getattr(torch.ops.minipeft, name))(product_flops)
 
 

@@ -21,7 +21,7 @@ from minipeft.adapters.protocol import innermost
 from minipeft.fast import products
 from minipeft.lora import LowRank
 from minipeft.ops import without_autocast
-from minipeft.packed import frozen
+from minipeft.qlora import frozen
 from minipeft.quantized.experts import NF4Experts
 
 

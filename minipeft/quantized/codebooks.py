@@ -2,7 +2,7 @@
 
 A data type is its codebook: 2 to 256 numbers in [-1, 1], which a block's absmax scales.  With at
 most 16 of them two codes share a byte.  These are the types that the QLoRA paper compares
-(Dettmers et al. 2023); NF4 has a faster path in nf4.py with equal bytes.
+(Dettmers et al. 2023); NF4 has a faster path in fast/nf4.py with equal bytes.
 
     NF4       quantiles of a normal distribution        normal_float_codebook(4)
     FP4       a sign, 2 bits of exponent, 1 of mantissa FP4_CODEBOOK, in bitsandbytes' order
@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from minipeft.nf4 import check_block_size, check_weights, pack_pairs, quantize_blocks, scaled_blocks
+from minipeft.fast.nf4 import quantize_in_chunks
+from minipeft.nf4 import check_block_size, check_weights, pack_pairs, scaled_blocks
 
 _CHUNK = 2**17  # weights decoded at a time
 
@@ -100,12 +101,12 @@ def quantize_blockwise(
     values = check_codebook("quantize_blockwise", codebook)
     midpoints, code_of = _encoder(values, w.device)
 
-    def encode(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        x, absmax = scaled_blocks(blocks)
-        codes = code_of[torch.bucketize(x, midpoints)]
+    def encode(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+        scaled, absmax = scaled_blocks(x, block_size)
+        codes = code_of[torch.bucketize(scaled.flatten(), midpoints)]
         return (pack_pairs(codes) if len(values) <= 16 else codes), absmax
 
-    return quantize_blocks("quantize_blockwise", w.detach(), block_size, encode)
+    return quantize_in_chunks("quantize_blockwise", w, block_size, encode)
 
 
 def dequantize_blockwise(

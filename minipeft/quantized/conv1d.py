@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import is_conv1d
-from minipeft.packed import frozen
-from minipeft.qlora import NF4Linear
+from minipeft.qlora import NF4Linear, frozen
 
 
 class NF4Conv1D(NF4Linear):

@@ -4,17 +4,29 @@ The table itself is never decoded.  A vocabulary of 128,000 by 4,096 takes 270 M
 in 16 bits, and a batch of 4 x 512 tokens decodes 8 M weights of its 524 M.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minipeft import nf4, ops
+from minipeft import ops
 from minipeft.adapters.linearity import why_not_replaceable
-from minipeft.double_quant import absmax_of_blocks
-from minipeft.packed import PackedModule, encoded, frozen
+from minipeft.fast import nf4
+from minipeft.qlora import PackedModule, encoded, frozen
 
 
-@ops.implements("nf4_embedding")
+def _embedding_shape(given: Any) -> Any:
+    return given.packed.new_empty((*given.rows.shape, given.dim), dtype=given.dtype)
+
+
+@ops.operator(
+    "nf4_embedding",
+    "(Tensor rows, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, SymInt table_rows, "
+    "SymInt dim, int block_size, ScalarType dtype, Tensor? codebook=None) -> Tensor",
+    shapes=_embedding_shape,
+    row_arguments=1,
+)
 def _embedding(
     rows: Tensor,
     packed: Tensor,
@@ -38,7 +50,7 @@ def _embedding(
     if dim % block_size == 0:  # rows of whole blocks
         per_row = dim // block_size
         blocks = wanted[:, None] * per_row + torch.arange(per_row, device=wanted.device)
-        scales = absmax_of_blocks(absmax, scale, offset, blocks)
+        scales = nf4.absmax_of_blocks(absmax, scale, offset, blocks)
         codes = packed.view(table_rows, -1).index_select(0, wanted)
         nf4.decode_into(out, codes, scales, block_size, codebook)
     elif dim:
@@ -46,7 +58,7 @@ def _embedding(
         for first in range(0, wanted.numel(), step):
             part = wanted[first : first + step, None]
             index = part * dim + torch.arange(dim, device=wanted.device)
-            scales = absmax_of_blocks(absmax, scale, offset, index // block_size)
+            scales = nf4.absmax_of_blocks(absmax, scale, offset, index // block_size)
             values = nf4.decode_at(packed, index, codebook)
             out[first : first + step] = values * scales
     return out.view(*rows.shape, dim)
@@ -104,9 +116,10 @@ class NF4Embedding(PackedModule):
         return layer.train(embedding.training)
 
     def forward(self, rows: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape embedding_dim"]:
+        *codes, codebook = self.state()
         out: Tensor = torch.ops.minipeft.nf4_embedding(
-            rows, *self.state(), self.num_embeddings, self.embedding_dim, self.block_size,
-            self.weight_dtype, self.codebook,
+            rows, *codes, self.num_embeddings, self.embedding_dim, self.block_size,
+            self.weight_dtype, codebook,
         )  # fmt: skip
         return out
 

@@ -8,27 +8,47 @@
 stand where the 3-D parameter stood.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minipeft import ops
-from minipeft.double_quant import absmax_of_blocks
-from minipeft.fast import derivatives, products
-from minipeft.packed import PackedModule, encoded, frozen
+from minipeft.fast import products
+from minipeft.fast.nf4 import absmax_of_blocks
+from minipeft.qlora import Packed, PackedModule, decode, encoded, frozen
 
 
-def _expert_state(
-    number: int, n_experts: int, packed: Tensor, absmax: Tensor, scale: Tensor | None,
-    offset: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _expert_state(number: int, n_experts: int, state: Packed) -> Packed:
     """Codes and float32 scales of one expert."""
-    count = absmax.numel() // n_experts
-    blocks = torch.arange(number * count, (number + 1) * count, device=absmax.device)
-    return packed.view(n_experts, -1)[number], absmax_of_blocks(absmax, scale, offset, blocks)
+    count, device = state.absmax.numel() // n_experts, state.absmax.device
+    blocks = torch.arange(number * count, (number + 1) * count, device=device)
+    scales = absmax_of_blocks(state.absmax, state.scale, state.offset, blocks)
+    return Packed(state.packed.view(n_experts, -1)[number], scales, codebook=state.codebook)
 
 
-@ops.implements("nf4_experts")
+def _experts_shape(given: Any) -> Any:
+    columns = given.shape[2] if given.transposed else given.shape[1]
+    return given.x.new_empty((given.x.shape[0], columns))
+
+
+def _gradient_of_x(grad: Tensor, given: Any) -> Tensor:
+    """y[t] = W[expert[t]] x[t]: its gradient is the same operator with the transposed weights."""
+    return ops.call(
+        "nf4_experts", grad, given.expert, given.packed, given.absmax, given.scale, given.offset,
+        given.shape, not given.transposed, given.block_size, given.codebook,
+    )  # fmt: skip
+
+
+@ops.operator(
+    "nf4_experts",
+    "(Tensor x, Tensor expert, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
+    "SymInt[] shape, bool transposed, int block_size, Tensor? codebook=None) -> Tensor",
+    shapes=_experts_shape,
+    gradients={"x": _gradient_of_x},
+    row_arguments=2,
+)
 def _experts(
     x: Tensor,
     expert: Tensor,
@@ -42,6 +62,7 @@ def _experts(
     codebook: Tensor | None = None,
 ) -> Tensor:
     n_experts, *matrix = shape
+    state = Packed(packed, absmax, scale, offset, codebook)
     order = expert.argsort(stable=True)  # rows of one expert together: one product for each
     numbers, counts = torch.unique_consecutive(expert[order], return_counts=True)
     rows, first = x[order], 0
@@ -49,10 +70,7 @@ def _experts(
     for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
         if not 0 <= number < n_experts:
             raise IndexError(f"NF4Experts: expert {number} of {n_experts}")
-        codes, scales = _expert_state(number, n_experts, packed, absmax, scale, offset)
-        weight = torch.ops.minipeft.dequantize_nf4(
-            codes, scales, None, None, matrix, block_size, x.dtype, codebook
-        )
+        weight = decode(_expert_state(number, n_experts, state), matrix, block_size, x.dtype)
         part = rows[first : first + count]
         out[order[first : first + count]] = products.matmul(
             part, weight if transposed else weight.T
@@ -122,12 +140,8 @@ class NF4Experts(PackedModule):
         number = int(expert)
         if not -self.n_experts <= number < self.n_experts:
             raise IndexError(f"NF4Experts: expert {number} of {self.n_experts}")
-        state = _expert_state(number % self.n_experts, self.n_experts, *self.state())
-        out: Tensor = torch.ops.minipeft.dequantize_nf4(
-            *state, None, None, list(self.shape[1:]), self.block_size, self.weight_dtype,
-            self.codebook,
-        )  # fmt: skip
-        return out
+        state = _expert_state(number % self.n_experts, self.n_experts, self.state())
+        return decode(state, list(self.shape[1:]), self.block_size, self.weight_dtype)
 
     def __len__(self) -> int:
         return self.n_experts
@@ -141,13 +155,12 @@ class NF4Experts(PackedModule):
                 f"NF4Experts: x {tuple(x.shape)} and expert {tuple(expert.shape)}; expected "
                 f"(tokens, {in_features}) and (tokens,)"
             )
-        dtype = x.dtype
-        if ops.autocast_is_on(x.device):
-            dtype = dtype if dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+        dtype = ops.product_dtype(x)
         compute_dtype = self.compute_dtype or dtype
-        out = derivatives.call(
-            "nf4_experts", x.to(compute_dtype), expert, *self.state(), list(self.shape), False,
-            self.block_size, self.codebook,
+        *codes, codebook = self.state()
+        out = ops.call(
+            "nf4_experts", x.to(compute_dtype), expert, *codes, list(self.shape), False,
+            self.block_size, codebook,
         )  # fmt: skip
         return out.to(dtype)
 

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 
 from minipeft.adapters.linearity import check_own_weight
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed
-from minipeft.fast import derivatives
 from minipeft.lora import LoRALinear, add_lora
 from minipeft.ops import without_autocast
-from minipeft.qlora import NF4Linear
+from minipeft.qlora import NF4Linear, multiply
 
 _CHUNK_BYTES = 16 * 2**20  # of float32 copies of a 16-bit weight
 
@@ -218,10 +217,7 @@ class DoRALinear(LoRALinear):
         if weight is not None:
             return torch.cat([part.to(a.dtype) @ a.T for part in _parts(weight)])
         base: Any = self.base
-        out = derivatives.call(
-            "nf4_linear", a, *base.state(), None, base.out_features, base.block_size, base.codebook
-        )
-        return out.T
+        return multiply(a, base.state(), None, base.out_features, base.block_size).T
 
     def exact_parameters(self) -> dict[str, Tensor]:
         """m / |V| * V in the weight's own layout, float32 or better."""

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.protocol import is_conv1d
 from minipeft.lora import LoRALinear
-from minipeft.packed import encoded
-from minipeft.qlora import NF4Linear
+from minipeft.qlora import NF4Linear, encoded
 
 
 class LoftQ:

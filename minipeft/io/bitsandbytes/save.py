@@ -13,8 +13,7 @@ from minipeft.io.bitsandbytes.weight import entries
 from minipeft.io.replace import Replacement
 from minipeft.io.shards import ShardWriter, nbytes, shard_names, split
 from minipeft.model.base_state import base_state_dict, plain_modules
-from minipeft.packed import PackedModule
-from minipeft.qlora import NF4Linear
+from minipeft.qlora import NF4Linear, PackedModule
 
 
 def _tensors(

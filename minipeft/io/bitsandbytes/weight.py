@@ -23,7 +23,7 @@ from torch import Tensor
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE, dynamic_codebook
 from minipeft.io.files import parse_object
 from minipeft.nf4 import BLOCK_SIZES, NF4_CODEBOOK
-from minipeft.packed import PackedModule
+from minipeft.qlora import PackedModule
 from minipeft.quantized.codebooks import FP4_CODEBOOK
 
 STATE_KEY = "quant_state.bitsandbytes__"  # and the data type: nf4, fp4
@@ -95,7 +95,7 @@ def entries(
         raise ValueError(f"{name}: bitsandbytes has no data type with this codebook; dequantise it")
     if quant_storage not in (torch.uint8, *DTYPES.values()):
         raise ValueError(f"{name}: quant_storage={quant_storage}; uint8 or a float dtype")
-    packed, absmax, scale, offset = layer.state()
+    packed, absmax, scale, offset, _ = layer.state()
     if packed.numel() % quant_storage.itemsize:
         raise ValueError(
             f"{name}: {packed.numel()} bytes of codes do not fill elements of {quant_storage}; use "
