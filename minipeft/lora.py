@@ -164,9 +164,13 @@ class LowRank(Wrapper):
         (a, a0), (b, b0) = a.chunk(2), b.chunk(2, 1)
         return a, b, a0, -b0
 
+    def dropped(self, x: Tensor) -> Tensor:
+        """The branch's input: while training, after dropout."""
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
     def delta(self) -> Tensor:
         """What is added to the base's weight, in float32 or better, with the runtime scale."""
-        return lora_delta(*self.factors(), self.scaling * self.scale)
+        return lora_delta(*self.factors(), self.full_strength)
 
     def exact_parameters(self) -> dict[str, Tensor]:
         """The weight of the layers below plus `delta`."""
@@ -241,19 +245,9 @@ class LoRALinear(LowRank):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(x, *args, **kwargs)
-            return merged
-        base: Any = self._modules["base"]  # `self.base` takes a call
-        out: Tensor = base(x, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            strength: float | Tensor = self.strength
-        elif self._enabled:
-            strength = self.scaling * self._scale
-        else:
-            return out
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        return add_lora(out, x, *self.factors(), strength)
+            return self.call_merged(x, *args, **kwargs)
+        y, strength = self._modules["base"](x, *args, **kwargs), self.strength_now()  # None: off
+        return y if strength is None else add_lora(y, self.dropped(x), *self.factors(), strength)
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the branch."""

@@ -75,6 +75,7 @@ class Wrapper(nn.Module):
     folds_into_base = True  # False: `fold` writes nothing to the innermost module
     nameless = False  # True: it belongs to no adapter (names.py)
     base: nn.Module
+    _modules: dict[str, Any]  # a forward reads its base here: `self.base` takes a call more
     strength: Tensor  # scaling * scale, or 0 while not enabled; float32, without a dimension
     merged_module: nn.Module | None
 
@@ -122,8 +123,17 @@ class Wrapper(nn.Module):
         """scaling * scale, on or off."""
         return self.scaling * self._scale
 
+    def strength_now(self) -> float | Tensor | None:
+        """How strongly this call adds the adapter: scaling * scale, or None while it is off.
+
+        Compiled code gets the tensor, on or off: its value may change, and nothing compiles again.
+        """
+        if torch.compiler.is_compiling():
+            return self.strength
+        return self.scaling * self._scale if self._enabled else None
+
     def _set_strength(self) -> None:
-        self.strength.fill_(self.scaling * self._scale if self._enabled else 0.0)
+        self.strength.fill_(self.full_strength if self._enabled else 0.0)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that this adapter owns: all but the base's."""
@@ -148,8 +158,7 @@ class Wrapper(nn.Module):
         exact = getattr(self.base, "exact_parameters", None)
         if exact is None:
             raise ValueError(f"{type(self.base).__name__} below cannot be merged")
-        found: dict[str, Tensor] = exact()
-        return found
+        return exact()
 
     def exact_below(self, name: str, dtype: torch.dtype) -> Tensor:
         """One parameter as the base computes with it, in `dtype` or better."""
@@ -189,7 +198,7 @@ class Wrapper(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that forward multiplies by, in the base's layout; computed on read."""
-        return self._effective("weight")  # type: ignore[no-any-return]
+        return self._effective("weight")
 
     @property
     def bias(self) -> Tensor | None:
@@ -223,11 +232,7 @@ class Wrapper(nn.Module):
 
         A packed layer takes every floating-point dtype and gives it back, so this does too.
         """
-        if self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{type(self).__name__}: training while merged would give the adapter no gradient; "
-                "call minipeft.unmerge(model) first, or model.eval() to run it merged"
-            )
+        self.refuse_training()
         merged = self.merged_module
         assert merged is not None
         x = args[0] if args and isinstance(args[0], Tensor) else None
@@ -238,6 +243,14 @@ class Wrapper(nn.Module):
                 cast_to = {name: p.to(x.dtype) for name, p in named.items()}
                 return torch.func.functional_call(merged, cast_to, args, kwargs)
         return merged(*args, **kwargs)
+
+    def refuse_training(self) -> None:
+        """Raise RuntimeError if a call now would train: what is merged has no gradient to give."""
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self).__name__}: training while merged would give the adapter no gradient; "
+                "call minipeft.unmerge(model) first, or model.eval() to run it merged"
+            )
 
     def why_not_foldable(self) -> str | None:
         """Why the innermost module cannot take this layer into its parameters; None: it can.

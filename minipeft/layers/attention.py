@@ -106,21 +106,17 @@ class LoRAMultiheadAttention(LowRank):
             query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
             is_causal,
         )  # fmt: skip
-        result: tuple[Tensor, Tensor | None]
         if self.merged_module is not None and self._enabled:
-            result = self.call_merged(*arguments)
-            return result
-        if not torch.compiler.is_compiling() and not self._enabled:
-            result = self.base(*arguments)
-            return result
+            return self.call_merged(*arguments)
+        if self.strength_now() is None:
+            return self.base(*arguments)
         if query.is_nested:  # an encoder's inference: only torch's own kernel takes these
             if torch.is_grad_enabled():
                 raise RuntimeError(
                     f"{type(self).__name__}: nested tensors give the adapter no gradient; call it "
                     "under torch.no_grad(), or pad"
                 )
-            result = self.merged()(*arguments)
-            return result
+            return self.merged()(*arguments)
         if is_causal and attn_mask is None:
             raise ValueError(
                 f"{type(self).__name__}: is_causal says what attn_mask is; pass the mask too"
@@ -171,16 +167,11 @@ class LoRAMultiheadAttention(LowRank):
             out = self.base.project(name, x, part)
         else:
             out = _project(self.base, name, x, part)
-        if torch.compiler.is_compiling():
-            strength: float | Tensor = self.strength
-        elif self._enabled:
-            strength = self.scaling * self._scale
-        else:
+        if (strength := self.strength_now()) is None:
             return out
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
         a, b = self.pairs()[name]
-        return add_lora(out, x, a, _third(b, part) if name == "in_proj_weight" else b, strength)
+        b = _third(b, part) if name == "in_proj_weight" else b
+        return add_lora(out, self.dropped(x), a, b, strength)
 
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The two factors over each weight, by the weight's name."""
@@ -194,8 +185,8 @@ class LoRAMultiheadAttention(LowRank):
 
     def deltas(self) -> dict[str, Tensor]:
         """What is added to each weight, in float32 or better, with the runtime scale."""
-        strength = self.scaling * self.scale
-        return {name: lora_delta(a, b, strength) for name, (a, b) in self.pairs().items()}
+        pairs = self.pairs().items()
+        return {name: lora_delta(a, b, self.full_strength) for name, (a, b) in pairs}
 
     def exact_parameters(self) -> dict[str, Tensor]:
         """The weights of the layers below plus `deltas`."""
@@ -208,22 +199,22 @@ class LoRAMultiheadAttention(LowRank):
     @property
     def in_proj_weight(self) -> Tensor | None:
         """The effective weight of query, key and value; None where they are apart."""
-        return self._effective("in_proj_weight")  # type: ignore[no-any-return]
+        return self._effective("in_proj_weight")
 
     @property
     def q_proj_weight(self) -> Tensor | None:
         """The effective weight of the query; None where the three are together."""
-        return self._effective("q_proj_weight")  # type: ignore[no-any-return]
+        return self._effective("q_proj_weight")
 
     @property
     def k_proj_weight(self) -> Tensor | None:
         """The effective weight of the key; None where the three are together."""
-        return self._effective("k_proj_weight")  # type: ignore[no-any-return]
+        return self._effective("k_proj_weight")
 
     @property
     def v_proj_weight(self) -> Tensor | None:
         """The effective weight of the value; None where the three are together."""
-        return self._effective("v_proj_weight")  # type: ignore[no-any-return]
+        return self._effective("v_proj_weight")
 
     @property
     def out_proj(self) -> Projection:

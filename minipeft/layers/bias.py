@@ -45,12 +45,10 @@ class LoRABias(Wrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(*args, **kwargs)
-            return merged
+            return self.call_merged(*args, **kwargs)
         out: Tensor = self.base(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return self.on_top(out, out, self.strength)
-        return self.on_top(out, out, self.scaling * self._scale) if self._enabled else out
+        strength = self.strength_now()
+        return out if strength is None else self.on_top(out, out, strength)
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and strength * lora_bias."""
@@ -73,14 +71,13 @@ class LoRABias(Wrapper):
                 "zeros first (its .bias), or leave the adapter unmerged"
             )
         bias = self.exact_below("bias", torch.float32)
-        return {**below, "bias": bias + self.lora_bias * (self.scaling * self.scale)}
+        return {**below, "bias": bias + self.lora_bias * self.full_strength}
 
     @property
     def bias(self) -> Tensor | None:
         """The bias below, and what this layer adds."""
-        below: Tensor | None = super().bias
-        compiling = torch.compiler.is_compiling()
-        if not compiling and not self._enabled:
+        below, strength = super().bias, self.strength_now()
+        if strength is None:
             return below
-        added = self.lora_bias * (self.strength if compiling else self.scaling * self._scale)
+        added = self.lora_bias * strength
         return added if below is None else below + added.to(below.dtype)

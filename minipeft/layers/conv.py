@@ -82,16 +82,10 @@ class LoRAConv(LowRank):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(x)
-            return merged
+            return self.call_merged(x)
         out: Tensor = self.base(x)
-        if torch.compiler.is_compiling():
-            strength: float | Tensor = self.strength
-        elif self._enabled:
-            strength = self.scaling * self._scale
-        else:
-            return out
-        return self.on_top(out, x, strength)
+        strength = self.strength_now()
+        return out if strength is None else self.on_top(out, x, strength)
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the branch."""
@@ -100,12 +94,10 @@ class LoRAConv(LowRank):
     def branch(self, x: Tensor, dtype: torch.dtype, strength: float | Tensor) -> Tensor:
         """strength * B A x, in `dtype`."""
         a, b = (factor.to(dtype) for factor in self.factors())
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
         plain: Any = innermost(self)
         first = self.across if self.across_groups else plain
         kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[a.dim() - 3]
-        hidden = kind._conv_forward(first, x, a, None) * strength
+        hidden = kind._conv_forward(first, self.dropped(x), a, None) * strength
         if isinstance(strength, Tensor):
             hidden = torch.where(strength == 0, 0.0, hidden)
         return _POINTWISE[a.dim() - 2](hidden, b, groups=plain.groups)
@@ -123,7 +115,7 @@ class LoRAConv(LowRank):
             )
         a, b = self.factors()
         dtype = torch.promote_types(torch.float32, torch.promote_types(a.dtype, b.dtype))
-        return self.scaling * self.scale * kernel_product(a.to(dtype), b.to(dtype), self.groups)
+        return self.full_strength * kernel_product(a.to(dtype), b.to(dtype), self.groups)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """a and b of the whole product; where a start is subtracted, of twice the rank."""

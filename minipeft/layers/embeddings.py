@@ -62,24 +62,16 @@ class LoRAEmbedding(LowRank):
 
     def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(ids)
-            return merged
+            return self.call_merged(ids)
         out: Tensor = self.base(ids)
-        if torch.compiler.is_compiling():
-            strength: float | Tensor = self.strength
-        elif self._enabled:
-            strength = self.scaling * self._scale
-        else:
-            return out
-        return self.on_top(out, ids, strength)
+        strength = self.strength_now()
+        return out if strength is None else self.on_top(out, ids, strength)
 
     def on_top(self, out: Tensor, ids: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the rows of the product."""
         a, b = self.factors()
         rows = F.embedding(ids, a.T, self.padding_idx)  # no gradient to the row of padding
-        if self.dropout and self.training:
-            rows = F.dropout(rows, self.dropout)
-        branch = (rows @ b.T) * strength
+        branch = (self.dropped(rows) @ b.T) * strength
         if isinstance(strength, Tensor):
             branch = torch.where(strength == 0, 0.0, branch)
         scale = getattr(innermost(self), "embed_scale", None)

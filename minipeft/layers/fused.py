@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -116,18 +115,9 @@ class LoRAFusedLinear(LowRank):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(x)
-            return merged
-        out: Tensor = self.base(x)
-        if torch.compiler.is_compiling():
-            strength: float | Tensor = self.strength
-        elif self._enabled:
-            strength = self.scaling * self._scale
-        else:
-            return out
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
-        return add_lora(out, x, *self.factors(), strength)
+            return self.call_merged(x)
+        y, strength = self.base(x), self.strength_now()
+        return y if strength is None else add_lora(y, self.dropped(x), *self.factors(), strength)
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the branches of the slices."""

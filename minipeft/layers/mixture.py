@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -157,31 +156,22 @@ class LoRAExperts(LowRank):
         self, expert: int | Int[Tensor, "*index"]
     ) -> Float[Tensor, "*index rows columns"]:
         if self.merged_module is not None and self._enabled:
-            self._check_mode()
-            merged: Tensor = self.merged_module[expert]  # type: ignore[index]
-            return merged
+            self.refuse_training()
+            return self.merged_module[expert]  # type: ignore[index]
         return self.exact_expert(expert).to(self.dtype)
 
     def whole(self) -> Tensor:
         """The effective weights of all experts, in the weight's dtype; the gradient flows."""
         if self.merged_module is not None and self._enabled:
-            self._check_mode()
+            self.refuse_training()
         return self.weight
-
-    def _check_mode(self) -> None:
-        if self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "LoRAExperts: training while merged would give the adapter no gradient; call "
-                "minipeft.unmerge(model) first, or model.eval() to run it merged"
-            )
 
     def exact_expert(self, expert: int | Int[Tensor, "*index"]) -> Tensor:
         """The effective weight of one expert, before it is rounded to the weight's dtype."""
         below: Any = self.base
         stacked = isinstance(below, LoRAExperts)
         weight: Tensor = below.exact_expert(expert) if stacked else below[expert]
-        strength = self._strength()
-        if strength is None:
+        if (strength := self.strength_now()) is None:
             return weight
         a, b = self.factors()
         delta = _scaled(_product(b[expert], a[expert]), strength)
@@ -191,24 +181,16 @@ class LoRAExperts(LowRank):
         self, x: Float[Tensor, "tokens in_features"], expert: Int[Tensor, " tokens"]
     ) -> Float[Tensor, "tokens out_features"]:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(x, expert)
-            return merged
+            return self.call_merged(x, expert)
         if self.transposed and _is_nf4(innermost(self)):
             raise ValueError("LoRAExperts: NF4Experts stored (in, out) are indexed, not called")
         out: Tensor = self.base(x, expert)
-        strength = self._strength()
-        if strength is None:
+        if (strength := self.strength_now()) is None:
             return out
-        if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
         with without_autocast(x.device):
             a, b = (factor.to(out.dtype) for factor in self.factors())
-            return out + _scaled(by_expert(x.to(out.dtype), expert, a, b), strength)
-
-    def _strength(self) -> float | Tensor | None:
-        if torch.compiler.is_compiling():
-            return self.strength
-        return self.scaling * self._scale if self._enabled else None
+            product = by_expert(self.dropped(x).to(out.dtype), expert, a, b)
+            return out + _scaled(product, strength)
 
     def _stored(self, delta: Tensor) -> Tensor:
         return delta.mT if self.transposed else delta
@@ -228,7 +210,7 @@ class LoRAExperts(LowRank):
     def delta(self) -> Float[Tensor, "n_experts out_features in_features"]:
         """What is added to the weights, in float32 or better, with the runtime scale."""
         a, b = self.factors()
-        return self.scaling * self.scale * _product(b, a)
+        return self.full_strength * _product(b, a)
 
     def delta_as_stored(self) -> Tensor:
         """`delta` in the layout of the weight."""

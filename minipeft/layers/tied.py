@@ -54,15 +54,17 @@ class LoRATiedLinear(Wrapper):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch tokens"]:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(x)
-            return merged
+            return self.call_merged(x)
         out: Tensor = self.base(x)
-        if torch.compiler.is_compiling():
-            on = (self.strength != 0).to(torch.float32)
-            return add_lora(out, x, *self.factors(), self.embedding.strength * on)
-        if not (self._enabled and self.embedding.enabled):
-            return out
-        return self.on_top(out, x, self.full_strength)
+        strength = self.strength_now()
+        return out if strength is None else self.on_top(out, x, strength)
+
+    def strength_now(self) -> float | Tensor | None:
+        """The embedding's, while this layer is on too."""
+        its = self.embedding.strength_now()
+        if isinstance(its, Tensor):
+            return its * (self.strength != 0).to(torch.float32)
+        return its if self._enabled else None
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the branch."""

@@ -74,22 +74,14 @@ class TrainedBias(Wrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(*args, **kwargs)
-            return merged
+            return self.call_merged(*args, **kwargs)
         out: Tensor = self.base(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            delta = self.bias_delta * self.strength
-        elif self._enabled:
-            delta = self.bias_delta * (self.scaling * self._scale)
-        else:
-            return out
-        return self._added(out, delta)
+        strength = self.strength_now()
+        return out if strength is None else self.on_top(out, out, strength)
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the delta."""
-        return self._added(out, self.bias_delta * strength)
-
-    def _added(self, out: Tensor, delta: Tensor) -> Tensor:
+        delta = self.bias_delta * strength
         trailing = (1,) * max(0, out.dim() - 2) if self._second else self._trailing
         return out + delta.to(out.dtype).view(*delta.shape, *trailing)
 
@@ -99,16 +91,14 @@ class TrainedBias(Wrapper):
         if not self.enabled:
             return below
         bias = self.exact_below("bias", torch.float32)
-        return {**below, "bias": bias + self.bias_delta * (self.scaling * self.scale)}
+        return {**below, "bias": bias + self.bias_delta * self.full_strength}
 
     @property
     def bias(self) -> Tensor | None:
         """The base's bias with the delta."""
-        below: Tensor | None = super().bias
-        if below is None or (not torch.compiler.is_compiling() and not self._enabled):
+        below, strength = super().bias, self.strength_now()
+        if below is None or strength is None:
             return below
-        compiling = torch.compiler.is_compiling()
-        strength = self.strength if compiling else self.scaling * self._scale
         return below + (self.bias_delta * strength).to(below.dtype)
 
     def trained_bias(self) -> Tensor:
@@ -253,14 +243,12 @@ class TrainedTokens(Unscaled):
 
     def forward(self, ids: Int[Tensor, "*shape"], *args: Any) -> Float[Tensor, "*shape dim"]:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(ids, *args)
-            return merged
+            return self.call_merged(ids, *args)
         out: Tensor = self.base(ids, *args)
-        compiling = torch.compiler.is_compiling()
-        if not compiling and not self._enabled:
+        if (strength := self.strength_now()) is None:
             return out
-        made = self.on_top(out, ids, 1.0)
-        return torch.where(self.strength != 0, made, out) if compiling else made
+        made = self.on_top(out, ids, strength)
+        return torch.where(strength != 0, made, out) if isinstance(strength, Tensor) else made
 
     def on_top(self, out: Tensor, ids: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, but for the trained tokens their rows."""
@@ -297,12 +285,15 @@ class TrainedLogits(Unscaled):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocabulary"]:
         out: Tensor = self.base(x)
-        compiling = torch.compiler.is_compiling()
-        if not compiling and not (self._enabled and self.tokens._enabled):
+        if (strength := self.strength_now()) is None:
             return out
-        made = self.on_top(out, x, 1.0)
-        on = self.strength * self.tokens.strength
-        return torch.where(on != 0, made, out) if compiling else made
+        made = self.on_top(out, x, strength)
+        return torch.where(strength != 0, made, out) if isinstance(strength, Tensor) else made
+
+    def strength_now(self) -> float | Tensor | None:
+        """None while this layer is off, or the layer that has the rows."""
+        mine, its = Wrapper.strength_now(self), Wrapper.strength_now(self.tokens)
+        return None if mine is None or its is None else mine * its
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, with logits of the trained tokens by their rows."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.linearity import check_own_weight
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed
+from minipeft.adapters.wrapper import Wrapper
 from minipeft.lora import LoRALinear, add_lora
 from minipeft.ops import without_autocast
 from minipeft.qlora import NF4Linear, multiply
@@ -46,6 +47,12 @@ def row_norms(
 def length_ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
     """m / |V|; a direction that is zero has no length to set and stays zero, instead of 0 / 0."""
     return magnitude / norm.where(norm > 0, 1.0)
+
+
+def strength_or_off(layer: Wrapper) -> float | Tensor | None:
+    """`strength_now` of a DoRA layer, for which a scale of 0 is off: it sets no lengths then."""
+    strength = layer.strength_now()
+    return strength if isinstance(strength, Tensor) or strength else None
 
 
 def lengths_of(layer: Any) -> tuple[Tensor, Tensor]:
@@ -134,13 +141,10 @@ class DoRALinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(x)
-            return merged
+            return self.call_merged(x)
         out: Tensor = self.base(x)
-        compiling = torch.compiler.is_compiling()
-        if not compiling and (not self._enabled or self._scale == 0):
+        if (strength := strength_or_off(self)) is None:
             return out
-        strength = self.strength if compiling else self.scaling * self._scale
         ratio = length_ratio(self.magnitude, self.norms(strength))
         bias: Any = 0.0 if self.bias is None else self.bias
         if self.dropout and self.training:
@@ -150,7 +154,7 @@ class DoRALinear(LoRALinear):
             scaled = torch.addcmul((1 - ratio) * bias, out, ratio)
         a, b = self.factors()
         made = add_lora(scaled.to(out.dtype), x, a, ratio[:, None] * b, strength)
-        return torch.where(self.strength == 0, out, made) if compiling else made
+        return torch.where(strength == 0, out, made) if isinstance(strength, Tensor) else made
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor, *lengths: Tensor) -> Tensor:
         """The output of the layers below and the branch, at the lengths that are given."""

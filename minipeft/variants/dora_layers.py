@@ -16,7 +16,13 @@ from minipeft.layers.conv import LoRAConv, kernel_product
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.ops import without_autocast
 from minipeft.quantized.embedding import NF4Embedding
-from minipeft.variants.dora import Kept, length_ratio, lengths_of, row_norms
+from minipeft.variants.dora import (
+    Kept,
+    length_ratio,
+    lengths_of,
+    row_norms,
+    strength_or_off,
+)
 
 _ROWS = 4096  # of a 4-bit table to decode at a time
 
@@ -40,16 +46,13 @@ class DoRAEmbedding(LoRAEmbedding):
 
     def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(ids)
-            return merged
+            return self.call_merged(ids)
         out: Tensor = self.base(ids)
-        compiling = torch.compiler.is_compiling()
-        if not compiling and (not self._enabled or self._scale == 0):
+        if (strength := strength_or_off(self)) is None:
             return out
-        strength = self.strength if compiling else self.scaling * self._scale
         ratio = length_ratio(self.magnitude, self.norms(strength))
         made = (super().on_top(out, ids, strength) * ratio).to(out.dtype)
-        return torch.where(self.strength == 0, out, made) if compiling else made
+        return torch.where(strength == 0, out, made) if isinstance(strength, Tensor) else made
 
     def on_top(
         self, out: Tensor, ids: Tensor, strength: float | Tensor, *lengths: Tensor
@@ -139,13 +142,10 @@ class DoRAConv(LoRAConv):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_module is not None and self._enabled:
-            merged: Tensor = self.call_merged(x)
-            return merged
+            return self.call_merged(x)
         out: Tensor = self.base(x)
-        compiling = torch.compiler.is_compiling()
-        if not compiling and (not self._enabled or self._scale == 0):
+        if (strength := strength_or_off(self)) is None:
             return out
-        strength = self.strength if compiling else self.scaling * self._scale
         axes = (1,) * (self.lora_a.dim() - 2)
         ratio = length_ratio(self.magnitude, self.norms(strength)).view(-1, *axes)
         bias = self.bias
@@ -162,7 +162,7 @@ class DoRAConv(LoRAConv):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[number]
         branch = convolve(hidden, b, groups=plain.groups)
         made = (out + ((dense - shift + branch) * ratio - (dense - shift))).to(out.dtype)
-        return torch.where(self.strength == 0, out, made) if compiling else made
+        return torch.where(strength == 0, out, made) if isinstance(strength, Tensor) else made
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor, *lengths: Tensor) -> Tensor:
         """The output of the layers below and the branch, at the lengths that are given."""

@@ -92,10 +92,11 @@ class LoRABank(ByRow):
     def forward(self, x: Tensor) -> Tensor:
         self.refuse_training()
         out: Tensor = innermost(self)(x)
-        compiling = torch.compiler.is_compiling()
-        if not compiling and not self._enabled:
+        if (strength := self.strength_now()) is None:
             return out
-        gate = self.gate * self.strength.to(self.gate.device) if compiling else self.gate
+        gate = self.gate
+        if isinstance(strength, Tensor):  # compiled: 0 while off
+            gate = gate * strength.to(gate.device)
         each = self.rows_of_each(x)
         if len(gate) > 1:
             gate = gate.repeat_interleave(each, dim=0)

@@ -87,8 +87,7 @@ class RowStack(ByRow):
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         self.refuse_training()
         out: Tensor = innermost(self)(x, *others, **named)
-        compiling = torch.compiler.is_compiling()
-        if not compiling and not self._enabled:
+        if (strength := self.strength_now()) is None:
             return out
         if others or named or not isinstance(out, Tensor) or not isinstance(x, Tensor):
             raise TypeError(
@@ -103,7 +102,7 @@ class RowStack(ByRow):
                 f"of {tuple(x.shape)}; with another first axis its rows cannot be told apart"
             )
         for number in range(len(self.layers)):
-            if compiling:
+            if isinstance(strength, Tensor):  # compiled
                 out = self._chosen_by_gate(number, out, x, each)
             else:
                 out = self._in_its_rows(number, out, x, each)
@@ -115,7 +114,7 @@ class RowStack(ByRow):
             return out
         lengths = self._spread(number, using, each, out)
         if len(using) == len(self.gate):
-            return layer.on_top(out, x, self.strengths[number], *lengths).to(out.dtype)  # type: ignore[no-any-return]
+            return layer.on_top(out, x, self.strengths[number], *lengths).to(out.dtype)
         index = torch.tensor([row * each + i for row in using for i in range(each)])
         there = index.to(out.device)
         made = layer.on_top(out[there], x[index.to(x.device)], self.strengths[number], *lengths)
