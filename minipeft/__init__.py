@@ -7,7 +7,6 @@ from minipeft.adapters.state import (
     adapter_parameters,
     adapter_state_dict,
     disable_adapters,
-    freeze,
     load_adapter_state_dict,
     scale_adapters,
 )
@@ -15,7 +14,7 @@ from minipeft.double_quant import dequantize_absmax, quantize_absmax
 from minipeft.fast import derivatives as _derivatives
 from minipeft.fast import flops as _flops
 from minipeft.fast.products import SlowProductsWarning
-from minipeft.inject import inject, inject_lora
+from minipeft.inject import freeze, inject
 from minipeft.integrations.transformers import attach_prefix, attach_prompt
 from minipeft.io.peft import load_peft, save_peft
 from minipeft.layers.attention import LoRAMultiheadAttention
@@ -36,6 +35,7 @@ from minipeft.model.check import check_gradients
 from minipeft.model.combine import combine_adapters
 from minipeft.model.eva import init_eva
 from minipeft.model.hotswap import swap_adapter
+from minipeft.model.inject_lora import inject_lora
 from minipeft.model.memory import count_parameters, packed_bits, quantization_report
 from minipeft.model.merge import merge, remove, unmerge
 from minipeft.model.quantize import dequantize_model, inject_qlora, quantize_model

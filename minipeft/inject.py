@@ -1,24 +1,26 @@
 """Put a layer into any model, and leave the model as it was if that fails.
 
-The part that matters is `swap`: find the parent, set the attribute.  All new modules are built
-before the first is put in, so an error changes nothing; a module that the model holds under
-several names is wrapped once and put back under each.
+The part that matters is `put`: find the parent, set the attribute.  All new modules are built
+before the first is put in; on an error `restoring` puts everything back.  A module that the model
+holds under several names is wrapped once, and put in under each.
 
-    names = inject_lora(model, ["q_proj", "v_proj"], rank=8)       LoRA over the layers' own weights
-    names = inject(model, target, wrap)                            any module of your own
+    names = inject(model, target, wrap)       wrap(module) in the place of each module; any kind
 
-model/quantize.py does the same with 4-bit layers.  Read next: nf4.py.
+No kind of layer is known here: model/inject_lora.py chooses LoRA layers by the modules' kinds, and
+model/quantize.py 4-bit layers.  Read next: nf4.py.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import copy
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from minipeft.adapters.atomic import check_ready, restoring
-from minipeft.adapters.buffers import release
-from minipeft.adapters.state import freeze
+from minipeft.adapters.protocol import is_adapter
 from minipeft.adapters.targets import (
     Head,
     Names,
@@ -28,16 +30,28 @@ from minipeft.adapters.targets import (
     expert_weights,
     find,
     names_of_ends,
-    per_name,
     visible_modules,
 )
-from minipeft.layers.mixture import LoRAExperts
-from minipeft.model.kinds import layer_class
-from minipeft.model.peft_words import in_our_words
 
-# called with the model after modules were swapped (io makes `save_pretrained` write adapters)
-after_swap: list[Callable[[nn.Module], None]] = [release]
 Modules = dict[str, Any]  # modules, and 3-D parameters of experts
+Listener = Callable[[nn.Module], None]
+# Modules with an idea of their own add themselves; each is called with the whole model.
+after_swap: list[Listener] = []  # modules were swapped
+after_freeze: list[Listener] = []  # the base was frozen
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+def put(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter]) -> None:
+    """Set each module (or parameter) in its parent, under its name; all parents are found first.
+
+    Neither undone on an error nor told to listeners: `swap` is both.
+    """
+    places = {name: model.get_submodule(name.rpartition(".")[0]) for name in replacements}
+    for name, value in replacements.items():
+        own = name.rpartition(".")[2]
+        places[name]._parameters.pop(own, None)  # torch puts no module where a parameter is
+        setattr(places[name], own, value)
 
 
 def tell(model: nn.Module) -> None:
@@ -46,33 +60,65 @@ def tell(model: nn.Module) -> None:
         listener(model)
 
 
-def swap(
-    model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter], *, telling: bool = True
-) -> None:
-    """Put each module (or parameter) in the place of its name; if one cannot be, put all back.
+def swap(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter]) -> None:
+    """Put each module (or parameter) in the place of its name; if one cannot be, put all back."""
+    with restoring(model):
+        put(model, replacements)
+        tell(model)
 
-    `telling` False: the caller has more to swap, and calls `tell` at the end.
+
+@contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """On an error put back which modules, parameters and attributes the model has.
+
+    Every module gets its attributes again, containers among them their contents, every parameter
+    its `requires_grad`, every adapter its strength.  Values of tensors are not kept: who writes to
+    them does so last.
     """
-    places = {name: model.get_submodule(name.rpartition(".")[0]) for name in replacements}
-    before = {name: getattr(places[name], name.rpartition(".")[2]) for name in replacements}
-
-    def put(name: str, value: nn.Module | nn.Parameter) -> None:
-        own = name.rpartition(".")[2]
-        places[name]._parameters.pop(own, None)  # torch puts no module where a parameter is
-        setattr(places[name], own, value)
-
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = [
+        (module, dict(vars(module)), {n: copy.copy(v) for n, v in vars(module).items()
+                                      if type(v) in _CONTAINERS})
+        for module in model.modules()
+    ]  # fmt: skip
     try:
-        for name, value in replacements.items():
-            put(name, value)
-        if telling:
-            tell(model)
+        yield
     except BaseException:
-        for name, value in before.items():
-            put(name, value)
-        for listener in after_swap:
-            with suppress(Exception):
-                listener(model)
+        for module, attributes, contents in before:
+            for name, content in contents.items():
+                container = attributes[name]
+                container.clear()
+                (container.extend if type(container) is list else container.update)(content)
+            vars(module).clear()
+            vars(module).update(attributes)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, _, _ in before:
+            if is_adapter(module):  # what follows from it: tensors that compiled code reads
+                module.enabled = module.enabled
         raise
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze every parameter that no adapter owns; adapters keep their `requires_grad`.
+
+    Running statistics are frozen with them: while the model has adapters its normalisations stay
+    in eval mode, whatever `train()` says, and the base is what it was, bit for bit.  To let them
+    follow new data name the normalisations in `train_modules`.  inject_lora, load_peft and all
+    others that add an adapter call this.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a module, got {type(model).__name__}")
+    adapters = [module for module in model.modules() if is_adapter(module)]
+    owned = {id(p) for adapter in adapters for p in adapter.adapter_parameters().values()}
+    for parameter in model.parameters():
+        if id(parameter) not in owned:
+            parameter.requires_grad_(False)
+    for listener in after_freeze:
+        listener(model)
 
 
 def settled(caller: str, model: nn.Module, modules: Mapping[str, Any]) -> Modules:
@@ -150,98 +196,55 @@ def inject(
     return Names(modules, found.left_out, notes=found.notes)
 
 
-@in_our_words
-def inject_lora(
-    model: nn.Module,
-    target: Target,
-    rank: int | Mapping[str, int],
-    alpha: float | Mapping[str, float] | None = None,
-    *,
-    exclude: Target | None = None,
-    head: Head = None,
-    **lora: object,
-) -> Names:
-    """Wrap the layers that `target` names in LoRA layers, in place.
-
-    Each kind of layer gets the layer of model/kinds.py: linear ones LoRALinear, embeddings
-    LoRAEmbedding, and so on.  `rank` and `alpha` are numbers, or dicts from patterns to numbers
-    (the first that fits a name counts).  Further keywords go to the layers: dropout,
-    rank_stabilized, init, dtype; `dora=True` makes them DoRA layers.  Freezes every parameter that
-    no adapter owns.  `head` names the output head of a model of your own, which "all-linear" leaves
-    out.  Returns the names; `.report()` of the result says what was made of each, and what
-    "all-linear" left out and why.
+def check_ready(caller: str, model: nn.Module) -> None:
+    """Raise unless parameters have their shapes, and this process has the whole of each.
 
     Raises:
-        ValueError: nothing matches, or something that LoRA cannot wrap; a layer is wrapped
-            already (see add_adapter); rank or alpha are out of range.  The model is then as it
-            was.
-
-    >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> inject_lora(model, ["0"], rank=2)
-    ['0']
+        ValueError: lazy modules before their first call; weights that accelerate keeps elsewhere; a
+            model in DistributedDataParallel or FullyShardedDataParallel, or sharded by fully_shard:
+            each process would draw an adapter of its own, and nothing would keep them equal.
     """
-    return inject_over(model, target, rank, alpha, exclude, lora, {}, head=head)
-
-
-def inject_over(
-    model: nn.Module,
-    target: Target,
-    rank: int | Mapping[str, int],
-    alpha: float | Mapping[str, float] | None,
-    exclude: Target | None,
-    lora: Mapping[str, object],
-    quantized: Mapping[str, nn.Module],
-    *,
-    stack: bool = False,
-    head: Head = None,
-) -> Names:
-    """`inject_lora` on a model whose modules `quantized` take the places of their names too.
-
-    `stack` wraps layers that have an adapter already once more.
-    """
-    check_model("inject_lora", model)
-    settings = dict(lora)
-    dora = bool(settings.pop("dora", False))
-    target = target if isinstance(target, str) or callable(target) else list(target)
-    found = adapter_targets(model, target, exclude, stack=stack, head=head)
-    _check_kinds(found.chosen, dora)
-    modules = settled("inject_lora", model, found.chosen)
-    ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
-    made_of: dict[str, str] = {}
-
-    def make(name: str, module: nn.Module | nn.Parameter) -> nn.Module:
-        base = quantized.get(name, module)
-        kind = layer_class(base, dora=dora)
-        assert kind is not None  # of every module, quantised or not
-        own = dict(settings)
-        if (for_weight := getattr(own.get("init"), "for_weight", None)) and base is not module:
-            own["init"] = for_weight(module)  # it wants the weight from before quantisation
-        parent = model.get_submodule(name.rpartition(".")[0])
-        over_experts = kind is LoRAExperts
-        if over_experts:
-            own["transposed"] = bool(getattr(parent, "is_transposed", False))
-        layer: nn.Module = kind(base, ranks[name].value, alphas[name].value, **own)
-        if isinstance(module, nn.Parameter):  # it has no mode to take over
-            layer.train(parent.training)
-        patterns = [
-            f"{what} {chosen.value:g} by {chosen.pattern!r}"
-            for what, chosen in (("rank", ranks[name]), ("alpha", alphas[name]))
-            if chosen.pattern is not None
-        ]
-        made_of[name] = ", ".join([f"{kind.__name__}({layer.extra_repr()})", *patterns])
-        return layer
-
-    with restoring(model):
-        wrapped = build(modules, make)
-        swap(model, {**quantized, **wrapped})
-        freeze(model)
-    return Names(wrapped, found.left_out, made_of, found.notes)
-
-
-def _check_kinds(modules: Mapping[str, Any], dora: bool) -> None:
-    for name, module in modules.items():
-        if layer_class(module, dora=dora) is None:
+    for name, module in model.named_modules():
+        stored = [*module._parameters.values(), *module._buffers.values()]
+        if any(is_lazy(tensor) for tensor in stored if tensor is not None):
             raise ValueError(
-                f"target: {name!r} is a {type(module).__name__}, for which there is no "
-                f"{'DoRA' if dora else 'LoRA'} layer (model/kinds.py lists those there are)"
+                f"{caller}: {name or 'the model'} ({type(module).__name__}) has parameters without "
+                "a shape yet; call the model once, so that they get one"
             )
+        if any(_is_sharded(tensor) for tensor in stored):
+            raise ValueError(
+                f"{caller}: the parameters of {name or 'the model'} are shards (DTensor); do this "
+                "first, in every process with the same random seed, then fully_shard the model"
+            )
+        offloaded = "_hf_hook" in vars(module) and not is_adapter(module)
+        if offloaded and any(t.is_meta for t in stored if t is not None):
+            raise ValueError(
+                f"{caller}: {name or 'the model'} is offloaded by accelerate, and its weights are "
+                "not here; do this first, then dispatch or offload the model"
+            )
+        if wrapped := _distributed(module):
+            raise ValueError(
+                f"{caller}: {name or 'the model'} is a {wrapped}, which would not keep what is "
+                f"added equal in all processes; do this first, then wrap the model in {wrapped}"
+            )
+
+
+def _of_torch(module: str, name: str) -> Any:
+    """A class of torch.distributed, if that is imported: nothing is of it if it is not."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def _is_sharded(tensor: object) -> bool:
+    kind = _of_torch("torch.distributed.tensor", "DTensor")
+    return kind is not None and isinstance(tensor, kind)
+
+
+def _distributed(module: nn.Module) -> str | None:
+    for where, name in (
+        ("torch.nn.parallel", "DistributedDataParallel"),
+        ("torch.distributed.fsdp", "FullyShardedDataParallel"),
+    ):
+        kind = _of_torch(where, name)
+        if kind is not None and isinstance(module, kind):
+            return name
+    return None

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 import minipeft as mp
-from minipeft.adapters.atomic import check_ready, restoring
+from minipeft.inject import check_ready, restoring
 
 
 def make():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import minipeft as mp
-from minipeft.adapters.buffers import changed_buffers
+from minipeft.model.buffers import changed_buffers
 from minipeft.model.train import train_biases, train_modules
 
 

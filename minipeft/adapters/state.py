@@ -1,4 +1,4 @@
-"""Whole-model functions on adapters: freeze, parameters, state, on and off, strength.
+"""Whole-model functions on adapters: parameters, state, on and off, strength.
 
 They find adapters through protocol.py alone, so a layer of your own takes part.
 """
@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.buffers import hold
 from minipeft.adapters.names import adapters_called
 from minipeft.adapters.plain_names import PlainNames, Spellings
 from minipeft.adapters.protocol import Adapter, is_adapter
@@ -104,21 +103,6 @@ def adapter_parameters(model: nn.Module, *, name: str | None = None) -> Iterator
     """
     found = named_adapter_parameters("adapter_parameters", model, name).values()
     yield from {id(parameter): parameter for parameter in found}.values()
-
-
-def freeze(model: nn.Module) -> None:
-    """Freeze every parameter that no adapter owns; adapters keep their `requires_grad`.
-
-    Running statistics are frozen with them: while the model has adapters its normalisations stay
-    in eval mode, whatever `train()` says, and the base is what it was, bit for bit.  To let them
-    follow new data name the normalisations in `train_modules`.  inject_lora, load_peft and all
-    others that add an adapter call this.
-    """
-    owned = {id(parameter) for parameter in adapter_parameters(model)}
-    for parameter in model.parameters():
-        if id(parameter) not in owned:
-            parameter.requires_grad_(False)
-    hold(model)
 
 
 def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str, Tensor]:

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from minipeft.adapters.protocol import innermost, is_adapter, linear_shape
-from minipeft.quantized.experts import NF4Experts
+from minipeft.adapters.protocol import innermost, is_adapter, is_packed, linear_shape
 
 Target = str | Iterable[str] | Callable[[str, nn.Module], bool]
 # names (or modules) of the output head: one, several, () for none; None: not said
@@ -303,7 +302,8 @@ def adapter_targets(
 
 def _experts(model: nn.Module) -> list[str]:
     """Names of the 3-D weights of experts, dense or in 4 bits, that have no adapter."""
-    packed = [n for n, m in visible_modules(model).items() if isinstance(m, NF4Experts)]
+    packed = [n for n, m in visible_modules(model).items()
+              if is_packed(m) and len(getattr(m, "shape", ())) == 3]  # fmt: skip
     return [*expert_weights(model), *packed]
 
 

@@ -40,7 +40,7 @@ def load_base_state_dict(
             from the state of a model that was quantised alike, or load before you quantise); a
             merged adapter, or a tensor on the meta device.  Nothing has been copied then.
 
-    >>> from minipeft.inject import inject_lora
+    >>> from minipeft import inject_lora
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     >>> plain = {name: torch.ones_like(value) for name, value in model.state_dict().items()}
     >>> inject_lora(model, ["0"], rank=2)

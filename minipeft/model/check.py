@@ -2,9 +2,9 @@
 
 from torch import nn
 
-from minipeft.adapters.buffers import changed_buffers, complaint
 from minipeft.adapters.protocol import Adapter
 from minipeft.adapters.state import require_adapters
+from minipeft.model.buffers import changed_buffers, complaint
 
 
 def _reason(model: nn.Module, adapter: Adapter) -> str:

@@ -13,11 +13,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.atomic import restoring
 from minipeft.adapters.names import adapters_called, forget, named, stacks
 from minipeft.adapters.protocol import Adapter, AdapterLayer, innermost, is_adapter_layer, is_packed
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
-from minipeft.inject import swap, tell
+from minipeft.inject import put, restoring, swap, tell
 from minipeft.model.dense_again import forget_codes
 from minipeft.model.rows import refuse_rows
 
@@ -274,7 +273,7 @@ def _fold_all(model: nn.Module, places: dict[str, AdapterLayer], requantize: boo
             if requantize:
                 errors[place] = _relative_error(folded, layer)
             plain[id(layer)] = original(folded)
-        swap(model, {place: plain[id(layer)]}, telling=False)
+        put(model, {place: plain[id(layer)]})
     tell(model)
     if errors:
         worst = max(errors, key=errors.__getitem__)

@@ -13,7 +13,6 @@ from functools import partial
 
 from torch import nn
 
-from minipeft.adapters.atomic import restoring
 from minipeft.adapters.linearity import why_no_float, why_not_replaceable
 from minipeft.adapters.protocol import (
     has_stored_weight,
@@ -36,8 +35,9 @@ from minipeft.adapters.targets import (
     visible_modules,
 )
 from minipeft.adapters.wrapper import take_hooks
-from minipeft.inject import build, check_model, inject_over, settled, swap, tell
+from minipeft.inject import build, check_model, put, restoring, settled, swap, tell
 from minipeft.model.dense_again import forget_codes
+from minipeft.model.inject_lora import inject_over
 from minipeft.model.peft_words import in_our_words
 from minipeft.qlora import NF4Linear
 from minipeft.quantized.conv1d import NF4Conv1D
@@ -281,7 +281,7 @@ def dequantize_model(model: nn.Module) -> list[str]:
                 if isinstance(plain, nn.Module):
                     take_hooks(plain, model.get_submodule(name))
                 made[id(layer)] = plain
-            swap(model, {name: made[id(layer)]}, telling=False)
+            put(model, {name: made[id(layer)]})
         tell(model)
     forget_codes(model)
     return list(packed)

@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from minipeft.adapters.atomic import restoring
 from minipeft.adapters.names import adapters_called, check_new_name, give_name, named
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.adapters.targets import Head, Names, Target
-from minipeft.inject import check_model, inject_over
+from minipeft.inject import check_model, restoring
+from minipeft.model.inject_lora import inject_over
 from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import Row, refuse_rows, serve_rows, stop_rows
 from minipeft.prefix import PrefixEncoder

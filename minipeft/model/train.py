@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from minipeft.adapters.atomic import restoring
 from minipeft.adapters.names import DEFAULT, adapters_called, give_name, named, stacks
 from minipeft.adapters.protocol import innermost, is_adapter
-from minipeft.adapters.state import freeze, named_adapters, refuse_merged
+from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, Target, find, in_attention, visible_modules
-from minipeft.inject import build, check_model, settled, swap
+from minipeft.inject import build, check_model, freeze, restoring, settled, swap
 from minipeft.layers.bias import LoRABias
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.layers.tied import LoRATiedLinear, tied_heads

@@ -9,9 +9,8 @@ from torch import nn
 
 from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.protocol import is_adapter
-from minipeft.adapters.state import freeze
 from minipeft.adapters.targets import NEW_HEADS
-from minipeft.inject import tell
+from minipeft.inject import freeze, tell
 from minipeft.integrations.transformers import attention, positions, probe
 from minipeft.integrations.transformers.prefixes import NAME, Prefix, check_key
 from minipeft.model.rows import refuse_rows

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.atomic import restoring
 from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.plain_names import PlainNames, Spellings
 from minipeft.adapters.protocol import innermost, is_adapter, linear_shape
-from minipeft.adapters.state import freeze, named_adapters, refuse_merged
+from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, visible_modules
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
-from minipeft.inject import check_model, swap
+from minipeft.inject import check_model, freeze, restoring, swap
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, read_config
 from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.folder import read_weights, refuse_pickle
@@ -31,7 +30,7 @@ from minipeft.layers.mixture import LoRAExperts
 from minipeft.layers.tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.layers.trained_head import TrainedHeadRows
-from minipeft.model.kinds import layer_class
+from minipeft.model.inject_lora import layer_class
 from minipeft.model.rows import refuse_rows
 from minipeft.quantized.experts import NF4Experts
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.adapters.buffers import changed_buffers, complaint
 from minipeft.adapters.names import DEFAULT, adapters_called, named
 from minipeft.adapters.plain_names import PlainNames
 from minipeft.adapters.protocol import Adapter, innermost, is_conv1d
@@ -32,6 +31,7 @@ from minipeft.layers.tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.layers.trained_head import TrainedHeadRows
 from minipeft.lora import LowRank, lora_scaling
+from minipeft.model.buffers import changed_buffers, complaint
 from minipeft.prefix import PrefixEncoder
 
 
