@@ -16,7 +16,6 @@ from minipeft.integrations.transformers.hooks import Hooks
 from minipeft.integrations.transformers.masks import Query, of_rows, within_window
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.layers.trained import TrainedModule
-from minipeft.model.buffers import release
 from minipeft.model.rows import ByRow, refuse_rows
 from minipeft.prefix import KVShape, PrefixEncoder
 
