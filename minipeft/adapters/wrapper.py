@@ -22,10 +22,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.buffers import mode_of
-from minipeft.adapters.linearity import why_not_foldable
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed
 from minipeft.ops import autocast_is_on, without_autocast
+
+# in the __dict__ of a module held in eval mode (model/buffers.py): what it was last told
+HELD_MODE = "_minipeft_mode"
 
 
 def stored_parameter(caller: str, module: nn.Module, name: str) -> Tensor:
@@ -96,7 +97,7 @@ class Wrapper(nn.Module):
     def take_over(self) -> None:
         """The last line of a constructor: freeze the innermost module, take over its mode."""
         innermost(self).requires_grad_(False)
-        self.train(mode_of(self.base))
+        self.train(vars(self.base).get(HELD_MODE, self.base.training))
 
     @property
     def enabled(self) -> bool:
@@ -208,7 +209,9 @@ class Wrapper(nn.Module):
     def merge(self) -> None:
         """Compute with a plain module that has the effective parameters, beside the base.
 
-        Adapters below take part; the base is not changed, and no state dict knows of it.
+        Adapters below take part; the base is not changed, and no state dict knows of it.  Written
+        over W the sum could not be undone: in 16 bits (W + delta) - delta is not W again, since
+        W + delta was rounded.
 
         Raises:
             ValueError: a merged weight is not finite, or the base is not proved to compute the
@@ -257,7 +260,11 @@ class Wrapper(nn.Module):
 
         It must compute the formula of its kind, which is tried (linearity.py).
         """
-        return why_not_foldable(innermost(self)) if self.folds_into_base else None
+        if not self.folds_into_base:
+            return None
+        from minipeft.adapters.linearity import why_not_foldable  # for merging alone
+
+        return why_not_foldable(innermost(self))
 
     def _check_foldable(self, caller: str) -> None:
         if reason := self.why_not_foldable():

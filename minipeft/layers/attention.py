@@ -151,7 +151,7 @@ class LoRAMultiheadAttention(LowRank):
     def project_inputs(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values, with the branches that are on."""
         inputs = query, key, value
-        if not self._qkv_same_embed_dim:
+        if not self.together:
             parts = zip(list(APART)[:3], inputs, range(3), strict=True)
             return tuple(self.project(name, x, part) for name, x, part in parts)
         if query is key is value:
@@ -173,9 +173,15 @@ class LoRAMultiheadAttention(LowRank):
         b = _third(b, part) if name == "in_proj_weight" else b
         return add_lora(out, self.dropped(x), a, b, strength)
 
+    @property
+    def together(self) -> bool:
+        """Whether query, key and value share one weight."""
+        plain: Any = innermost(self)
+        return bool(plain._qkv_same_embed_dim)
+
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The two factors over each weight, by the weight's name."""
-        names = TOGETHER if self._qkv_same_embed_dim else APART
+        names = TOGETHER if self.together else APART
         return {
             name: self.factors()
             if prefix == "lora_"

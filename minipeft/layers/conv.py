@@ -102,6 +102,11 @@ class LoRAConv(LowRank):
             hidden = torch.where(strength == 0, 0.0, hidden)
         return _POINTWISE[a.dim() - 2](hidden, b, groups=plain.groups)
 
+    def groups_within(self) -> int:
+        """The groups that both factors stay within: the base's, or one for all channels."""
+        plain: Any = innermost(self)
+        return 1 if self.across_groups else int(plain.groups)
+
     def delta(self) -> Tensor:
         """The kernel that is added, (out_channels, in_channels / groups, *kernel_size).
 
@@ -115,22 +120,22 @@ class LoRAConv(LowRank):
             )
         a, b = self.factors()
         dtype = torch.promote_types(torch.float32, torch.promote_types(a.dtype, b.dtype))
-        return self.full_strength * kernel_product(a.to(dtype), b.to(dtype), self.groups)
+        return self.full_strength * kernel_product(a.to(dtype), b.to(dtype), self.groups_within())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """a and b of the whole product; where a start is subtracted, of twice the rank."""
         if self.lora_a0 is None or self.lora_b0 is None:
             return self.lora_a, self.lora_b
-        groups = 1 if self.across_groups else self.groups
         a: list[Tensor] = [
-            rearrange(t, "(g r) ... -> g r ...", g=groups) for t in (self.lora_a, self.lora_a0)
+            rearrange(t, "(g r) ... -> g r ...", g=self.groups_within())
+            for t in (self.lora_a, self.lora_a0)
         ]
         joined = rearrange(torch.cat(a, dim=1), "g r ... -> (g r) ...")
         return joined, torch.cat([self.lora_b, -self.lora_b0], dim=1)
 
     def halves(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `factors` put together where a start is subtracted: a, b, and the start's."""
-        grouped = rearrange(a, "(g r) ... -> g r ...", g=1 if self.across_groups else self.groups)
+        grouped = rearrange(a, "(g r) ... -> g r ...", g=self.groups_within())
         parts = [rearrange(t, "g r ... -> (g r) ...") for t in grouped.chunk(2, 1)]
         (b, b0) = b.chunk(2, 1)
         return parts[0], b, parts[1], -b0

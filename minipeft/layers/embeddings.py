@@ -6,6 +6,7 @@ Rows of A^T are gathered like rows of E; the product is never made for the whole
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +71,12 @@ class LoRAEmbedding(LowRank):
     def on_top(self, out: Tensor, ids: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the rows of the product."""
         a, b = self.factors()
-        rows = F.embedding(ids, a.T, self.padding_idx)  # no gradient to the row of padding
+        plain: Any = innermost(self)
+        rows = F.embedding(ids, a.T, plain.padding_idx)  # no gradient to the row of padding
         branch = (self.dropped(rows) @ b.T) * strength
         if isinstance(strength, Tensor):
             branch = torch.where(strength == 0, 0.0, branch)
-        scale = getattr(innermost(self), "embed_scale", None)
+        scale = getattr(plain, "embed_scale", None)
         if isinstance(scale, Tensor):
             scale = scale.to(out.dtype)  # rounded as the base rounds it
         return out + (branch if scale is None else branch * scale).to(out.dtype)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.buffers import MODE, keeps_statistics
+from minipeft.adapters.buffers import keeps_statistics
 from minipeft.adapters.protocol import is_adapter
+from minipeft.adapters.wrapper import HELD_MODE
 from minipeft.inject import after_freeze, after_swap
 
 _RECORD = "_minipeft_buffers"  # in the __dict__ of the model whose buffers were noted
@@ -26,16 +27,16 @@ _RECORD = "_minipeft_buffers"  # in the __dict__ of the model whose buffers were
 def _train_held(module: nn.Module, mode: bool = True) -> nn.Module:
     """In the place of `module.train`: its children take the mode, itself only if it trains."""
     type(module).train(module, mode)
-    vars(module)[MODE] = mode
+    vars(module)[HELD_MODE] = mode
     if not any(p.requires_grad for p in module.parameters(recurse=False)):
         module.training = False
     return module
 
 
 def _let_go(module: nn.Module) -> None:
-    if MODE in vars(module):
+    if HELD_MODE in vars(module):
         vars(module).pop("train", None)
-        module.training = vars(module).pop(MODE)
+        module.training = vars(module).pop(HELD_MODE)
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -62,7 +63,7 @@ def hold(model: nn.Module) -> None:
     if not parts:
         return
     for module in base:
-        if keeps_statistics(module) and MODE not in vars(module):
+        if keeps_statistics(module) and HELD_MODE not in vars(module):
             # a partial, not a bound method: pickle would look a bound method up by its name
             module.train = functools.partial(_train_held, module)  # type: ignore[method-assign]
             module.train(module.training)

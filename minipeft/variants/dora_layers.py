@@ -182,7 +182,7 @@ class DoRAConv(LoRAConv):
 
     def _kernel(self, strength: float | Tensor) -> Tensor:
         a, b = (factor.float() for factor in self.factors())
-        return kernel_product(a, b, self.groups) * strength
+        return kernel_product(a, b, self.groups_within()) * strength
 
     def exact_parameters(self) -> dict[str, Tensor]:
         """The kernels with their lengths set, float32 or better."""
