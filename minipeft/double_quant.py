@@ -108,8 +108,8 @@ def decode(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tens
     """The scales of weights: value[code] * scale + offset."""
     values, _ = dynamic_tables(code.device)
     scales = scale.repeat_interleave(block_size)[: code.numel()]
-    rest = values.index_select(0, code.flatten().int()) * scales
-    return (rest + offset).view(code.shape)
+    rest = values.index_select(0, code.flatten().int())
+    return rest.mul_(scales).add_(offset).view(code.shape)
 
 
 def decoded_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:

@@ -12,10 +12,13 @@ from hypothesis import strategies as st
 from strategies import weights
 
 from minipeft import (
+    FP4_CODEBOOK,
     NF4_CODEBOOK,
     dequantize_nf4,
+    nf4,
     normal_float_codebook,
     quantize_nf4,
+    use_kernels,
 )
 from minipeft.fast import nf4 as fast
 
@@ -128,17 +131,36 @@ def test_views_are_quantised_as_what_they_show():
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("rows", [True, "plain"])
 @settings(max_examples=200)
 @given(w=weights(), block_size=BLOCK_SIZES)
-def test_equals_the_reference_in_every_bit(w, block_size):
-    packed, absmax = quantize_nf4(w, block_size=block_size)
-    codes, scales = reference.quantize_nf4(w.float().numpy(), block_size)
-    np.testing.assert_array_equal(packed.numpy(), codes)
-    np.testing.assert_array_equal(absmax.numpy(), scales)
-    values = reference.dequantize_nf4(codes, scales, w.numel(), block_size).reshape(w.shape)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        decoded = dequantize_nf4(packed, absmax, w.shape, block_size=block_size, dtype=dtype)
-        assert torch.equal(decoded, torch.from_numpy(values).to(dtype))
+def test_equals_the_reference_in_every_bit(rows, w, block_size):
+    with use_kernels(rows):
+        packed, absmax = quantize_nf4(w, block_size=block_size)
+        codes, scales = reference.quantize_nf4(w.float().numpy(), block_size)
+        np.testing.assert_array_equal(packed.numpy(), codes)
+        np.testing.assert_array_equal(absmax.numpy(), scales)
+        values = reference.dequantize_nf4(codes, scales, w.numel(), block_size).reshape(w.shape)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            decoded = dequantize_nf4(packed, absmax, w.shape, block_size=block_size, dtype=dtype)
+            assert torch.equal(decoded, torch.from_numpy(values).to(dtype))
+
+
+@settings(max_examples=200)
+@given(w=weights(), block_size=BLOCK_SIZES, own_codebook=st.booleans(), strided=st.booleans())
+def test_the_plain_functions_equal_the_fast_ones_in_every_bit(w, block_size, own_codebook, strided):
+    if strided and w.dim() > 1:
+        w = w.transpose(0, 1)[:, ::2]
+    packed, absmax = nf4.encode(w, block_size)
+    for plain, quick in zip((packed, absmax), fast.quantize(w, block_size), strict=True):
+        assert torch.equal(plain, quick)
+    codebook = torch.tensor(FP4_CODEBOOK) if own_codebook else None
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        arguments = (list(w.shape), block_size, dtype, codebook)
+        plain = nf4.decode(packed, absmax, *arguments)
+        quick = fast.dequantize(packed, absmax, None, None, *arguments)
+        # as bytes: minus zero is not zero
+        assert torch.equal(plain.view(torch.uint8), quick.view(torch.uint8))
 
 
 def encode_scaled(x):
@@ -180,13 +202,15 @@ def test_midpoints_go_down_and_the_next_float_goes_up():
     )
 
 
+@pytest.mark.parametrize("rows", [True, "plain"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("index", [(0, 0, 0), (1, 2, 40), (2, 4, 64)])
-def test_the_first_value_that_is_not_finite_is_named(bad, index):
+def test_the_first_value_that_is_not_finite_is_named(bad, index, rows):
     w = torch.randn(3, 5, 65)
     w[index] = bad
     w[2, 4, 64] = math.nan if index == (2, 4, 64) else w[2, 4, 64]
-    with pytest.raises(ValueError, match=rf"index \({index[0]}, {index[1]}, {index[2]}\)"):
+    place = rf"index \({index[0]}, {index[1]}, {index[2]}\)"
+    with use_kernels(rows), pytest.raises(ValueError, match=place):
         quantize_nf4(w)
 
 
@@ -226,7 +250,8 @@ for bits in (1, 9):
 
 def test_extra_memory_is_below_64_mib(plain_python):
     """Resident memory at its highest, above what holds the weight and the result."""
-    printed = plain_python("""
+    printed = plain_python(
+        """
 import torch
 from pathlib import Path
 from minipeft import quantize_nf4
@@ -242,7 +267,9 @@ Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 quantize_nf4(w)
 print("extra MiB:", status("VmHWM") - before - result_mib)
-""")
+""",
+        MINIPEFT_KERNELS="1",
+    )
     print(printed)
     assert float(printed.split(":")[1]) < 64
 

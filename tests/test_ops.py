@@ -1,8 +1,11 @@
 """The operators: torch's own checks, compiling, and the table of implementations."""
 
+import os
 import shutil
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,6 +176,42 @@ print(mp.backend()["nf4_linear"])
 """
     assert plain_python(script).strip() == "k"
     assert "kernels are off" in plain_python(script, MINIPEFT_KERNELS="0")
+
+
+def test_the_plain_rows_compute_everything_where_they_are_asked_for(plain_python):
+    with mp.use_kernels("plain"):
+        said = mp.backend("cuda")
+    assert {text.split(" ")[0] for text in said.values()} == {"plain"}
+    assert "triton: only plain rows are on; pytorch: only plain" in said["dequantize_nf4"]
+    assert mp.backend()["nf4_linear"].startswith("pytorch")
+    script = "import minipeft as mp; print(mp.backend()['nf4_linear'])"
+    assert plain_python(script, MINIPEFT_KERNELS="plain").startswith("plain (not pytorch: only")
+
+
+def test_other_settings_raise(plain_python):
+    script = """
+try:
+    import minipeft
+    with minipeft.use_kernels("fast"):
+        pass
+except ValueError as error:
+    print(error)
+"""
+    assert "use_kernels: 'fast'; expected True, False" in plain_python(script)
+    printed = plain_python(script, MINIPEFT_KERNELS="fast")
+    assert "MINIPEFT_KERNELS='fast'; expected one of" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nf4", "double_quant", "qlora", "prefix"])
+def test_all_holds_with_the_plain_rows_alone(name):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
+         f"tests/test_{name}.py"],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False,
+        env={**os.environ, "MINIPEFT_KERNELS": "plain"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_an_unknown_operator_raises():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from minipeft import LoRALinear, NF4Linear
+from minipeft import LoRALinear, NF4Linear, use_kernels
 from minipeft.fast import linear as fast_linear
 
 SHAPES = [(128, 64), (192, 33), (100, 7), (65, 3), (64, 1)]  # (in, out): aligned and ragged
@@ -52,6 +52,21 @@ def test_gradients_equal_a_float64_reference(in_features, out_features):
     torch.testing.assert_close(x.grad.double(), grad.double() @ w, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.bias.grad, grad.sum((0, 1)), rtol=1e-6, atol=1e-6)
     assert all(p.grad is None for n, p in layer.named_parameters() if n != "bias")
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
+def test_the_plain_product_equals_the_fast_one_in_every_bit(
+    in_features, out_features, double_quant
+):
+    layer = make(in_features, out_features, double_quant=double_quant)
+    x = torch.randn(5, in_features, requires_grad=True)
+    grad, found = torch.randn(5, out_features), []
+    for rows in (True, "plain"):
+        with use_kernels(rows):
+            y = layer(x)
+            found.append((y, *torch.autograd.grad(y, x, grad)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_second_derivatives():
