@@ -1,7 +1,7 @@
 """P-tuning v2: trainable keys and values in front of every attention layer.
 
 Prefix tuning (Li & Liang 2021) and P-tuning v2 (Liu et al. 2022) leave all weights alone.  Each
-attention layer gets P more keys and values, which belong to no token and which every token sees:
+attention layer gets P more keys and values, which belong to no token:
 
         keys    | prefix k_1 .. k_P | tokens k_1 .. k_S |
         values  | prefix v_1 .. v_P | tokens v_1 .. v_S |
@@ -9,13 +9,23 @@ attention layer gets P more keys and values, which belong to no token and which 
 
     y = softmax(scale * q [prefix_k, k]^T) [prefix_v, v]
 
-What is trained is a table with a row per prefix position; or, re-parametrised, a small MLP that
-produces it (Linear, tanh, Linear on an embedding), which is dropped after training by `bake`.
+Every query sees all P columns of the prefix, and of the tokens those that causality and the mask
+leave it.  The prefix is always visible because it stands before the first token: causality hides
+what comes after a query, and a mask hides padding, which it has none of.
 
-As a flat table, the form other programs read, column ((layer, key or value), head, dim) of row p
-is one number of the prefix: (prefix_length, sum of kv_heads * (key_dim + value_dim)).
+A prompt at the input (layers/prompt.py) trains one vector a position, from which the frozen layers
+compute the keys and values of all layers.  A deep prefix trains those of each layer directly: more
+numbers, and no run of the prefix through the model.
+
+The trained table has a row per prefix position; or a small MLP makes it (Linear, tanh, Linear on an
+embedding), which is dropped after training by `bake`.  As a flat table, the form other programs
+read, column ((layer, key or value), head, dim) of row p is one number of the prefix:
+(prefix_length, sum of kv_heads * (key_dim + value_dim)).
+
+Read next: fast/prefix.py, the same attention without a copy of the keys.
 """
 
+import importlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -26,7 +36,146 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minipeft.fast.prefix import merge_is_faster, merged_prefix_attention, why_not_merge
+from minipeft.adapters.on_off import OnOff
+from minipeft.adapters.sizes import whole
+
+FAST = "minipeft.fast.prefix"  # imported by its name when it is first asked for
+
+
+def prefix_attention(
+    q: Float[Tensor, "b h t dk"],
+    k: Float[Tensor, "b g s dk"],
+    v: Float[Tensor, "b g s dv"],
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    gate: Tensor | None = None,
+    method: str = "auto",
+) -> Float[Tensor, "b h t dv"]:
+    """Attention with a prefix that every query sees, for attention of your own.
+
+    It relies on an identity: with y_p, y_x attention over the prefix and over the tokens alone, and
+    lse the logarithm of the sum of exponentials of a part's scores,
+
+        softmax(scale * q [prefix_k, k]^T) [prefix_v, v] = y_x + w (y_p - y_x)
+        w = sigmoid(lse_p - lse_x)
+
+    so the joined softmax is a mean of both, and a gate can scale w.
+
+    The t queries are the last of the s tokens (t < s when keys come from a cache): with
+    `is_causal`, query i sees tokens up to s - t + i.  h is a multiple of g (grouped heads).
+    `mask` is over the tokens, broadcastable to (b, h, t, s): bool (True attends) or added to the
+    scores, and combined with `is_causal`.  `prefix_k` (g, p, dk) and
+    `prefix_v` (g, p, dv) are for all rows, (b, g, p, ...) for each its own; p = 0 is attention
+    without prefix.  Both are cast to k's dtype.  `scale` None: 1 / sqrt(dk).  `dropout` acts on
+    the attention weights, whatever the mode: pass 0 outside training.  `gate` (g,), or one number
+    for all heads, takes that share of the way from attention without the prefix (0) to attention
+    with it (1): `PrefixEncoder.gate`.
+
+    `method` "concat" joins the prefix to keys and values, as written here; "merge" uses the
+    identity (fast/prefix.py says where it can), "auto" where that was measured to be faster.
+    All are the same function; when torch.compile traces, "concat" is what it gets.
+
+    Raises:
+        ValueError: shapes that do not belong together, a mask whose last size is not s, another
+            method, or "merge" for arguments it does not take.
+    """
+    _check_tokens(q, k, v, is_causal=is_causal)
+    if method not in ("auto", "concat", "merge"):
+        raise ValueError(
+            f"prefix_attention: method={method!r}; expected 'auto', 'concat' or 'merge'"
+        )
+    if gate is not None:
+        joined, alone = (
+            prefix_attention(
+                q, k, v, prefix_k[..., :p, :], prefix_v[..., :p, :],
+                mask=mask, is_causal=is_causal, scale=scale, dropout=dropout, method=method,
+            )
+            for p in (prefix_k.shape[-2], 0)
+        )  # fmt: skip
+        return gated_attention(alone, joined, gate)
+    if method != "concat" and not torch.compiler.is_compiling():
+        merged: Tensor | None = importlib.import_module(FAST).merged_if_better(
+            q, k, v, prefix_k, prefix_v,
+            mask=mask, is_causal=is_causal, scale=scale, dropout=dropout, always=method == "merge",
+        )  # fmt: skip
+        if merged is not None:
+            return merged
+
+    (t, s), grouped = (q.shape[2], k.shape[2]), q.shape[1] != k.shape[1]
+    k, v, p = with_prefix(k, v, prefix_k, prefix_v)
+    if mask is not None and mask.shape[-1] != s:
+        raise ValueError(
+            f"prefix_attention: the mask covers {mask.shape[-1]} keys, there are {s} (leave the "
+            "prefix out: it is always visible)"
+        )
+    if is_causal and t > 1:
+        lower_right = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+        if mask is None:
+            mask = lower_right
+        elif mask.dtype == torch.bool:
+            mask = mask & lower_right
+        else:
+            mask = mask.masked_fill(~lower_right, -math.inf)
+    if mask is not None:
+        mask = pad_mask(mask, p)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+    )
+
+
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> None:
+    (batch, heads, t, _), (_, groups, s, _) = q.shape, k.shape
+    if heads % groups or (k.shape[:3] != v.shape[:3]) or k.shape[0] != batch:
+        raise ValueError(
+            f"prefix_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
+            "expected (b, h, t, d), (b, g, s, d), (b, g, s, d) with h a multiple of g"
+        )
+    if is_causal and t > s:
+        raise ValueError(f"prefix_attention: {t} queries over {s} keys cannot be causal")
+
+
+def gated_attention(
+    alone: Float[Tensor, "b h t dv"], joined: Float[Tensor, "b h t dv"], gate: Tensor
+) -> Float[Tensor, "b h t dv"]:
+    """From attention without a prefix towards attention with it: alone + gate * (joined - alone).
+
+    By the identity of `prefix_attention` this is y_x + gate * w (y_p - y_x): the prefix's share w
+    times the gate, per key/value head (g,).
+    """
+    gate = gate.to(alone.dtype).reshape(-1).repeat_interleave(alone.shape[1] // gate.numel())
+    return alone + gate[:, None, None] * (joined - alone)
+
+
+def with_prefix(
+    k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor
+) -> tuple[Tensor, Tensor, int]:
+    """Keys and values (b, g, p + s, dim) with the prefix in front, and p.
+
+    Raises:
+        ValueError: the prefix has other heads or sizes.
+    """
+    batch = k.shape[0]
+    joined = []
+    for name, tokens, prefix in (("keys", k, prefix_k), ("values", v, prefix_v)):
+        wanted = (tokens.shape[1], prefix_k.shape[-2], tokens.shape[3])
+        if tuple(prefix.shape[-3:]) != wanted or prefix.shape[:-3] not in ((), (1,), (batch,)):
+            raise ValueError(
+                f"prefix of other shapes: {name} are {tuple(prefix.shape)}; expected {wanted} "
+                f"(heads, prefix, dim) for tokens of shape {tuple(tokens.shape)}"
+            )
+        prefix = prefix.to(tokens.device, tokens.dtype).expand(batch, *wanted)
+        joined.append(torch.cat([prefix, tokens], dim=2))
+    return joined[0], joined[1], prefix_k.shape[-2]
+
+
+def pad_mask(mask: Tensor, prefix_length: int) -> Tensor:
+    """The mask with columns in front that let every query see the prefix."""
+    return F.pad(mask, (prefix_length, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 class KVShape(NamedTuple):
@@ -55,12 +204,7 @@ def join_kv(k: Float[Tensor, "h p dk"], v: Float[Tensor, "h p dv"]) -> Float[Ten
     return torch.cat([rearrange(t, "h p d -> p (h d)") for t in (k, v)], dim=1)
 
 
-def _check_size(name: str, size: object) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"PrefixEncoder: {name}={size!r}; expected a whole number of at least 1")
-
-
-class PrefixEncoder(nn.Module):
+class PrefixEncoder(OnOff):
     """The trainable prefix of every layer: a table, or an MLP that produces it.
 
     `kv_shapes` has (kv_heads, key_dim, value_dim) per layer, as attention gets them (grouped
@@ -101,34 +245,29 @@ class PrefixEncoder(nn.Module):
         gated: bool = False,
     ) -> None:
         super().__init__()
-        self.kv_shapes = [KVShape(*shape) for shape in kv_shapes]
+        owner = "PrefixEncoder"
+        self.kv_shapes = [
+            KVShape(*(whole(owner, f"kv_shapes[{index}]", size) for size in shape))
+            for index, shape in enumerate(kv_shapes)
+        ]
         if not self.kv_shapes:
             raise ValueError("PrefixEncoder: kv_shapes is empty; expected one shape per layer")
         if embedding_dim is not None and hidden is None:
             raise ValueError("PrefixEncoder: embedding_dim needs hidden, the size of the MLP")
-        _check_size("prefix_length", prefix_length)
-        for name, size in (("hidden", hidden), ("embedding_dim", embedding_dim)):
-            if size is not None:
-                _check_size(name, size)
-        for index, shape in enumerate(self.kv_shapes):
-            for size in shape:
-                _check_size(f"kv_shapes[{index}]", size)
+        self.prefix_length = whole(owner, "prefix_length", prefix_length)
+        self.hidden = None if hidden is None else whole(owner, "hidden", hidden)
+        if embedding_dim is not None:
+            whole(owner, "embedding_dim", embedding_dim)
+        self.frozen = whole(owner, "frozen", frozen, least=0)
+        if frozen >= prefix_length:
+            raise ValueError(
+                f"PrefixEncoder: frozen={frozen}; expected fewer than {prefix_length} positions"
+            )
         if not 0 <= dropout < 1:
             raise ValueError(f"PrefixEncoder: dropout={dropout!r}; expected 0 <= dropout < 1")
         if not 0 < init_std < math.inf:
             raise ValueError(f"PrefixEncoder: init_std={init_std!r}; expected a number above 0")
-        if (
-            isinstance(frozen, bool)
-            or not isinstance(frozen, int)
-            or not 0 <= frozen < prefix_length
-        ):
-            raise ValueError(
-                f"PrefixEncoder: frozen={frozen!r}; expected 0 <= frozen < {prefix_length}, the "
-                "positions that are not trained"
-            )
-        self.prefix_length, self.hidden, self.dropout = prefix_length, hidden, dropout
-        self.frozen, self.gated = frozen, gated
-        self.enabled = True
+        self.dropout, self.gated = dropout, gated
         widths = [shape.width for shape in self.kv_shapes]
         trained = prefix_length - frozen
 
@@ -153,19 +292,6 @@ class PrefixEncoder(nn.Module):
                 nn.init.normal_(linear.weight, std=init_std * math.sqrt(3 / hidden))
                 nn.init.zeros_(linear.bias)
             self.outer = nn.ModuleList(outer)
-
-    @property
-    def scale(self) -> float:
-        """1.0: a prefix is on or off, there is no product to scale."""
-        return 1.0
-
-    @scale.setter
-    def scale(self, factor: float) -> None:
-        if factor != 1.0:
-            raise ValueError(
-                f"PrefixEncoder: cannot be scaled by {factor}; a prefix is on or off (see "
-                "disable_adapters)"
-            )
 
     def _rows(self, layer: int, dropout: float = 0.0) -> Float[Tensor, "prefix width"]:
         if self.hidden is None:
@@ -255,136 +381,8 @@ class PrefixEncoder(nn.Module):
         device = next(self.parameters()).device
         self.load_flat(torch.cat([join_kv(k, v).to(device, torch.float32) for k, v in given], 1))
 
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """All its parameters."""
-        return dict(self.named_parameters())
-
     def extra_repr(self) -> str:
         how = "table" if self.hidden is None else f"hidden={self.hidden}"
         frozen = f", frozen={self.frozen}" if self.frozen else ""
         rest = f"{frozen}{', gated' if self.gated else ''}{'' if self.enabled else ', disabled'}"
         return f"prefix_length={self.prefix_length}, layers={len(self.kv_shapes)}, {how}{rest}"
-
-
-def prefix_attention(
-    q: Float[Tensor, "b h t dk"],
-    k: Float[Tensor, "b g s dk"],
-    v: Float[Tensor, "b g s dv"],
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    is_causal: bool = True,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    gate: Tensor | None = None,
-    method: str = "auto",
-) -> Float[Tensor, "b h t dv"]:
-    """Attention with a prefix that every query sees, for attention of your own.
-
-    The t queries are the last of the s tokens (t < s when keys come from a cache): with
-    `is_causal`, query i sees tokens up to s - t + i.  h is a multiple of g (grouped heads).
-    `mask` is over the tokens, broadcastable to (b, h, t, s): bool (True attends) or added to the
-    scores, and combined with `is_causal`.  `prefix_k` (g, p, dk) and
-    `prefix_v` (g, p, dv) are for all rows, (b, g, p, ...) for each its own; p = 0 is attention
-    without prefix.  Both are cast to k's dtype.  `scale` None: 1 / sqrt(dk).  `dropout` acts on
-    the attention weights, whatever the mode: pass 0 outside training.  `gate` (g,), or one number
-    for all heads, takes that share of the way from attention without the prefix (0) to attention
-    with it (1): `PrefixEncoder.gate`.
-
-    `method` "concat" joins the prefix to keys and values; "merge" does not copy them (see
-    fast/prefix.py: the CPU, no mask, no dropout, t = s if causal); "auto" merges where that can
-    be done and was measured to be faster.  All are the same function; when torch.compile traces,
-    "concat" is what it gets.
-
-    Raises:
-        ValueError: shapes that do not belong together, a mask whose last size is not s, another
-            method, or "merge" for arguments it does not take.
-    """
-    (batch, heads, t, _), (_, groups, s, _) = q.shape, k.shape
-    if heads % groups or (k.shape[:3] != v.shape[:3]) or k.shape[0] != batch:
-        raise ValueError(
-            f"prefix_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
-            "expected (b, h, t, d), (b, g, s, d), (b, g, s, d) with h a multiple of g"
-        )
-    if is_causal and t > s:
-        raise ValueError(f"prefix_attention: {t} queries over {s} keys cannot be causal")
-    if gate is not None:
-        whole, alone = (
-            prefix_attention(
-                q, k, v, prefix_k[..., :p, :], prefix_v[..., :p, :],
-                mask=mask, is_causal=is_causal, scale=scale, dropout=dropout, method=method,
-            )
-            for p in (prefix_k.shape[-2], 0)
-        )  # fmt: skip
-        return gated_attention(alone, whole, gate)
-    if method not in ("auto", "concat", "merge"):
-        raise ValueError(
-            f"prefix_attention: method={method!r}; expected 'auto', 'concat' or 'merge'"
-        )
-    if method != "concat" and not torch.compiler.is_compiling():
-        arguments = (q, k, v, prefix_k, prefix_v)
-        if method == "merge" or merge_is_faster(*arguments, is_causal=is_causal):
-            reason = why_not_merge(*arguments, mask=mask, is_causal=is_causal, dropout=dropout)
-            if reason is None:
-                return merged_prefix_attention(*arguments, is_causal=is_causal, scale=scale)
-            if method == "merge":
-                raise ValueError(f"prefix_attention: method='merge', but {reason}; leave it 'auto'")
-    k, v, p = with_prefix(k, v, prefix_k, prefix_v)
-    if mask is not None and mask.shape[-1] != s:
-        raise ValueError(
-            f"prefix_attention: the mask covers {mask.shape[-1]} keys, there are {s} (leave the "
-            "prefix out: it is always visible)"
-        )
-    if is_causal and t > 1:
-        lower_right = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
-        if mask is None:
-            mask = lower_right
-        elif mask.dtype == torch.bool:
-            mask = mask & lower_right
-        else:
-            mask = mask.masked_fill(~lower_right, -math.inf)
-    if mask is not None:
-        mask = pad_mask(mask, p)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=heads != groups
-    )
-
-
-def gated_attention(
-    alone: Float[Tensor, "b h t dv"], whole: Float[Tensor, "b h t dv"], gate: Tensor
-) -> Float[Tensor, "b h t dv"]:
-    """From attention without a prefix towards attention with it: alone + gate * (whole - alone).
-
-    Attention over prefix and tokens together is a mean of attention over each, weighted by their
-    sums of exponentials; so this is the prefix's part times `gate`, per key/value head (g,).
-    """
-    gate = gate.to(alone.dtype).reshape(-1).repeat_interleave(alone.shape[1] // gate.numel())
-    return alone + gate[:, None, None] * (whole - alone)
-
-
-def with_prefix(
-    k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor
-) -> tuple[Tensor, Tensor, int]:
-    """Keys and values (b, g, p + s, dim) with the prefix in front, and p.
-
-    Raises:
-        ValueError: the prefix has other heads or sizes.
-    """
-    batch = k.shape[0]
-    joined = []
-    for name, tokens, prefix in (("keys", k, prefix_k), ("values", v, prefix_v)):
-        wanted = (tokens.shape[1], prefix_k.shape[-2], tokens.shape[3])
-        if tuple(prefix.shape[-3:]) != wanted or prefix.shape[:-3] not in ((), (1,), (batch,)):
-            raise ValueError(
-                f"prefix of other shapes: {name} are {tuple(prefix.shape)}; expected {wanted} "
-                f"(heads, prefix, dim) for tokens of shape {tuple(tokens.shape)}"
-            )
-        prefix = prefix.to(tokens.device, tokens.dtype).expand(batch, *wanted)
-        joined.append(torch.cat([prefix, tokens], dim=2))
-    return joined[0], joined[1], prefix_k.shape[-2]
-
-
-def pad_mask(mask: Tensor, prefix_length: int) -> Tensor:
-    """The mask with columns in front that let every query see the prefix."""
-    return F.pad(mask, (prefix_length, 0), value=True if mask.dtype == torch.bool else 0.0)

@@ -104,6 +104,37 @@ def merge_is_faster(
     return k.numel() * k.itemsize + v.numel() * v.itemsize >= least
 
 
+def merged_if_better(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    dropout: float,
+    always: bool,
+) -> Tensor | None:
+    """`merged_prefix_attention` where it can be and is faster, or wherever it can be if `always`.
+
+    None: use attention over joined keys.
+
+    Raises:
+        ValueError: `always`, and a case that `why_not_merge` names.
+    """
+    tensors = (q, k, v, prefix_k, prefix_v)
+    if not (always or merge_is_faster(*tensors, is_causal=is_causal)):
+        return None
+    reason = why_not_merge(*tensors, mask=mask, is_causal=is_causal, dropout=dropout)
+    if reason is None:
+        return merged_prefix_attention(*tensors, is_causal=is_causal, scale=scale)
+    if always:
+        raise ValueError(f"prefix_attention: method='merge', but {reason}; leave it 'auto'")
+    return None
+
+
 def merged_prefix_attention(
     q: Float[Tensor, "b h t d"],
     k: Float[Tensor, "b g s d"],

@@ -18,38 +18,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-
-def _check_size(owner: str, name: str, size: object) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"{owner}: {name}={size!r}; expected a whole number of at least 1")
+from minipeft.adapters.on_off import OnOff
+from minipeft.adapters.sizes import whole
 
 
-class _Prompt(nn.Module):
-    """What the prompts share: sizes, on or off, and that all parameters are the adapter's."""
+class _Prompt(OnOff):
+    """What the prompts share: their sizes."""
 
     def __init__(self, prompt_length: int, embedding_dim: int) -> None:
         super().__init__()
-        _check_size(type(self).__name__, "prompt_length", prompt_length)
-        _check_size(type(self).__name__, "embedding_dim", embedding_dim)
-        self.prompt_length, self.embedding_dim = prompt_length, embedding_dim
-        self.enabled = True
-
-    @property
-    def scale(self) -> float:
-        """1.0: a prompt is on or off, there is no product to scale."""
-        return 1.0
-
-    @scale.setter
-    def scale(self, factor: float) -> None:
-        if factor != 1.0:
-            raise ValueError(
-                f"{type(self).__name__}: cannot be scaled by {factor}; a prompt is on or off (see "
-                "disable_adapters)"
-            )
-
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """All its parameters."""
-        return dict(self.named_parameters())
+        self.prompt_length = whole(type(self).__name__, "prompt_length", prompt_length)
+        self.embedding_dim = whole(type(self).__name__, "embedding_dim", embedding_dim)
 
     def extra_repr(self) -> str:
         off = "" if self.enabled else ", disabled"
@@ -126,10 +105,10 @@ def rows_from_vocabulary(
         ValueError: not a weight, `among` above the vocabulary, fewer tokens than prompt_length.
     """
     _check_weight("rows_from_vocabulary", weight)
-    _check_size("rows_from_vocabulary", "prompt_length", prompt_length)
+    whole("rows_from_vocabulary", "prompt_length", prompt_length)
     vocabulary = len(weight)
     if among is not None:
-        _check_size("rows_from_vocabulary", "among", among)
+        whole("rows_from_vocabulary", "among", among)
         if among > vocabulary:
             raise ValueError(
                 f"rows_from_vocabulary: among={among}; the weight has {vocabulary} rows"
@@ -157,7 +136,7 @@ def rows_from_tokens(
         ValueError: not a weight, no ids, ids in more than one dimension or outside the vocabulary.
     """
     _check_weight("rows_from_tokens", weight)
-    _check_size("rows_from_tokens", "prompt_length", prompt_length)
+    whole("rows_from_tokens", "prompt_length", prompt_length)
     tokens = torch.as_tensor(ids)
     if tokens.dim() != 1 or not len(tokens) or tokens.is_floating_point():
         raise ValueError(
@@ -210,8 +189,8 @@ class PromptEncoder(_Prompt):
     ) -> None:
         super().__init__(prompt_length, embedding_dim)
         hidden = embedding_dim if hidden is None else hidden
-        _check_size("PromptEncoder", "hidden", hidden)
-        _check_size("PromptEncoder", "lstm_layers", lstm_layers)
+        whole("PromptEncoder", "hidden", hidden)
+        whole("PromptEncoder", "lstm_layers", lstm_layers)
         if kind not in ("mlp", "lstm"):
             raise ValueError(f"PromptEncoder: kind={kind!r}; expected 'mlp' or 'lstm'")
         if not 0 <= dropout < 1:
