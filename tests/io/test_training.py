@@ -10,7 +10,7 @@ from torch import nn
 import minipeft as mp
 from minipeft import LoRAConv, LoRAFusedLinear, LoRALinear
 from minipeft.io.files import encoded, read_all
-from minipeft.layers.fused_layouts import per_head
+from minipeft.layers.fused import per_head
 from minipeft.layers.mixture import LoRAExperts
 from minipeft.variants.starts import init_olora, init_pissa
 

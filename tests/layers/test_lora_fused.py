@@ -12,7 +12,7 @@ from torch import nn
 
 import minipeft as mp
 from minipeft import LoRAFusedLinear, LoRALinear, NF4Conv1D, NF4Linear
-from minipeft.layers.fused_layouts import blocks, model_parallel, per_group, per_head
+from minipeft.layers.fused import blocks, model_parallel, per_group, per_head
 
 SLICES = {"q": 7, "k": 1, "v": 5}
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same products in another order
@@ -215,7 +215,7 @@ def test_bad_input_raises(plain_python):
 import pytest, torch
 from torch import nn
 from minipeft import LoRAFusedLinear
-from minipeft.layers.fused_layouts import model_parallel, per_group
+from minipeft.layers.fused import model_parallel, per_group
 
 linear, slices = nn.Linear(8, 6), {"q": 4, "k": 2}
 with pytest.raises(TypeError, match="module"):
@@ -254,7 +254,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from minipeft import LoRAFusedLinear
-from minipeft.layers.fused_layouts import per_head
+from minipeft.layers.fused import per_head
 
 torch.manual_seed(0)
 layer = LoRAFusedLinear(nn.Linear(8, 12), {"q": 2, "v": 1}, slices=per_head(2, 2))
