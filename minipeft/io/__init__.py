@@ -1,6 +1,5 @@
 """Other people's files, read and written without their packages."""
 
-from minipeft.io import bitsandbytes, peft, save_pretrained
-from minipeft.io import prefixes as ptuning
+from minipeft.io import bitsandbytes, peft, prefixes, save_pretrained
 
-__all__ = ["bitsandbytes", "peft", "ptuning", "save_pretrained"]
+__all__ = ["bitsandbytes", "peft", "prefixes", "save_pretrained"]

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minipeft.io.fields import parse_object
 from minipeft.io.replace import current, write_file
 
 CHECKSUMS, FORMAT, WHOLE = "minipeft_sha256", "minipeft_format", "minipeft_metadata"
@@ -140,18 +141,3 @@ def read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if sums is not None and (lost := sums.keys() - tensors.keys()):
         raise ValueError(f"{path}: {sorted(lost)[0]:.80} is missing; the file is damaged")
     return tensors, metadata
-
-
-def parse_object(data: bytes, what: str) -> dict[str, object]:
-    """A JSON object from bytes.
-
-    Raises:
-        ValueError: not JSON, not an object, or nested too deeply.
-    """
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what}: no valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{what}: expected a JSON object, found {type(value).__name__}")
-    return value

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from minipeft.io.files import encoded, parse_object, read_all
+from minipeft.io.fields import parse_object
+from minipeft.io.files import encoded, read_all
 from minipeft.io.replace import NotOneSave, Replacement
 
 CONFIG, TRAINING = "minipeft_config", "minipeft_training"

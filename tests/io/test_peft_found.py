@@ -382,7 +382,7 @@ def test_another_kind_is_refused_with_the_list_of_what_is_read(kind, tmp_path):
 
 
 def test_the_kinds_that_are_read_are_those_that_have_readers():
-    from minipeft.io.peft.fields import READ_KINDS
+    from minipeft.io.peft.config import READ_KINDS
     from minipeft.io.peft.prompts import KINDS
 
     assert ("LORA", *KINDS) == READ_KINDS

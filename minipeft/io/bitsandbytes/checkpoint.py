@@ -12,23 +12,13 @@ from pathlib import Path
 
 import torch
 
-from minipeft.io.files import parse_object
+from minipeft.io.fields import read_object
 from minipeft.io.replace import current
 from minipeft.io.shards import Reader
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _MAX_JSON = 2**28  # an index has about 100 bytes a tensor
 _FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
-
-
-def _json(path: Path) -> dict[str, object]:
-    try:
-        place = current(path)
-        if (size := place.stat().st_size) > _MAX_JSON:
-            raise ValueError(f"{path}: {size} bytes of JSON")
-        return parse_object(place.read_bytes(), str(path))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -45,7 +35,7 @@ def weight_files(directory: Path) -> list[Path]:
         pickled = sorted(p.name for p in directory.glob("*.bin"))
         why = f"; {pickled[:3]} are pickled files: convert them to safetensors" if pickled else ""
         raise ValueError(f"{directory}: no {SINGLE} and no {INDEX}{why}")
-    weight_map = _json(index).get("weight_map")
+    weight_map = read_object(index, largest=_MAX_JSON).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map")
     for name in weight_map.values():
@@ -66,7 +56,7 @@ def open_weights(path: Path, *, mmap: bool = True) -> Reader:
         raise ValueError(f"{path}: no such directory")
     reader = Reader(weight_files(path), mmap=mmap)
     if current(path / INDEX).is_file():
-        weight_map = _json(path / INDEX)["weight_map"]
+        weight_map = read_object(path / INDEX, largest=_MAX_JSON)["weight_map"]
         found = {name: file.name for name, file in reader.file_of.items()}
         if weight_map != found:
             assert isinstance(weight_map, dict)
@@ -90,7 +80,7 @@ def config_of(path: Path) -> dict[str, object]:
         return {}
     if not current(path / CONFIG).is_file():
         raise ValueError(f"{path}: no {CONFIG}; the checkpoint is not complete")
-    return _json(path / CONFIG)
+    return read_object(path / CONFIG, largest=_MAX_JSON)
 
 
 def check_four_bits(path: Path, config: Mapping[str, object]) -> None:

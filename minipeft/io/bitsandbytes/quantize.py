@@ -23,7 +23,7 @@ from minipeft.adapters.protocol import is_conv1d, linear_shape
 from minipeft.adapters.targets import Head, HeadWarning, Names, likely_head
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import Settings, entries, specs
-from minipeft.io.files import parse_object
+from minipeft.io.fields import read_object
 from minipeft.io.replace import locked, write_file
 from minipeft.io.shards import Reader, ShardWriter, Spec, nbytes, shard_names, split
 from minipeft.model.progress import Progress
@@ -98,7 +98,7 @@ def _is_finished(destination: Path, wanted: Mapping[str, object]) -> bool:
     if not _is_taken(destination):
         return False
     record = destination / PROGRESS
-    if not record.is_file() or parse_object(record.read_bytes(), str(record)) != wanted:
+    if not record.is_file() or read_object(record) != wanted:
         raise ValueError(f"{destination}: exists already; choose another directory")
     record.unlink()
     return True
@@ -120,7 +120,7 @@ def _working_in(directory: Path, wanted: Mapping[str, object]) -> Iterator[None]
             leftover.unlink()
         if not any(directory.iterdir()):  # new, or its run died before it had a record
             write_file(record, json.dumps(wanted, indent=2).encode())
-        found = parse_object(record.read_bytes(), str(record)) if record.is_file() else None
+        found = read_object(record) if record.is_file() else None
         if found != wanted:
             raise ValueError(
                 f"{directory}: left by a run with another source or other settings; delete it, or "

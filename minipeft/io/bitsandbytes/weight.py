@@ -15,13 +15,13 @@ The JSON is padded with spaces to 256 bytes, so that sizes are known before the 
 import json
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE, dynamic_codebook
-from minipeft.io.files import parse_object
+from minipeft.io.fields import Kind, check, list_of, one_of, parse_object, whole
 from minipeft.nf4 import BLOCK_SIZES, NF4_CODEBOOK
 from minipeft.qlora import PackedModule
 from minipeft.quantized.codebooks import FP4_CODEBOOK
@@ -32,6 +32,24 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CODEBOOKS = {"nf4": NF4_CODEBOOK, "fp4": FP4_CODEBOOK}
 STATE_BYTES = 256
 _MAX_STATE_BYTES = 2**16
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a number is finite in float32."""
+    return type(value) in (int, float) and abs(value) < torch.finfo(torch.float32).max  # type: ignore[arg-type]
+
+
+_STATE = {
+    "quant_type": one_of(*CODEBOOKS),
+    "shape": list_of(whole(1, 2**63)),
+    "dtype": one_of(*DTYPES),
+    "blocksize": one_of(*BLOCK_SIZES),
+}
+_NESTED = {
+    "nested_blocksize": whole(1, 2**63),
+    "nested_offset": Kind("a finite number", _is_finite),
+    "nested_dtype": one_of("float32"),
+}
 
 
 class Settings(NamedTuple):
@@ -135,28 +153,19 @@ def settings_of(name: str, key: str, state: Tensor) -> tuple[Settings, float]:
         raise ValueError(f"{key}: expected at most {_MAX_STATE_BYTES} bytes of JSON")
     found = parse_object(bytes(state.flatten().tolist()), key)
     quant_type = key.rpartition(STATE_KEY)[2]
-    if quant_type not in CODEBOOKS or found.get("quant_type") != quant_type:
-        raise ValueError(
-            f"{key}: quant_type {found.get('quant_type')!r}; expected one of {list(CODEBOOKS)}, "
-            "the same as in the key"
-        )
-    shape, dtype, block_size = (found.get(k) for k in ("shape", "dtype", "blocksize"))
-    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
-        raise ValueError(f"{key}: shape {str(shape)[:80]}; expected a list of sizes")
-    if dtype not in DTYPES:
-        raise ValueError(f"{key}: dtype {str(dtype)[:80]!r}; expected one of {list(DTYPES)}")
-    if type(block_size) is not int or block_size not in BLOCK_SIZES:
-        raise ValueError(f"{key}: blocksize {str(block_size)[:80]}; one of {list(BLOCK_SIZES)}")
-    settings = Settings(tuple(shape), DTYPES[str(dtype)], block_size, quant_type, False)
-    nested = [k for k in found if k.startswith("nested_")]
+    if quant_type not in CODEBOOKS:
+        raise ValueError(f"{key}: quant_type {quant_type!r:.80}; one of {list(CODEBOOKS)}")
+    nested = {k for k in found if k.startswith("nested_")}
+    needed = (*_STATE, *_NESTED) if nested else tuple(_STATE)
+    check(key, found, {**_STATE, **_NESTED, "quant_type": one_of(quant_type)}, needed)
+    value: dict[str, Any] = found
+    settings = Settings(
+        tuple(value["shape"]), DTYPES[value["dtype"]], value["blocksize"], quant_type, False
+    )
     if not nested:
         return settings, 0.0
-    size, offset = found.get("nested_blocksize"), found.get("nested_offset")
-    if type(size) is not int or size < 1 or type(offset) not in (int, float):
-        raise ValueError(f"{key}: {nested} without a block size and an offset")
-    offset = float(torch.tensor(offset, dtype=torch.float32))
-    if not math.isfinite(offset) or found.get("nested_dtype") != "float32":
-        raise ValueError(f"{key}: offset {offset}, dtype {str(found.get('nested_dtype'))[:80]!r}")
+    offset = float(torch.tensor(value["nested_offset"], dtype=torch.float32))
+    size = value["nested_blocksize"]
     return settings._replace(double_quant=True, nested_block_size=size), offset
 
 

@@ -3,27 +3,27 @@
 Source: PEFT 0.21, `LoraConfig` as its `save_pretrained` writes it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from minipeft.io.files import parse_object
-from minipeft.io.peft.fields import check_fields
+from minipeft.io import fields
+from minipeft.io.fields import Kind
 from minipeft.io.replace import current
 from minipeft.model.train import BIAS_MODES
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-LARGEST_CONFIG = 2**24  # bytes; real ones have a few thousand
-_LARGEST_NUMBER = 2**31
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
     """The part of the file that says what to compute."""
 
-    rank: int
-    alpha: float
-    target_modules: list[str] | str
+    rank: int = 8
+    alpha: float = 8
+    target_modules: list[str] | str = field(default_factory=list)
     exclude_modules: list[str] | str | None = None
     dropout: float = 0.0
     rank_stabilized: bool = False
@@ -47,82 +47,112 @@ class LoRAConfig:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
 
-def _number(config: dict[str, object], key: str, default: float, where: str) -> float:
-    value = config.get(key, default)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or (not -_LARGEST_NUMBER < value < _LARGEST_NUMBER)
-    ):
-        raise ValueError(f"{where}: {key} is {value!r}, expected a number")
-    return value
+_RANK = Kind(  # 8.0 is 8
+    "a whole number of at least 1",
+    lambda value: fields.NUMBER.fits(value) and value >= 1 and value == int(value),  # type: ignore[operator, call-overload]
+)
+_TOKENS = Kind(
+    "token numbers", lambda value: fields.list_of(fields.whole(0)).fits(value) and value != []
+)
+_OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+_TARGETS = fields.either(fields.NAMES, Kind("an expression", fields.TEXT.fits))
+_INTEGER = Kind("a whole number", lambda value: type(value) is int)
+# What is computed with: the field, its name in LoRAConfig, and what it may hold.
+_FIELDS = {
+    "r": ("rank", _RANK),
+    "lora_alpha": ("alpha", fields.NUMBER),
+    "lora_dropout": ("dropout", fields.NUMBER),
+    "target_modules": ("target_modules", _TARGETS),
+    "exclude_modules": ("exclude_modules", _TARGETS),
+    "modules_to_save": ("modules_to_save", fields.NAMES),
+    "target_parameters": ("target_parameters", fields.NAMES),
+    "trainable_token_indices": ("tokens", fields.either(_TOKENS, _OBJECT)),
+    "layers_to_transform": ("layers", fields.either(_INTEGER, fields.list_of(_INTEGER))),
+    "layers_pattern": ("layers_pattern", fields.either(fields.TEXT, fields.NAMES)),
+    "rank_pattern": ("rank_pattern", _OBJECT),
+    "alpha_pattern": ("alpha_pattern", _OBJECT),
+    "use_rslora": ("rank_stabilized", fields.TRUTH),
+    "use_dora": ("dora", fields.TRUTH),
+    "lora_bias": ("lora_bias", fields.TRUTH),
+    "ensure_weight_tying": ("tied", fields.TRUTH),
+    "bias": ("bias", fields.one_of("none", *BIAS_MODES)),
+}
+_IN_OBJECTS = {
+    "rank_pattern": _RANK, "alpha_pattern": fields.NUMBER, "trainable_token_indices": _TOKENS,
+}  # fmt: skip
+_NUMBERS = ("r", "lora_alpha", "lora_dropout")  # null is refused, not passed over as unused
+
+# peft_type: what is read here, LoRA and the prompt-learning kinds
+READ_KINDS = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+
+# Fields that change what is computed or saved in ways that no layer here has.  They may be absent
+# or hold a value that means "off" (None, False, empty).
+_MUST_BE_OFF = {
+    "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens", "arrow_config",
+    "kasa_config", "megatron_config", "monteclora_config", "velora_config", "enable_lora",
+}  # fmt: skip
+# Fields that say where the adapter comes from, or how it was initialised.
+_IGNORABLE = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+# Fields of other trainers (Unsloth, ms-swift, PEFT before 0.3, LoRA+) that say how the adapter was
+# made or kept, and nothing of what it computes.
+_HARMLESS = {
+    "unsloth_fixed", "unsloth_version", "lora_dtype", "merge_weights", "lorap_lr_ratio",
+    "lorap_emb_lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "base_model_class",
+    "parent_library", "torch_dtype", "transformers_version", "library_name",
+}  # fmt: skip
+# Initialisations that rewrite the base: the adapter alone is meaningless on the original base.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 
 
-def _rank(config: dict[str, object], key: str, default: int, where: str) -> int:
-    value = _number(config, key, default, where)
-    if value != int(value) or value < 1:
-        raise ValueError(f"{where}: {key} is {value!r}, expected a whole number of at least 1")
-    return int(value)
+def _ignored(config: dict[str, object], where: str, *, strict: bool) -> dict[str, object]:
+    """What is read past: other trainers' fields; with strict=False also fields that nobody knows.
+
+    Raises:
+        ValueError: another kind of adapter; a field that says what no layer here computes; an
+            initialisation that changed the base; with `strict` a field that is not known here.
+    """
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"{where}: peft_type is {kind!r:.80}; read are {', '.join(READ_KINDS)} (other kinds: "
+            "load them with PEFT, which can turn some into LoRA)"
+        )
+    ignored: dict[str, object] = {}
+    for key, value in config.items():
+        if fields.is_off(value) or key in _FIELDS or key in _IGNORABLE:
+            continue
+        if key in _MUST_BE_OFF:
+            raise ValueError(f"{where}: {key} = {value!r:.80} is not supported")
+        if strict and key not in _HARMLESS:
+            raise ValueError(
+                f"{where}: {key:.80} = {value!r:.80} is no field known here; strict=False reads "
+                "past it"
+            )
+        ignored[key] = value
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING):
+        raise ValueError(
+            f"{where}: init_lora_weights = {init!r:.80} changed the base weights; convert the "
+            "adapter to a plain LoRA where it was made (PEFT: "
+            "path_initial_model_for_weight_conversion)"
+        )
+    return ignored
 
 
-def _patterns(config: dict[str, object], key: str, where: str) -> dict[str, float]:
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: {key} is {value!r}, expected an object")
-    for pattern in value:
-        _number(value, pattern, 0, f"{where}: {key}")
-    return value
-
-
-def _names(config: dict[str, object], key: str, where: str) -> list[str] | str | None:
-    value = config.get(key)
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(entry, str) for entry in value):
-        return value
-    raise ValueError(f"{where}: {key} is {value!r}, expected a list of names or an expression")
-
-
-def _list(config: dict[str, object], key: str, where: str) -> list[str]:
-    names = _names(config, key, where) or []
-    if isinstance(names, str):
-        raise ValueError(f"{where}: {key} is {names!r}, expected a list of names")
-    return names
-
-
-def _tokens(config: dict[str, object], where: str) -> list[int] | dict[str, list[int]] | None:
-    key = "trainable_token_indices"
-    value = config.get(key)
-    lists = list(value.values()) if isinstance(value, dict) else [value]
-    if not value:
-        return None
-    for ids in lists:
-        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids) or not ids:
-            raise ValueError(f"{where}: {key} is {str(value)[:80]}, expected token numbers")
-    return value  # type: ignore[return-value]
-
-
-def _layers(config: dict[str, object], where: str) -> tuple[list[int] | None, list[str]]:
-    """layers_to_transform and layers_pattern; no layers: all of them."""
-    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern") or []
-    numbers = [layers] if type(layers) is int else layers
-    if numbers is not None and not (
-        isinstance(numbers, list) and all(type(number) is int for number in numbers)
-    ):
-        raise ValueError(f"{where}: layers_to_transform is {layers!r:.80}, expected whole numbers")
-    patterns = [pattern] if isinstance(pattern, str) else pattern
-    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"{where}: layers_pattern is {pattern!r:.80}, expected names")
-    if patterns and numbers is None:
+def _check_layers(config: Mapping[str, object], where: str) -> None:
+    """Raise ValueError if fields that choose layers do not go together."""
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    if pattern and layers is None:
         raise ValueError(f"{where}: layers_pattern is {pattern!r:.80} without layers_to_transform")
-    if isinstance(config.get("target_modules"), str) and (patterns or numbers is not None):
+    if isinstance(config.get("target_modules"), str) and (pattern or layers is not None):
         raise ValueError(
             f"{where}: layers_to_transform and layers_pattern go with a list of target_modules, "
             "not with an expression"
         )
-    return numbers or None, patterns
 
 
 def read_config(path: Path, *, strict: bool = True) -> LoRAConfig:
@@ -132,49 +162,32 @@ def read_config(path: Path, *, strict: bool = True) -> LoRAConfig:
         ValueError: no such file, no JSON, another kind of adapter, a field with a value that no
             layer here has, or with `strict` an unknown field that is switched on (each named).
     """
-    place = current(path)
-    if not place.is_file():
+    if not current(path).is_file():
         hint = "; it holds a prefix_config.json: use io.prefixes.load_prefix"
         raise ValueError(
             f"{path}: no such file; expected a directory that PEFT or save_peft wrote"
             f"{hint if (path.parent / 'prefix_config.json').is_file() else ''}"
         )
-    if (size := place.stat().st_size) > LARGEST_CONFIG:
-        raise ValueError(f"{path}: {size} bytes are too many for a configuration")
-    config, where = parse_object(place.read_bytes(), str(path)), path.name
-    content = dict(config)
-    ignored = check_fields(config, where, strict=strict)
-    for key in ("use_rslora", "use_dora", "ensure_weight_tying", "lora_bias"):
-        if not isinstance(config.get(key), bool | None):
-            raise ValueError(f"{where}: {key} is {config[key]!r}, expected true or false")
-    bias = config.get("bias") or "none"
-    if bias not in ("none", *BIAS_MODES):
-        raise ValueError(f"{where}: bias is {bias!r}, expected 'none', 'all' or 'lora_only'")
-    target = _names(config, "target_modules", where)
-    parameters = _list(config, "target_parameters", where)
-    saved, tokens = _list(config, "modules_to_save", where), _tokens(config, where)
-    if not (target or parameters or saved or tokens or bias != "none"):
-        raise ValueError(f"{where}: target_modules is {target!r}, expected names")
-    layers, layers_pattern = _layers(config, where)
-    ranks: dict[str, object] = {**_patterns(config, "rank_pattern", where)}
-    return LoRAConfig(
-        rank=_rank(config, "r", 8, where),
-        alpha=_number(config, "lora_alpha", 8, where),
-        target_modules=target or [],
-        exclude_modules=_names(config, "exclude_modules", where),
-        dropout=_number(config, "lora_dropout", 0.0, where),
-        rank_stabilized=config.get("use_rslora") is True,
-        rank_pattern={k: _rank(ranks, k, 8, f"{where}: rank_pattern") for k in ranks},
-        alpha_pattern=_patterns(config, "alpha_pattern", where),
-        dora=config.get("use_dora") is True,
-        bias=bias,
-        modules_to_save=saved,
-        target_parameters=parameters,
-        tokens=tokens,
-        tied=config.get("ensure_weight_tying") is True,
-        lora_bias=config.get("lora_bias") is True,
-        layers=layers,
-        layers_pattern=layers_pattern,
-        ignored=ignored,
-        content=content,
-    )
+    content, where = fields.read_object(path), path.name
+    ignored = _ignored(content, where, strict=strict)
+    config: dict[str, Any] = {
+        key: value for key, value in content.items()
+        if key in _NUMBERS or not fields.is_off(value)
+    }  # fmt: skip
+    fields.check(where, config, {key: kind for key, (_, kind) in _FIELDS.items()})
+    for key, kind in _IN_OBJECTS.items():
+        if isinstance(inner := config.get(key), dict):
+            fields.check(f"{where}: {key}", inner, dict.fromkeys(inner, kind))
+    chosen = ("target_modules", "target_parameters", "modules_to_save", "trainable_token_indices")
+    if config.get("bias", "none") == "none" and not any(key in config for key in chosen):
+        raise ValueError(
+            f"{where}: target_modules is {content.get('target_modules')!r}, expected names"
+        )
+    _check_layers(content, where)
+    for key in ("layers_to_transform", "layers_pattern"):
+        if key in config and not isinstance(config[key], list):
+            config[key] = [config[key]]
+    own = {name: config[key] for key, (name, _) in _FIELDS.items() if key in config}
+    ranks = {key: int(value) for key, value in config.get("rank_pattern", {}).items()}
+    own |= {"rank": int(config.get("r", 8)), "rank_pattern": ranks}
+    return LoRAConfig(**own, ignored=ignored, content=content)

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from minipeft.io.files import parse_object
-from minipeft.io.peft.config import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME
+from minipeft.io.fields import read_object
+from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.replace import current
 from minipeft.io.seal import read_sealed
 from minipeft.io.shards import Reader
@@ -56,9 +56,7 @@ def refuse_pickle(directory: Path) -> None:
 
 def _sharded(index: Path) -> dict[str, Tensor]:
     """The tensors that an index names: each in its file, and nothing else in those files."""
-    if index.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{index}: {index.stat().st_size} bytes are too many for an index")
-    places = parse_object(index.read_bytes(), str(index)).get("weight_map")
+    places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index}: no 'weight_map' from names to files")
     for name, file in places.items():

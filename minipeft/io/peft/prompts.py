@@ -15,7 +15,7 @@ from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.attach_prompt import check_decoder
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
-from minipeft.io.files import parse_object
+from minipeft.io.fields import NAMES, Kind, check, is_off, one_of, optional, read_object, whole
 from minipeft.io.heads import (
     Heads,
     by_module,
@@ -24,7 +24,7 @@ from minipeft.io.heads import (
     head_tensors,
     task_heads,
 )
-from minipeft.io.peft.config import CONFIG_NAME, LARGEST_CONFIG, WEIGHTS_NAME
+from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.prefixes.save import has_more_than_prefix, with_values
 from minipeft.io.replace import current
 from minipeft.io.seal import read_sealed
@@ -33,7 +33,7 @@ from minipeft.prefix import PrefixEncoder
 
 KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 _KEY, _HEADS, _LONG = "prompt_embeddings", ("base_model.",), "base_model.model."
-_LARGEST_LENGTH = 2**24
+_SIZE = whole(1, 2**24)
 # Of the configuration nothing else says what to compute: the values are in the table.
 _KNOWN = {
     "peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers",
@@ -44,16 +44,25 @@ _KNOWN = {
     "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
 }  # fmt: skip
 
+_FIELDS = {
+    "num_virtual_tokens": _SIZE,
+    "num_layers": optional(_SIZE),
+    "num_attention_heads": optional(_SIZE),
+    "num_transformer_submodules": optional(one_of(1, 2)),
+    "modules_to_save": optional(NAMES),
+}
+_TRAINING = {"dropout": Kind("a fraction", lambda v: type(v) is float), "frozen": whole(0)}
+
 
 def kind_in(directory: Path) -> str | None:
-    """The kind that a directory's configuration names, if it is one of KINDS.
+    """The kind that a directory's configuration names; None if it is not one of KINDS.
 
-    Whether the rest is right is for the reader of that kind to say.
+    Only `peft_type` is looked at; `load_prompts` checks the other fields.
     """
-    path = current(directory / CONFIG_NAME)
-    if not path.is_file() or path.stat().st_size > LARGEST_CONFIG:
+    path = directory / CONFIG_NAME
+    if not current(path).is_file():
         return None
-    kind = parse_object(path.read_bytes(), str(directory / CONFIG_NAME)).get("peft_type")
+    kind = read_object(path).get("peft_type")
     return kind if isinstance(kind, str) and kind in KINDS else None
 
 
@@ -123,32 +132,19 @@ def load_prompts(
 
 def _checked(path: Path) -> dict[str, Any]:
     """adapter_config.json, with what is used of it checked."""
-    config: dict[str, Any] = parse_object(current(path).read_bytes(), str(path))
+    config: dict[str, Any] = read_object(path)
     for key, value in config.items():
-        if key not in _KNOWN and value not in (None, False, [], {}, ""):
+        if key not in _KNOWN and not is_off(value):
             raise ValueError(f"{CONFIG_NAME}: {key:.40} = {value!r:.40} is no field known here")
-    for key in ("num_virtual_tokens", "num_layers", "num_attention_heads"):
-        value = config.get(key)
-        needed = key == "num_virtual_tokens"
-        if (value is None and needed) or (
-            value is not None and (type(value) is not int or not 0 < value < _LARGEST_LENGTH)
-        ):
-            raise ValueError(f"{CONFIG_NAME}: {key} is {value!r:.40}, expected a whole number")
-    if config.get("num_transformer_submodules") not in (None, 1, 2):
-        raise ValueError(f"{CONFIG_NAME}: num_transformer_submodules is not 1 or 2")
-    names = config.setdefault("modules_to_save", None)
-    if names is not None and not (
-        isinstance(names, list) and all(isinstance(name, str) for name in names)
-    ):
-        raise ValueError(f"{CONFIG_NAME}: modules_to_save is {names!r:.40}, expected names")
-    return config
+    check(CONFIG_NAME, config, _FIELDS, needed=("num_virtual_tokens",))
+    return {"modules_to_save": None, **config}
 
 
-def _settings(found: Any, where: Path) -> dict[str, Any]:
+def _settings(found: object, where: Path) -> dict[str, Any]:
     """What a file of ours says of the training of a prefix: its dropout, frozen positions."""
-    kinds = {"dropout": float, "frozen": int}
-    if not isinstance(found, dict) or any(type(v) is not kinds.get(k) for k, v in found.items()):
-        raise ValueError(f"{where}: {str(found)[:80]} is not how a prefix trains")
+    if not isinstance(found, dict) or not found.keys() <= _TRAINING.keys():
+        raise ValueError(f"{where}: {found!r:.80} is not how a prefix trains")
+    check(f"{where}: prefix", found, _TRAINING)
     return found
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import Adapter, innermost, linear_shape
+from minipeft.io.fields import NAMES, Kind, check, list_of, one_of
 from minipeft.io.peft.keys import Key
 from minipeft.io.peft.tensors import copy_into, experts_parameters, parameters
 from minipeft.layers.fused import LoRAFusedLinear
@@ -131,34 +132,19 @@ def parsed(found: Mapping[str, Any], where: str) -> dict[str, Training]:
 
 
 def _parsed(own: Any, where: str) -> Training:
-    keys = Training.__dataclass_fields__.keys()
-    if not isinstance(own, dict) or not own.keys() <= keys:
-        raise ValueError(f"{where}: {own!r:.80}; expected some of {sorted(keys)}")
-
-    def wrong(key: str) -> ValueError:
-        return ValueError(f"{where}: {key} is {own[key]!r:.80}, which no file of ours says")
-
-    made: dict[str, Any] = {}
-    for key, value in own.items():
-        if key in ("start", "across_groups"):
-            good = value is True
-        elif key == "dtype":
-            good = isinstance(value, str) and value in _DTYPES
-            value = _DTYPES[value] if good else None
-        elif key == "scale":
-            good = _is_list(value, float, bool)
-        elif key == "frozen":
-            good = isinstance(value, list) and all(isinstance(name, str) for name in value)
-        else:
-            good = isinstance(value, list) and all(_is_slice(part) for part in value)
-            if good:
-                value = [Slice(part[0], part[1], part[2], [(first, end) for first, end in part[3]])
-                         for part in value]  # fmt: skip
-        if not good:
-            raise wrong(key)
-        made[key] = tuple(value) if isinstance(value, list) else value
+    if not isinstance(own, dict) or not own.keys() <= _FIELDS.keys():
+        raise ValueError(f"{where}: {own!r:.80}; expected some of {sorted(_FIELDS)}")
+    check(where, own, _FIELDS)
     if "slices" in own and own.keys() & {"start", "scale", "across_groups"}:
         raise ValueError(f"{where}: slices, and {sorted(own)}; a fused layer has no such thing")
+    made: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in own.items()}
+    if "dtype" in own:
+        made["dtype"] = _DTYPES[own["dtype"]]
+    if "slices" in own:
+        made["slices"] = tuple(
+            Slice(name, rank, scaling, [(first, end) for first, end in runs])
+            for name, rank, scaling, runs in own["slices"]
+        )
     return Training(**made)
 
 
@@ -171,6 +157,16 @@ def _is_slice(part: object) -> bool:
         return False
     runs_are_two_numbers = all(_is_list(run, int, int) for run in part[3])
     return runs_are_two_numbers and part[1] >= 0 and part[2] > 0
+
+
+_FIELDS = {
+    "slices": list_of(Kind("[name, rank, scaling, [[first row, end], ...]]", _is_slice)),
+    "start": one_of(True),
+    "scale": Kind("[alpha, rank_stabilized]", lambda value: _is_list(value, float, bool)),
+    "across_groups": one_of(True),
+    "dtype": one_of(*_DTYPES),
+    "frozen": NAMES,
+}
 
 
 def made_layer(

@@ -1,0 +1,126 @@
+"""JSON that somebody else wrote: read from a file, and its fields checked against a table.
+
+A table gives each field a `Kind`: what is expected in words, and a test of the value.
+
+>>> check("a.json", {"rank": 8}, {"rank": whole(1)})
+>>> check("a.json", {"rank": True}, {"rank": whole(1)})
+Traceback (most recent call last):
+ValueError: a.json: rank is True, expected a whole number of at least 1
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from minipeft.io.replace import current
+
+LARGEST = 2**24  # bytes of a configuration; real ones have a few thousand
+_LARGEST_NUMBER = 2**31
+
+
+class Kind(NamedTuple):
+    """Values that a field may have."""
+
+    expected: str
+    fits: Callable[[object], bool]
+
+
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+TRUTH = Kind("true or false", lambda value: isinstance(value, bool))
+NUMBER = Kind(
+    "a number", lambda value: type(value) in (int, float) and abs(value) < _LARGEST_NUMBER  # type: ignore[arg-type]
+)  # fmt: skip
+NAMES = Kind(
+    "a list of names",
+    lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+)
+
+
+def whole(least: int, below: int = _LARGEST_NUMBER) -> Kind:
+    """Whole numbers from `least` on; 4.0 is written as a fraction and is none."""
+    upper = "" if below == _LARGEST_NUMBER else f" and below {below}"
+    return Kind(
+        f"a whole number of at least {least}{upper}",
+        lambda value: type(value) is int and least <= value < below,
+    )
+
+
+def one_of(*values: object) -> Kind:
+    """These values, of the same types: `true` is not 1."""
+    return Kind(
+        f"one of {list(values)}" if len(values) > 1 else repr(values[0]),
+        lambda found: any(type(found) is type(value) and found == value for value in values),
+    )
+
+
+def list_of(kind: Kind) -> Kind:
+    """Lists of such values."""
+    return Kind(
+        f"a list, each {kind.expected}",
+        lambda value: isinstance(value, list) and all(map(kind.fits, value)),
+    )
+
+
+def either(*kinds: Kind) -> Kind:
+    """Values of any of these kinds."""
+    return Kind(
+        " or ".join(kind.expected for kind in kinds),
+        lambda value: any(kind.fits(value) for kind in kinds),
+    )
+
+
+def optional(kind: Kind) -> Kind:
+    """Values of this kind, and null."""
+    return Kind(kind.expected, lambda value: value is None or kind.fits(value))
+
+
+def is_off(value: object) -> bool:
+    """Whether a field with this value is not used: null, false, or empty."""
+    return value is None or value is False or value in ([], {}, "")
+
+
+def check(
+    where: str, found: Mapping[str, object], table: Mapping[str, Kind], needed: Iterable[str] = ()
+) -> None:
+    """Check the fields of the table that are there; fields outside the table are not looked at.
+
+    Raises:
+        ValueError: a field is of another kind, or one of those `needed` is absent.
+    """
+    for key, kind in table.items():
+        if (key in found or key in needed) and not kind.fits(value := found.get(key)):
+            raise ValueError(f"{where}: {key:.80} is {value!r:.80}, expected {kind.expected}")
+
+
+def read_object(path: Path, *, largest: int = LARGEST) -> dict[str, object]:
+    """The JSON object in a file, in its place or in a commit that is not finished (replace.py).
+
+    Raises:
+        ValueError: no such file, one that cannot be read or has more than `largest` bytes, or as
+            of parse_object.
+    """
+    place = current(path)
+    try:
+        if not place.is_file():
+            raise ValueError(f"{path}: no such file")
+        if (size := place.stat().st_size) > largest:
+            raise ValueError(f"{path}: {size} bytes are too many for such a file")
+        return parse_object(place.read_bytes(), str(path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
+def parse_object(data: bytes, what: str) -> dict[str, object]:
+    """A JSON object from bytes.
+
+    Raises:
+        ValueError: not JSON, not an object, or nested too deeply.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: no valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{what}: expected a JSON object, found {type(value).__name__}")
+    return value
