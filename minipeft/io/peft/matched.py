@@ -112,7 +112,7 @@ def matched(config: LoRAConfig, spelled: Spelled, where: str) -> MatchedConfig:
     """The configuration for a model whose modules have these names.
 
     Raises:
-        ValueError: an expression that is none, or takes too long.
+        ValueError: an expression that is refused (patterns.py).
     """
     own = {name: frozenset((name, *others)) for name, others in spelled.items()}
     expressions = [_of_pattern(p) for p in (*config.rank_pattern, *config.alpha_pattern)]
