@@ -24,13 +24,14 @@ from minipeft.adapters.protocol import is_adapter
 from minipeft.adapters.targets import (
     Head,
     Names,
+    Survey,
     Target,
     Targets,
     adapter_targets,
     expert_weights,
     find,
     names_of_ends,
-    visible_modules,
+    survey,
 )
 
 Modules = dict[str, Any]  # modules, and 3-D parameters of experts
@@ -121,7 +122,7 @@ def freeze(model: nn.Module) -> None:
         listener(model)
 
 
-def settled(caller: str, model: nn.Module, modules: Mapping[str, Any]) -> Modules:
+def settled(caller: str, places: Survey, modules: Mapping[str, Any]) -> Modules:
     """The modules under every name that the model has for them; none lies inside another."""
     nested = [n for n in modules if any(n[:i] in modules for i, c in enumerate(n) if c == ".")]
     if nested:
@@ -129,8 +130,7 @@ def settled(caller: str, model: nn.Module, modules: Mapping[str, Any]) -> Module
             f"{caller}: {nested} lie inside other targets; name one or the other (exclude=, skip=)"
         )
     chosen = {id(module) for module in modules.values()}
-    everything: dict[str, Any] = {**visible_modules(model), **expert_weights(model)}
-    return {n: m for n, m in everything.items() if id(m) in chosen}
+    return {n: m for n, m in places.everything.items() if id(m) in chosen}
 
 
 def build(
@@ -177,12 +177,13 @@ def inject(
         TypeError: `wrap` returned no module.
     """
     check_model("inject", model)
+    places = survey(model, head)
     if isinstance(target, str) and target.lower() == "all-linear":
-        found = adapter_targets(model, target, head=head)
+        found = adapter_targets(places, target)
     else:
         target = target if isinstance(target, str) or callable(target) else list(target)
-        found = Targets(find(model, target), {}, names_of_ends(model, target))
-    modules = settled("inject", model, found.chosen)
+        found = Targets(find(places, target), {}, names_of_ends(places, target))
+    modules = settled("inject", places, found.chosen)
 
     def make(name: str, module: nn.Module) -> nn.Module:
         made = wrap(module)

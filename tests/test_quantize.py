@@ -8,6 +8,7 @@ from torch import nn
 
 import minipeft as mp
 from minipeft import NF4Conv1D, NF4Embedding, NF4Experts, NF4Linear
+from minipeft.adapters.targets import survey
 from minipeft.model.quantize import quantizable
 
 
@@ -218,7 +219,7 @@ def test_reading_the_weight_in_an_encoder_layer():
 def test_quantizable_says_the_same_on_meta():
     with torch.device("meta"):
         model = Model()
-    chosen, left_out = quantizable(model)
+    chosen, left_out = quantizable(survey(model))
     assert list(chosen) == ["mixer", "head"] and set(left_out) == {
         "embed", "experts.up", "experts.down", "position",
     }  # fmt: skip

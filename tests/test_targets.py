@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.adapters.targets import HeadWarning, likely_head
+from minipeft.adapters.targets import HeadWarning, likely_head, survey
 
 
 class Block(nn.Module):
@@ -122,14 +122,14 @@ HEADS = {
 @pytest.mark.parametrize("kind", NO_HEAD)
 def test_layers_of_a_trunk_do_not_look_like_a_head(kind):
     model = NO_HEAD[kind]()
-    assert likely_head(model, None, [name for name, _ in model.named_modules()]) == {}
+    assert likely_head(survey(model), [name for name, _ in model.named_modules()]) == {}
 
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_what_looks_like_a_head(kind):
     make, name = HEADS[kind]
     model = make()
-    assert list(likely_head(model, None, [name for name, _ in model.named_modules()])) == [name]
+    assert list(likely_head(survey(model), [name for name, _ in model.named_modules()])) == [name]
 
 
 @pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "GPT2Model", "BertForSequenceClassification"])
@@ -256,7 +256,7 @@ def test_every_weight_is_in_the_account(device):
 
     with torch.device(device):
         model = Everything()
-    chosen, left_out = quantizable(model)
+    chosen, left_out = quantizable(survey(model))
     named = (*chosen, *left_out)
     for name, parameter in model.named_parameters():
         covered = any(name == own or name.startswith(f"{own}.") for own in named)

@@ -68,11 +68,40 @@ def visible_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+class Survey(NamedTuple):
+    """What there is in a model to choose from; asked once, then handed on to all who choose."""
+
+    model: nn.Module
+    modules: dict[str, nn.Module]  # `visible_modules`
+    experts: dict[str, nn.Parameter]  # `expert_weights`
+    in_attention: dict[str, str]  # why these are out of reach
+    heads: dict[str, str]  # why these are output heads
+    head: Head  # what the caller said of them
+
+    @property
+    def everything(self) -> dict[str, Any]:
+        """Modules and 3-D weights of experts."""
+        return {**self.modules, **self.experts}
+
+
+def survey(model: nn.Module, head: Head = None) -> Survey:
+    """Look over a model once; ask again after modules were swapped.
+
+    Raises:
+        ValueError: `head` names no module of the model.
+    """
+    modules = visible_modules(model)
+    return Survey(model, modules, expert_weights(model, modules), in_attention(model),
+                  head_reasons(model, head, modules), head)  # fmt: skip
+
+
 class HeadWarning(UserWarning):
     """A layer that looks like the output head was made 4-bit."""
 
 
-def head_reasons(model: nn.Module, head: Head = None) -> dict[str, str]:
+def head_reasons(
+    model: nn.Module, head: Head = None, modules: Mapping[str, nn.Module] | None = None
+) -> dict[str, str]:
     """The output heads of a model by name, and why each is left as it is.
 
     The head is what `get_output_embeddings()` returns; in models that have that method, modules
@@ -93,7 +122,7 @@ def head_reasons(model: nn.Module, head: Head = None) -> dict[str, str]:
                 reasons.setdefault(name, "a new head, trained or kept dense as a whole")
     if head is None:
         return reasons
-    modules = visible_modules(model)
+    modules = visible_modules(model) if modules is None else modules
     for entry in [head] if isinstance(head, str | nn.Module) else list(head):
         meant = exact([entry], modules) if isinstance(entry, str) else None
         found = [n for n, m in modules.items() if (meant(n) if meant else m is entry)]
@@ -113,16 +142,16 @@ def _with_output_embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]  # fmt: skip
 
 
-def likely_head(model: nn.Module, head: Head, touched: Iterable[str]) -> dict[str, str]:
+def likely_head(places: Survey, touched: Iterable[str]) -> dict[str, str]:
     """A note for a layer among these names that looks like the head of a model that names none.
 
     Layers of a trunk feed each other, so their sizes recur.  A head has as many outputs as no other
     layer has inputs or outputs, and is the last linear layer, or has one for each row of a table.
     """
-    named = [name for name, _ in _with_output_embeddings(model)]
-    if head is not None or "" in named:
+    named = [name for name, _ in _with_output_embeddings(places.model)]
+    if places.head is not None or "" in named:
         return {}
-    modules = visible_modules(model)
+    modules = places.modules
     shapes = {id(m): shape for m in modules.values() if (shape := linear_shape(m)) is not None}
     tables = {
         (m.num_embeddings, m.embedding_dim)
@@ -181,11 +210,14 @@ def check_expression(caller: str, expression: str) -> None:
         ) from None
 
 
-def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+def expert_weights(
+    model: nn.Module, modules: Mapping[str, nn.Module] | None = None
+) -> dict[str, nn.Parameter]:
     """The 3-D weights of mixtures of experts, (experts, rows, columns), by their full names."""
+    modules = visible_modules(model) if modules is None else modules
     return {
         f"{name}.{own}" if name else own: parameter
-        for name, module in {"": model, **visible_modules(model)}.items()
+        for name, module in {"": model, **modules}.items()
         if not type(module).__module__.startswith("torch.nn")  # convolutions, attention
         and not is_adapter(module)
         for own, parameter in module.named_parameters(recurse=False)
@@ -193,7 +225,7 @@ def expert_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[str, Any]:
+def find(places: Survey, target: Target, *, caller: str = "target") -> dict[str, Any]:
     """Every module, and every 3-D weight of experts, that `target` names, by name.
 
     PEFT's list entries are ends of names always; here one that is a full name means that alone.
@@ -202,7 +234,7 @@ def find(model: nn.Module, target: Target, *, caller: str = "target") -> dict[st
         ValueError: nothing matches, a list entry matches nothing, or the expression is broken.
         TypeError: target is neither string, list of strings nor callable.
     """
-    modules: dict[str, Any] = {**visible_modules(model), **expert_weights(model)}
+    modules = places.everything
     if isinstance(target, str):
         check_expression(caller, target)
     elif not callable(target):
@@ -238,12 +270,7 @@ class Targets(NamedTuple):
 
 
 def adapter_targets(
-    model: nn.Module,
-    target: Target,
-    exclude: Target | None = None,
-    *,
-    stack: bool = False,
-    head: Head = None,
+    places: Survey, target: Target, exclude: Target | None = None, *, stack: bool = False
 ) -> Targets:
     """What to wrap by name, and for "all-linear" what was left out and why.
 
@@ -253,21 +280,20 @@ def adapter_targets(
 
     Raises:
         ValueError: as `find`; a target that is wrapped already, or belongs to
-            nn.MultiheadAttention; `exclude` leaves nothing; `head` names no module.
+            nn.MultiheadAttention; `exclude` leaves nothing.
     """
-    excluded = set() if exclude is None else set(find(model, exclude, caller="exclude"))
+    excluded = set() if exclude is None else set(find(places, exclude, caller="exclude"))
     left_out: dict[str, str] = {}
-    notes = names_of_ends(model, target)
-    inside_attention = in_attention(model)
-    heads = head_reasons(model, head)
+    notes = names_of_ends(places, target)
+    inside_attention = places.in_attention
     if isinstance(target, str) and target.lower() == "all-linear":
         chosen = {}
-        for name, module in visible_modules(model).items():
+        for name, module in places.modules.items():
             if linear_shape(module) is None and not isinstance(
                 innermost(module), nn.MultiheadAttention
             ):
                 continue
-            reason = "excluded" if name in excluded else heads.get(name)
+            reason = "excluded" if name in excluded else places.heads.get(name)
             if name in inside_attention and name.rpartition(".")[0] not in excluded:
                 continue  # with its attention
             if name.endswith("._orig_mod") and name.removesuffix("._orig_mod") in chosen:
@@ -276,15 +302,15 @@ def adapter_targets(
                 left_out[name] = reason
             else:
                 chosen[name] = module
-        for name in _experts(model):
+        for name in _experts(places):
             left_out[name] = "excluded" if name in excluded else (
                 "a 3-D weight of experts, which stays frozen; name it as a target to wrap it"
             )  # fmt: skip
         if not chosen:
             raise ValueError(f"target: 'all-linear' finds none; left out: {left_out}")
-        notes |= likely_head(model, head, chosen)
+        notes |= likely_head(places, chosen)
     else:
-        chosen = {n: m for n, m in find(model, target).items() if n not in excluded}
+        chosen = {n: m for n, m in find(places, target).items() if n not in excluded}
         if not chosen:
             raise ValueError(f"target: exclude={exclude!r} leaves nothing of {target!r}")
     for name, module in chosen.items():
@@ -300,18 +326,18 @@ def adapter_targets(
     return Targets(chosen, left_out, notes)
 
 
-def _experts(model: nn.Module) -> list[str]:
+def _experts(places: Survey) -> list[str]:
     """Names of the 3-D weights of experts, dense or in 4 bits, that have no adapter."""
-    packed = [n for n, m in visible_modules(model).items()
+    packed = [n for n, m in places.modules.items()
               if is_packed(m) and len(getattr(m, "shape", ())) == 3]  # fmt: skip
-    return [*expert_weights(model), *packed]
+    return [*places.experts, *packed]
 
 
-def names_of_ends(model: nn.Module, target: Target) -> dict[str, str]:
+def names_of_ends(places: Survey, target: Target) -> dict[str, str]:
     """A note for each list entry that is a full name, and would be the end of others too."""
     if isinstance(target, str) or callable(target):
         return {}
-    names = list({**visible_modules(model), **expert_weights(model)})
+    names = list(places.everything)
     found = {}
     for entry in target:
         others = [name for name in names if name.endswith(f".{entry}")]

@@ -10,13 +10,23 @@ LoRAFusedLinear, whose slices only you know, is put in with `minipeft.inject`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from minipeft.adapters.protocol import innermost, linear_shape
-from minipeft.adapters.targets import Head, Names, Target, adapter_targets, per_name
-from minipeft.inject import build, check_model, freeze, restoring, settled, swap
+from minipeft.adapters.targets import (
+    Chosen,
+    Head,
+    Names,
+    Survey,
+    Target,
+    Targets,
+    adapter_targets,
+    per_name,
+    survey,
+)
+from minipeft.inject import Modules, build, check_model, freeze, restoring, settled, swap
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv
 from minipeft.layers.embeddings import LoRAEmbedding
@@ -79,45 +89,68 @@ def inject_lora(
     >>> inject_lora(model, ["0"], rank=2)
     ['0']
     """
-    return inject_over(model, target, rank, alpha, exclude, lora, {}, head=head)
+    check_model("inject_lora", model)
+    plan = plan_lora(survey(model, head), target, rank, alpha, exclude, lora)
+    return wrap_in_lora(model, plan, {})
 
 
-def inject_over(
-    model: nn.Module,
+class LoRAPlan(NamedTuple):
+    """Which module gets which layer, of which rank and alpha; nothing is built yet."""
+
+    modules: Modules
+    kinds: dict[str, LayerClass]
+    ranks: dict[str, Chosen]
+    alphas: dict[str, Chosen]
+    settings: dict[str, Any]  # further keywords of the layers
+    found: Targets
+
+
+def plan_lora(
+    places: Survey,
     target: Target,
     rank: int | Mapping[str, int],
     alpha: float | Mapping[str, float] | None,
     exclude: Target | None,
     lora: Mapping[str, object],
-    quantized: Mapping[str, nn.Module],
     *,
     stack: bool = False,
-    head: Head = None,
-) -> Names:
-    """`inject_lora` on a model whose modules `quantized` take the places of their names too.
+) -> LoRAPlan:
+    """Choose the layers of `inject_lora`; `stack` allows modules that have an adapter already.
 
-    `stack` wraps layers that have an adapter already once more.
+    Raises:
+        ValueError: as `inject_lora`, but for what the layers themselves refuse.
     """
-    check_model("inject_lora", model)
     settings = dict(lora)
     dora = bool(settings.pop("dora", False))
     target = target if isinstance(target, str) or callable(target) else list(target)
-    found = adapter_targets(model, target, exclude, stack=stack, head=head)
-    _check_kinds(found.chosen, dora)
-    modules = settled("inject_lora", model, found.chosen)
+    found = adapter_targets(places, target, exclude, stack=stack)
+    for name, module in found.chosen.items():
+        if layer_class(module, dora=dora) is None:
+            raise ValueError(
+                f"target: {name!r} is a {type(module).__name__}, for which there is no "
+                f"{'DoRA' if dora else 'LoRA'} layer (model/inject_lora.py lists those there are)"
+            )
+    modules = settled("inject_lora", places, found.chosen)
+    kinds = {n: kind for n, m in modules.items() if (kind := layer_class(m, dora=dora))}
     ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
+    return LoRAPlan(modules, kinds, ranks, alphas, settings, found)
+
+
+def wrap_in_lora(model: nn.Module, plan: LoRAPlan, quantized: Mapping[str, nn.Module]) -> Names:
+    """Build the layers of a plan, and put them in; or leave the model as it was.
+
+    `quantized` modules take the places of their names with them, below the layers or alone.
+    """
+    ranks, alphas = plan.ranks, plan.alphas
     made_of: dict[str, str] = {}
 
     def make(name: str, module: nn.Module | nn.Parameter) -> nn.Module:
-        base = quantized.get(name, module)
-        kind = layer_class(base, dora=dora)
-        assert kind is not None  # of every module, quantised or not
-        own = dict(settings)
+        base, kind = quantized.get(name, module), plan.kinds[name]
+        own = dict(plan.settings)
         if (for_weight := getattr(own.get("init"), "for_weight", None)) and base is not module:
             own["init"] = for_weight(module)  # it wants the weight from before quantisation
         parent = model.get_submodule(name.rpartition(".")[0])
-        over_experts = kind is LoRAExperts
-        if over_experts:
+        if kind is LoRAExperts:
             own["transposed"] = bool(getattr(parent, "is_transposed", False))
         layer: nn.Module = kind(base, ranks[name].value, alphas[name].value, **own)
         if isinstance(module, nn.Parameter):  # it has no mode to take over
@@ -131,16 +164,7 @@ def inject_over(
         return layer
 
     with restoring(model):
-        wrapped = build(modules, make)
+        wrapped = build(plan.modules, make)
         swap(model, {**quantized, **wrapped})
         freeze(model)
-    return Names(wrapped, found.left_out, made_of, found.notes)
-
-
-def _check_kinds(modules: Mapping[str, Any], dora: bool) -> None:
-    for name, module in modules.items():
-        if layer_class(module, dora=dora) is None:
-            raise ValueError(
-                f"target: {name!r} is a {type(module).__name__}, for which there is no "
-                f"{'DoRA' if dora else 'LoRA'} layer (model/inject_lora.py lists those there are)"
-            )
+    return Names(wrapped, plan.found.left_out, made_of, plan.found.notes)

@@ -10,6 +10,7 @@ All codes are made before the first layer is put in, so an error changes nothing
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -25,19 +26,16 @@ from minipeft.adapters.targets import (
     Head,
     HeadWarning,
     Names,
+    Survey,
     Target,
-    adapter_targets,
-    expert_weights,
     find,
-    head_reasons,
-    in_attention,
     likely_head,
-    visible_modules,
+    survey,
 )
 from minipeft.adapters.wrapper import take_hooks
-from minipeft.inject import build, check_model, put, restoring, settled, swap, tell
+from minipeft.inject import Modules, build, check_model, put, restoring, settled, swap, tell
 from minipeft.model.dense_again import forget_codes
-from minipeft.model.inject_lora import inject_over
+from minipeft.model.inject_lora import plan_lora, wrap_in_lora
 from minipeft.model.peft_words import in_our_words
 from minipeft.qlora import NF4Linear
 from minipeft.quantized.conv1d import NF4Conv1D
@@ -77,21 +75,20 @@ def _keeps_dense(
 
 
 def quantizable(
-    model: nn.Module,
+    places: Survey,
     *,
     skip: Skip = (),
     also: tuple[type[nn.Module], ...] = (),
     embeddings: bool = False,
     experts: bool = False,
-    head: Head = None,
 ) -> tuple[dict[str, nn.Module | nn.Parameter], dict[str, str]]:
     """What `quantize_model` would quantise, and why it leaves out the others.
 
     Modules by their names, and 3-D parameters by theirs.  Every weight of two or more axes is in
     one of the two.
     """
-    skipped = {} if skip == () else find(model, skip, caller="skip")
-    outside = {**in_attention(model), **head_reasons(model, head)}
+    skipped = {} if skip == () else find(places, skip, caller="skip")
+    model, outside = places.model, {**places.in_attention, **places.heads}
     float32 = {
         part
         for module in model.modules()
@@ -118,28 +115,28 @@ def quantizable(
         else:
             chosen[name] = layer
 
-    for name, module in visible_modules(model).items():
+    for name, module in places.modules.items():
         is_linear = linear_shape(module) is not None
         if (is_linear or isinstance(module, nn.Embedding)) and not is_packed(module):
             consider(name, module, partial(_keeps_dense, module, also, embeddings))
-    for name, parameter in expert_weights(model).items():
+    for name, parameter in places.experts.items():
         reason = None if experts else "a 3-D weight of experts (experts=True quantises it)"
         consider(name, parameter, partial(lambda why: why, reason))
-    for name, reason in other_weights(model).items():
+    for name, reason in other_weights(places).items():
         if not any(name == n or name.startswith(f"{n}.") for n in (*chosen, *left_out, *outside)):
             inside = any(name == n or name.startswith(f"{n}.") for n in skipped)
             left_out[name] = "skipped" if inside else reason
     return chosen, {**{n: w for n, w in outside.items() if n not in chosen}, **left_out}
 
 
-def other_weights(model: nn.Module) -> dict[str, str]:
+def other_weights(places: Survey) -> dict[str, str]:
     """Weights of two or more axes that no kind of 4-bit layer holds, and where they are.
 
     A module of torch's, or a convolution, comes once, under its own name; parameters that a module
     of your own or an attention holds by itself under theirs.
     """
     found: dict[str, str] = {}
-    for name, module in {"": model, **visible_modules(model)}.items():
+    for name, module in {"": places.model, **places.modules}.items():
         if is_packed(module) or is_adapter(module):
             continue
         kind = type(module).__name__
@@ -170,62 +167,76 @@ def _check_experts(model: nn.Module, names: list[str]) -> None:
             )
 
 
-def _quantized(
-    model: nn.Module,
+class CodesPlan(NamedTuple):
+    """What becomes 4-bit, and what stays dense and why; no code is made yet."""
+
+    modules: Modules
+    weights: dict[str, nn.Parameter]  # of experts
+    left_out: dict[str, str]
+    notes: dict[str, str]  # of what looks like the head
+    settings: dict[str, Any]
+
+
+def _plan_codes(
+    places: Survey,
     skip: Skip,
     also: tuple[type[nn.Module], ...],
     embeddings: bool,
     experts: bool,
     nf4: Mapping[str, object],
-    head: Head,
-    *,
-    level: int = 3,
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The 4-bit layers by name, and what stays dense; `level` of warnings: the user's line."""
-    check_model("quantize_model", model)
+) -> CodesPlan:
     chosen, left_out = quantizable(
-        model, skip=skip, also=also, embeddings=embeddings, experts=experts, head=head
+        places, skip=skip, also=also, embeddings=embeddings, experts=experts
     )
     if not chosen:
         raise ValueError(f"quantize_model: no layer to quantise; left out: {left_out}")
     if embeddings and not any(isinstance(module, nn.Embedding) for module in chosen.values()):
-        reasons = {n: left_out[n] for n, m in visible_modules(model).items()
+        reasons = {n: left_out[n] for n, m in places.modules.items()
                    if isinstance(m, nn.Embedding)}  # fmt: skip
         raise ValueError(f"quantize_model: embeddings=True, but none may be quantised: {reasons}")
     modules = {n: m for n, m in chosen.items() if isinstance(m, nn.Module)}
     weights = {n: p for n, p in chosen.items() if isinstance(p, nn.Parameter)}
     if experts and not weights:
         raise ValueError("quantize_model: experts=True, but no 3-D weight may be quantised")
-    _check_experts(model, list(weights))
+    _check_experts(places.model, list(weights))
     settings = {"block_size": 64, "double_quant": True, "compute_dtype": None} | dict(nf4)
     if unknown := set(settings) - {"block_size", "double_quant", "compute_dtype"}:
         raise TypeError(f"quantize_model: unknown arguments {sorted(unknown)}")
+
+    modules = settled("quantize_model", places, modules)
+    notes = likely_head(places, [*modules, *weights])
+    return CodesPlan(modules, weights, left_out, notes, settings)
+
+
+def _make_codes(model: nn.Module, plan: CodesPlan, *, level: int = 3) -> dict[str, nn.Module]:
+    """The 4-bit layers by name; `level` of warnings: the user's line."""
+    settings = plan.settings
 
     def make(name: str, module: nn.Module) -> nn.Module:
         layer: nn.Module
         if isinstance(module, nn.Embedding):
             table = {k: v for k, v in settings.items() if k != "compute_dtype"}
-            layer = NF4Embedding.from_embedding(module, **table)  # type: ignore[arg-type]
+            layer = NF4Embedding.from_embedding(module, **table)
         elif is_conv1d(module):
-            layer = NF4Conv1D.from_linear(module, **settings)  # type: ignore[arg-type]
+            layer = NF4Conv1D.from_linear(module, **settings)
         else:  # not from_linear: it refuses the classes that `also` admits
             layer = NF4Linear.from_weight(module.weight, module.bias, **settings)  # type: ignore[arg-type]
         take_hooks(layer, module)
         return layer.train(module.training)
 
-    layers = build(settled("quantize_model", model, modules), make)
-    for name, weight in weights.items():
+    layers = build(plan.modules, make)
+    for name, weight in plan.weights.items():
         try:
-            layers[name] = NF4Experts.from_weight(weight, **settings)  # type: ignore[arg-type]
+            layers[name] = NF4Experts.from_weight(weight, **settings)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    for name, why in left_out.items():
+    for name, why in plan.left_out.items():
         if "forward of its own" in why:
             hint = f"also=({type(model.get_submodule(name)).__name__},) makes it 4-bit all the same"
             warnings.warn(f"quantize_model left {name} dense: {why}; {hint}", stacklevel=level)
-    for name, note in likely_head(model, head, layers).items():
+    for name, note in plan.notes.items():
         warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=level)
-    return layers, left_out
+    return layers
 
 
 def quantize_model(
@@ -254,9 +265,11 @@ def quantize_model(
         ValueError: nothing to quantise, weights that are not finite, `embeddings` of a model
             whose embeddings are all tied; the model is as it was.
     """
-    layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4, head)
+    check_model("quantize_model", model)
+    plan = _plan_codes(survey(model, head), skip, also, embeddings, experts, nf4)
+    layers = _make_codes(model, plan)
     swap(model, layers)
-    return Names(layers, left_out, notes=likely_head(model, head, layers))
+    return Names(layers, plan.left_out, notes=plan.notes)
 
 
 def dequantize_model(model: nn.Module) -> list[str]:
@@ -316,12 +329,11 @@ def inject_qlora(
     nf4 = {
         "block_size": block_size, "double_quant": double_quant, "compute_dtype": compute_dtype
     }  # fmt: skip
-    target = target if isinstance(target, str) or callable(target) else list(target)
     check_model("inject_qlora", model)
-    # a wrong target should not cost the quantisation
-    adapter_targets(model, target, exclude, head=head)
-    layers, left_out = _quantized(model, skip, also, embeddings, experts, nf4, head, level=4)
-    notes = likely_head(model, head, layers)
-    names = inject_over(model, target, rank, alpha, exclude, lora, layers, head=head)
-    names.left_out, names.notes = left_out | names.left_out, notes | names.notes
+    places = survey(model, head)
+    # first: a wrong target should not cost the quantisation
+    lora_plan = plan_lora(places, target, rank, alpha, exclude, lora)
+    plan = _plan_codes(places, skip, also, embeddings, experts, nf4)
+    names = wrap_in_lora(model, lora_plan, _make_codes(model, plan, level=4))
+    names.left_out, names.notes = plan.left_out | names.left_out, plan.notes | names.notes
     return names

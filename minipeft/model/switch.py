@@ -16,9 +16,9 @@ from torch import nn
 
 from minipeft.adapters.names import adapters_called, check_new_name, give_name, named
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
-from minipeft.adapters.targets import Head, Names, Target
+from minipeft.adapters.targets import Head, Names, Target, survey
 from minipeft.inject import check_model, restoring
-from minipeft.model.inject_lora import inject_over
+from minipeft.model.inject_lora import plan_lora, wrap_in_lora
 from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import Row, refuse_rows, serve_rows, stop_rows
 from minipeft.prefix import PrefixEncoder
@@ -56,8 +56,9 @@ def add_adapter(
         raise ValueError("add_adapter: expected a rank")
     refuse_rows("add_adapter", model)
     refuse_merged("add_adapter", named_adapters(model))
+    plan = plan_lora(survey(model, head), target, rank, alpha, exclude, lora, stack=True)
     with restoring(model):
-        names = inject_over(model, target, rank, alpha, exclude, lora, {}, stack=True, head=head)
+        names = wrap_in_lora(model, plan, {})
         give_name(model, name, [model.get_submodule(place) for place in names])
     return names
 

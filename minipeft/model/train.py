@@ -19,7 +19,7 @@ from torch import nn
 from minipeft.adapters.names import DEFAULT, adapters_called, give_name, named, stacks
 from minipeft.adapters.protocol import innermost, is_adapter
 from minipeft.adapters.state import named_adapters, refuse_merged
-from minipeft.adapters.targets import Names, Target, find, in_attention, visible_modules
+from minipeft.adapters.targets import Names, Target, find, in_attention, survey, visible_modules
 from minipeft.inject import build, check_model, freeze, restoring, settled, swap
 from minipeft.layers.bias import LoRABias
 from minipeft.layers.embeddings import LoRAEmbedding
@@ -109,7 +109,8 @@ def train_modules(
             The model is then as it was.
     """
     check_model("train_modules", model)
-    modules = settled("train_modules", model, find(model, target))
+    places = survey(model)
+    modules = settled("train_modules", places, find(places, target))
     for place, module in modules.items():
         if not isinstance(module, nn.Module) or is_adapter(module):
             raise ValueError(f"train_modules: {place} is an adapter, or no module")
@@ -145,6 +146,7 @@ def train_tokens(
         ValueError: no embedding, ids that are no rows; a table whose rows train already.
     """
     check_model("train_tokens", model)
+    places = survey(model)
     ids = list(token_ids)
     if target is None:
         getter = getattr(model, "get_input_embeddings", None)
@@ -153,8 +155,8 @@ def train_tokens(
             raise ValueError("train_tokens: the model names no input embedding; pass target=")
         found = {n: m for n, m in visible_modules(model).items() if m is table}
     else:
-        found = find(model, target)
-    modules = settled("train_tokens", model, found)
+        found = find(places, target)
+    modules = settled("train_tokens", places, found)
     for place, module in modules.items():
         if any(isinstance(a, TrainedTokens) for a in stacks(model).get(place, [])):
             raise ValueError(f"train_tokens: rows of {place} train already; remove it first")

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from minipeft.adapters.protocol import is_conv1d, linear_shape
-from minipeft.adapters.targets import Head, HeadWarning, Names, likely_head
+from minipeft.adapters.targets import Head, HeadWarning, Names, likely_head, survey
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import Settings, entries, specs
 from minipeft.io.fields import read_object
@@ -42,7 +42,7 @@ def _chosen(
     model: nn.Module, reader: Reader, skip: Skip, block_size: int, double_quant: bool, head: Head
 ) -> tuple[dict[str, tuple[Settings, bool]], dict[str, str]]:
     """By key: what each weight becomes and whether it is transposed first; what stays dense."""
-    chosen, left_out = quantizable(model, skip=skip, head=head)
+    chosen, left_out = quantizable(survey(model, head), skip=skip)
     weights: dict[str, tuple[Settings, bool]] = {}
     absent: dict[int, str] = {}
     present: set[int] = set()
@@ -195,7 +195,7 @@ def quantize_checkpoint(
     with checkpoint.open_weights(source, mmap=mmap) as reader:
         weights, left_out = _chosen(model, reader, skip, block_size, double_quant, head)
         wanted = [key.removesuffix(".weight") for key in weights]
-        notes = likely_head(model, head, wanted)
+        notes = likely_head(survey(model, head), wanted)
         for name, note in notes.items():
             warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=2)
         becomes = {
