@@ -58,8 +58,7 @@ from minipeft.quantized.codebooks import (
 from minipeft.quantized.conv1d import NF4Conv1D
 from minipeft.quantized.embedding import NF4Embedding
 from minipeft.quantized.experts import NF4Experts
-from minipeft.variants.dora import DoRALinear
-from minipeft.variants.dora_layers import DoRAConv, DoRAEmbedding
+from minipeft.variants.dora import DoRAConv, DoRAEmbedding, DoRALinear
 from minipeft.variants.loftq import loftq
 from minipeft.variants.starts import (
     init_gaussian,

@@ -35,8 +35,7 @@ from minipeft.lora import LoRALinear
 from minipeft.model.peft_words import in_our_words
 from minipeft.quantized.embedding import NF4Embedding
 from minipeft.quantized.experts import NF4Experts
-from minipeft.variants.dora import DoRALinear
-from minipeft.variants.dora_layers import DoRAConv, DoRAEmbedding
+from minipeft.variants.dora import DoRAConv, DoRAEmbedding, DoRALinear
 
 LayerClass = Callable[..., Any]
 

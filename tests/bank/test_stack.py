@@ -16,7 +16,7 @@ from minipeft.layers.trained import TrainedModule
 from minipeft.lora import LowRank
 from minipeft.model.rows import RowStack
 from minipeft.model.rows.stack import why_not
-from minipeft.variants.dora_layers import DoRAConv
+from minipeft.variants.dora import DoRAConv
 
 ROWS = ["fr", None, "default", ["fr", "de"], "de", None]
 OTHERS = [None, "de", ["default", "fr"], "fr", None, "default"]
