@@ -1,1 +1,1 @@
-"""4-bit layers beyond the linear one: embeddings, experts, GPT-2's Conv1D."""
+"""Adapter layers for other modules than a linear one, and layers whose own parts train."""

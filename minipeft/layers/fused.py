@@ -34,12 +34,12 @@ Number = TypeVar("Number", int, float)
 class LoRAFusedLinear(LowRank):
     """A fused projection with LoRA on slices of its output: rows of slice i get s_i B_i A_i x.
 
-    `slices` gives the sizes of consecutive slices by name, or the rows of each, as
-    the functions below make them.  `rank` is one number for all or one for each name (0, or a name
-    left out: no adapter there); `alpha` likewise, None for alpha = rank.  `lora_a` (sum of ranks,
-    in_features) has the A of the slices one below the other; `lora_b_<name>` is (rows of the
-    slice, its rank).  `init` is called with the layer after lora_a was drawn and every B is zero.
-    The other arguments are as of LoRALinear.
+    `slices` gives the sizes of consecutive slices by name, or the rows of each, as the functions
+    below make them.  `rank` is one number for all or one for each name (0, or a name left out: no
+    adapter there); `alpha` likewise, None for alpha = rank.  `lora_a` (sum of ranks, in_features)
+    has the A of the slices one below the other; `lora_b_<name>` is (rows of the slice, its rank).
+    `init` is called with the layer after lora_a was drawn and every B is zero.  The other
+    arguments are as of LoRALinear.
 
     As one adapter it has the rank `rank`, the sum, scaling 1 and the two `factors()`.
 
