@@ -7,12 +7,13 @@ adding to what the one below computes, and the innermost module is the model's o
       base: LoRALinear          adds B' A' x
         base: nn.Linear         W x + b, frozen
 
-A subclass computes in `forward` and says in `exact_parameters` what that makes of the innermost
-module's parameters; the rest is here.  With a method `on_top(out, x, strength)` it serves batches
-whose rows use different adapters (model/rows/stack.py): what it makes of `out`, the output of the
-layers below for the input `x`, while it is on, whatever `enabled` says; `strength` is scaling *
-scale.  A layer whose rows need numbers of their own has them from `lengths()`, a tuple of tensors
-(channels,), and gets them by row after `strength`, with the axes of `out`.
+A subclass computes in `forward`, where `strength_now()` says how strongly it acts and
+`call_merged` computes while it is merged, and says in `exact_parameters` what that makes of the
+innermost module's parameters; the rest is here.  With a method `on_top(out, x, strength)` it serves
+batches whose rows use different adapters (model/rows/stack.py): what it makes of `out`, the output
+of the layers below for the input `x`, while it is on, whatever `enabled` says; `strength` is
+scaling * scale.  A layer whose rows need numbers of their own has them from `lengths()`, a tuple of
+tensors (channels,), and gets them by row after `strength`, with the axes of `out`.
 """
 
 import copy
