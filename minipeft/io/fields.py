@@ -38,7 +38,7 @@ NAMES = Kind(
 
 
 def whole(least: int, below: int = _LARGEST_NUMBER) -> Kind:
-    """Whole numbers from `least` on; 4.0 is written as a fraction and is none."""
+    """Whole numbers from `least` to below `below`, written without a fraction: 4.0 is refused."""
     upper = "" if below == _LARGEST_NUMBER else f" and below {below}"
     return Kind(
         f"a whole number of at least {least}{upper}",

@@ -118,7 +118,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The same, and the file's metadata.
+    """The tensors of a safetensors file as of read_tensors, and the file's metadata.
 
     Raises:
         ValueError: as read_tensors.

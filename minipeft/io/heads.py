@@ -17,7 +17,7 @@ def head_tensors(
 ) -> Heads:
     """The states of the modules that train whole with the adapter.
 
-    `gathered` has values by the id of the parameter that they are of, in the place of its own.
+    `gathered` maps the id of a parameter to the values to write in its place.
     """
     found: Heads = {}
     for place, stack in adapters_called("save", model, name).items():

@@ -246,7 +246,7 @@ def finish(folder: Path) -> None:
 
 
 def _finish(folder: Path) -> None:
-    """The same for one folder, whose lock the caller has."""
+    """Move one folder's committed files to their places; the caller holds the folder's lock."""
     commit = folder / COMMIT
     _refuse_links(commit)
     if not commit.exists():

@@ -19,7 +19,7 @@ from minipeft.adapters.state import named_adapters
 from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress
 from minipeft.io.peft.save import describe, stage_adapter
 from minipeft.io.prefixes import config as own_files
-from minipeft.io.prefixes import save as ptuning
+from minipeft.io.prefixes import save as own_format
 from minipeft.io.replace import Replacement
 from minipeft.io.seal import stage
 
@@ -54,24 +54,24 @@ def save_adapters(
         )
     if not is_main_process:
         return
-    gathered = ptuning.gathered_by_id(model, state_dict or {})
+    gathered = own_format.gathered_by_id(model, state_dict or {})
     staged: list[Callable[[Replacement], None]] = []
     for name in named(model):
         folder, in_peft, beside = "" if name == DEFAULT else name, True, False
         try:
             found = describe(model, [name], gathered, beside_prefix=False)
         except CannotExpress:
-            in_peft = beside = ptuning.has_more_than_prefix(model, name)
+            in_peft = beside = own_format.has_more_than_prefix(model, name)
             if beside:
                 found = describe(model, [name], gathered, beside_prefix=True)
-        own = not in_peft or beside or ptuning.loses_in_peft(model, name)
-        own = own and ptuning.has_prefix(model, name)
+        own = not in_peft or beside or own_format.loses_in_peft(model, name)
+        own = own and own_format.has_prefix(model, name)
         inside = f"{folder}/" if folder else ""
         files = [f"{inside}{file}" for file in (own_files.CONFIG_NAME, own_files.WEIGHTS_NAME)]
         if in_peft:
             staged.append(partial(stage_adapter, folder=folder, adapter=found[name]))
         if own:
-            config, tensors = ptuning.describe_prefix(
+            config, tensors = own_format.describe_prefix(
                 model, name, gathered, reparametrization=True, heads=not beside
             )
             names = (files[0], files[1])

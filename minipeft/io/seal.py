@@ -1,8 +1,9 @@
 """A configuration and the weights that were saved with it: the weights' file knows both.
 
 The metadata of a weights file holds the configuration as it was written.  A reader reads the
-configuration first and the weights second, and compares: so it notices a save that came between,
-and an edit.  What says only where an adapter comes from may be edited.
+configuration, then the weights, and compares: it notices when another save came between the two,
+and when somebody edited the configuration.  Fields that only say where an adapter comes from may
+be edited.
 """
 
 import json
@@ -17,7 +18,7 @@ from minipeft.io.files import encoded, read_all
 from minipeft.io.replace import NotOneSave, Replacement
 
 CONFIG, TRAINING = "minipeft_config", "minipeft_training"
-# Of these no number depends: where the adapter is from, how it was made, what PEFT fills in.
+# No number depends on these: where the adapter is from, how it was made, what PEFT fills in.
 _FREE = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "model", "peft_version",
     "revision", "task_type", "megatron_core", "qalora_group_size", "init_lora_weights",
@@ -36,9 +37,9 @@ def stage(
     tensors: Mapping[str, Tensor],
     training: Mapping[str, object] | None = None,
 ) -> None:
-    """Write a configuration and weights that belong together; names: of the two files.
+    """Write a configuration and weights that belong together; `names` are those of the two files.
 
-    `training` is what other readers need not know and going on with training does.
+    `training` is what only further training needs: other readers pass over it.
     """
     more = {CONFIG: json.dumps(config, sort_keys=True)}
     if training:

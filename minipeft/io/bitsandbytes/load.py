@@ -1,4 +1,6 @@
-"""Fill a model on the meta device from a 4-bit checkpoint; nothing is ever dense but what is dense.
+"""A model on the meta device, filled from a 4-bit checkpoint.
+
+4-bit weights go from the file into the layer as codes; no dense copy of them is made.
 
 with torch.device("meta"):
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))

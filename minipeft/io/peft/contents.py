@@ -1,4 +1,7 @@
-"""What the tensors of an adapter file are for, in a given model."""
+"""The tensors of an adapter file sorted by purpose, for a given model.
+
+A tensor is a factor of a layer, a bias, part of a module saved whole, rows of tokens, or wrong.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field

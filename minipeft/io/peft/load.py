@@ -1,4 +1,4 @@
-"""A PEFT LoRA directory onto a model: every layer is made and filled before the first is put in."""
+"""Loads a PEFT directory onto a model; all layers are made and filled before any is put in."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -36,9 +36,10 @@ from minipeft.quantized.experts import NF4Experts
 
 
 class Loaded(Names):
-    """Names of the modules that got a layer; with strict=False what the file lacked or had more.
+    """Names of the modules that got a layer.
 
-    `ignored` are the configuration's fields that were read past.
+    With strict=False `missing` and `unexpected` hold the keys that the file lacked or had beyond
+    those asked for; `ignored` are the configuration's fields that were read past.
     """
 
     missing: list[str]

@@ -1,7 +1,7 @@
-"""Whose tensor each key of a file is, in a given model, however either spells the names.
+"""The module of a given model that each key of a file belongs to, however either spells the names.
 
-Plain names (adapters/plain_names.py) go between them: the model's own without what torch wraps
-around its modules, the file's in the spelling that the model has.
+Both are compared by plain names (adapters/plain_names.py), without what torch wraps around
+modules.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,7 @@
-"""What a configuration says for each module of one model, by PEFT's rules for names."""
+"""A configuration matched with one model: rank, alpha and purpose of each module.
+
+Names are compared by PEFT's rules.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

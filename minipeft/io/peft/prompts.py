@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.integrations.transformers.attach import attach
-from minipeft.integrations.transformers.attach_prompt import check_decoder
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.io.fields import NAMES, Kind, check, is_off, one_of, optional, read_object, whole
@@ -25,6 +24,7 @@ from minipeft.io.heads import (
     task_heads,
 )
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
+from minipeft.io.prefixes.load import check_prompt_size, encoder_of_table
 from minipeft.io.prefixes.save import has_more_than_prefix, with_values
 from minipeft.io.replace import current
 from minipeft.io.seal import read_sealed
@@ -34,7 +34,7 @@ from minipeft.prefix import PrefixEncoder
 KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 _KEY, _HEADS, _LONG = "prompt_embeddings", ("base_model.",), "base_model.model."
 _SIZE = whole(1, 2**24)
-# Of the configuration nothing else says what to compute: the values are in the table.
+# Fields that are read past, but for those in _FIELDS: the values are in the table.
 _KNOWN = {
     "peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers",
     "num_transformer_submodules", "encoder_hidden_size", "prefix_projection", "init_weights",
@@ -69,7 +69,9 @@ def kind_in(directory: Path) -> str | None:
 def load_prompts(
     model: Any, directory: Path, name: str, *, strict: bool
 ) -> tuple[list[str], list[str]]:
-    """Attach what a directory of one of KINDS holds; the modules' names, and unexpected keys.
+    """Attach the adapter of a directory whose kind is in KINDS.
+
+    Returns the names of the modules that it is in, and the keys that belong to no module.
 
     Raises:
         ValueError: a file missing or damaged, an adapter of another model, an encoder-decoder.
@@ -106,22 +108,9 @@ def load_prompts(
             prefix.window = "like_token"
         if deep:
             _check_layers(config, prefix, model)
-            total = sum(shape.width for shape in prefix.kv_shapes)
-            if table.shape[1] != total:
-                raise ValueError(
-                    f"{where}: {table.shape[1]} columns; the {len(prefix.kv_shapes)} layers of "
-                    f"{type(model).__name__} take {total}"
-                )
-            encoder = PrefixEncoder(prefix.kv_shapes, length, **settings)
-            encoder.load_flat(table.float())
-            return encoder
-        check_decoder("load_peft", model, prefix)
-        size = model.get_input_embeddings().embedding_dim
-        if table.shape[1] != size:
-            raise ValueError(
-                f"{where}: {table.shape[1]} columns; the model's embeddings have {size}"
-            )
-        source = PromptEmbedding(length, size)
+            return encoder_of_table(where, prefix, table, **settings)
+        check_prompt_size(where, prefix, table.shape[1])
+        source = PromptEmbedding(length, table.shape[1])
         source.load_table(table.float())
         return RunPrompt(source)
 
@@ -199,15 +188,15 @@ def prompt_in(model: nn.Module, name: str) -> Any:
 
 
 class CannotExpress(ValueError):
-    """What PEFT's format has no words for."""
+    """PEFT's format cannot express this adapter."""
 
 
 def describe_prompts(
     model: Any, name: str, gathered: Mapping[int, Tensor]
 ) -> tuple[dict[str, object], dict[str, Tensor], dict[str, object]]:
-    """Of the prefix or prompt called `name`: the configuration, tensors, what training needs.
+    """The configuration, tensors and training settings to write of the prompt called `name`.
 
-    `gathered` has values by the id of the parameter that they are of, in the place of its own.
+    `gathered` maps the id of a parameter to the values to write in its place.
 
     Raises:
         CannotExpress: positions that are not shifted, a prefix that a sliding window does not

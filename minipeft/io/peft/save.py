@@ -1,4 +1,4 @@
-"""A model's adapters as directories that PEFT and minipeft load."""
+"""Saves a model's adapters as directories that PEFT and minipeft load."""
 
 import os
 import re
@@ -176,7 +176,7 @@ def _target_modules(model: nn.Module, names: set[str]) -> list[str] | str:
 
 
 def _rank_and_alpha(layer: LowRank, stabilized: bool) -> tuple[int, float]:
-    """Of the product as it is written: twice the rank where a start is subtracted."""
+    """Rank and alpha of the product that is written: a subtracted start doubles the rank."""
     twice, scaling = 2 if layer.lora_a0 is not None else 1, layer.scaling
     if isinstance(layer, LoRAFusedLinear) and len(set(layer.scalings.values())) == 1:
         scaling = next(iter(layer.scalings.values()))  # see tensors.py
@@ -313,7 +313,7 @@ def describe(
 ) -> dict[str, Described]:
     """What to write of each of these adapters; arguments and errors as of save_peft.
 
-    `gathered` has values by the id of the parameter that they are of, in the place of its own.
+    `gathered` maps the id of a parameter to the values to write in its place.
     """
     found: dict[str, Described] = {}
     for name in names:

@@ -210,7 +210,13 @@ def taken_bias(where: str, found: dict[Key, Tensor], *, wanted: bool) -> Tensor 
 def experts_parameters(
     where: str, layer: LoRAExperts, found: Mapping[Key, Tensor], *, halves: int = 1
 ) -> Tensors:
-    """The same for one expert weight; of twice its rank with two `halves`."""
+    """What the adapter parameters of one expert weight get from a file's tensors.
+
+    With two `halves` the tensors have twice the layer's rank: the second half is a start.
+
+    Raises:
+        ValueError: other tensors than lora_A and lora_B, or tensors of other ranks.
+    """
     roles = {key.role: value for key, value in found.items()}
     if set(roles) != {"lora_A", "lora_B"} or any(value.dim() != 2 for value in roles.values()):
         raise ValueError(f"{where}: {sorted(roles)}; expected lora_A and lora_B")

@@ -1,7 +1,7 @@
-"""What PEFT's format has no words for and going on with training needs: layers by their names.
+"""How layers train, where PEFT's format cannot say it: written to a file and read back.
 
-A file's numbers say what a layer computes, not always how it trains.  So a weights file of ours
-says in its metadata, as JSON, for those modules that need it:
+PEFT's files say what a layer computes, but not always how it trains.  A weights file of ours says
+the rest in its metadata, as JSON, for the modules that need it:
 
     slices          [[name, rank, scaling, [[first row, end], ...]], ...]   LoRAFusedLinear
     start           true: the second half of the rank is a frozen start that is subtracted

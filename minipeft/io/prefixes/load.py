@@ -1,4 +1,4 @@
-"""A directory of minipeft's own onto a model: nothing is allocated or attached before it fits."""
+"""Loads a directory of minipeft's own format; shapes are checked before anything is allocated."""
 
 import os
 from collections.abc import Mapping
@@ -145,13 +145,7 @@ def _built(
     if kind == "prefix" and config.get("gated") and prefix.route == "cache":
         raise ValueError(f"{where}: a gated prefix; {type(model).__name__} takes none")
     if kind != "prefix":
-        check_decoder(str(where), model, prefix)
-        table: Any = model.get_input_embeddings()  # type: ignore[operator]
-        if table.embedding_dim != config["embedding_dim"]:
-            raise ValueError(
-                f"{where}: a prompt of size {config['embedding_dim']}; the model's embeddings have "
-                f"{table.embedding_dim}"
-            )
+        check_prompt_size(where, prefix, config["embedding_dim"])
     if kind == "prefix":
         return _encoder(config, tensors, prefix.kv_shapes, where)
     with torch.device("meta"):
@@ -159,6 +153,33 @@ def _built(
     source = _prompt(config)
     _fill(source, tensors, where, only="")
     return RunPrompt(source)
+
+
+def check_prompt_size(where: Path, prefix: Prefix, size: int) -> None:
+    """Raise ValueError unless the model is a decoder whose embeddings have this size."""
+    model: Any = prefix.model
+    check_decoder(str(where), model, prefix)
+    if (own := model.get_input_embeddings().embedding_dim) != size:
+        raise ValueError(f"{where}: a prompt of size {size}; the model's embeddings have {own}")
+
+
+def encoder_of_table(
+    where: str | Path, prefix: Prefix, table: Tensor, **settings: Any
+) -> PrefixEncoder:
+    """A PrefixEncoder for the model of `prefix` that holds a flat table (prefix_length, total).
+
+    Raises:
+        ValueError: the layers take another number of columns; values that are not finite.
+    """
+    total = sum(shape.width for shape in prefix.kv_shapes)
+    if table.shape[1] != total:
+        raise ValueError(
+            f"{where}: {table.shape[1]} columns; the {len(prefix.kv_shapes)} layers of "
+            f"{type(prefix.model).__name__} take {total}"
+        )
+    encoder = PrefixEncoder(prefix.kv_shapes, len(table), **settings)
+    encoder.load_flat(table.float())
+    return encoder
 
 
 def _encoder(

@@ -15,6 +15,7 @@ from minipeft.adapters.names import DEFAULT
 from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import Prefix
 from minipeft.io.files import read_tensors, write_tensors
+from minipeft.io.prefixes.load import encoder_of_table
 from minipeft.io.prefixes.save import prefix_of
 from minipeft.prefix import PrefixEncoder
 
@@ -93,20 +94,10 @@ def load_prefix_encoder(
         chatglm = any(key.startswith("transformer.prefix_encoder.") for key in state)
         position = "none" if chatglm else "shift"
 
-    def make(prefix: Prefix) -> PrefixEncoder:
-        total = sum(shape.width for shape in prefix.kv_shapes)
-        if flat.shape[1] != total:
-            raise ValueError(
-                f"{where}: {flat.shape[1]} columns; the {len(prefix.kv_shapes)} layers of "
-                f"{type(model).__name__} take {total}"
-            )
-        encoder = PrefixEncoder(prefix.kv_shapes, len(flat))
-        encoder.load_flat(flat)
-        return encoder
-
     return attach(
-        model, len(flat), make, caller="load_prefix_encoder", name=name, position=position
-    )
+        model, len(flat), lambda prefix: encoder_of_table(where, prefix, flat),
+        caller="load_prefix_encoder", name=name, position=position,
+    )  # fmt: skip
 
 
 def save_prefix_encoder(

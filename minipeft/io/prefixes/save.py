@@ -1,4 +1,4 @@
-"""A prefix or prompt written to a directory of minipeft's own."""
+"""Saves a prefix or prompt in minipeft's own format."""
 
 import copy
 import os
@@ -42,7 +42,7 @@ def has_prefix(model: nn.Module, name: str) -> bool:
 
 
 def loses_in_peft(model: nn.Module, name: str) -> bool:
-    """Whether the folded table that PEFT keeps is less than what training needs to go on."""
+    """Whether PEFT's format, which keeps a folded table, lacks what further training needs."""
     if not has_prefix(model, name):
         return False
     encoder = prefix_of("save_prefix", model, name)[1]
@@ -57,7 +57,7 @@ def is_prompt(place: str) -> bool:
 
 
 def has_more_than_prefix(model: nn.Module, name: str) -> bool:
-    """Whether it has layers other than that and heads."""
+    """Whether the adapter called `name` has layers beside its prefix or prompt and its heads."""
     return any(
         not is_prompt(place) and not isinstance(layer, TrainedModule)
         for place, stack in adapters_called("save_prefix", model, name).items()
@@ -96,7 +96,7 @@ def describe_prefix(
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The configuration and the tensors of one prefix or prompt; as of save_prefix.
 
-    `gathered` has values by the id of the parameter that they are of, in the place of its own.
+    `gathered` maps the id of a parameter to the values to write in its place.
     """
     if isinstance(model, PrefixEncoder):
         config, tensors = _alone(with_values(model, gathered), reparametrization)
@@ -123,7 +123,10 @@ def describe_prefix(
 def _alone(
     encoder: PrefixEncoder, reparametrization: bool
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same of an encoder whose attention is its owner's: nothing is known of positions."""
+    """The configuration and tensors of an encoder for attention of the user's own.
+
+    No model is known, so positions and windows are written as "own".
+    """
     settings, tensors = _described(encoder, reparametrization)
     shapes = [list(shape) for shape in encoder.kv_shapes]
     return {
