@@ -89,10 +89,11 @@ def adopt(model: nn.Module) -> None:
 
     Its own where neither adapters nor packed layers are left.
     """
+    ours = {id(part) for part in model.modules() if is_adapter(part) or is_packed(part)}
     for module in model.modules():
         if not callable(getattr(type(module), "save_pretrained", None)):
             continue
-        if any(is_adapter(part) or is_packed(part) for part in module.modules()):
+        if any(id(part) in ours for part in module.modules()):
             # a partial, not a bound method: pickle would look a bound method up by its name
             module.save_pretrained = partial(save_adapters, module)  # type: ignore[assignment]
         else:

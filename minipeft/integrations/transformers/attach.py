@@ -28,13 +28,15 @@ def attach(
     name: str,
     position: str | None = None,
     window: str | None = None,
+    window_if_sliding: str | None = None,
     locations: Iterable[str] | None = None,
     train_head: bool | list[str] = True,
 ) -> Prefix:
     """Put what `make` returns among the model's prefixes; the model is as it was if it raises.
 
-    `train_head` True: new heads that do not train yet train too; a list: these modules.  Errors
-    begin with the name of the `caller`.
+    `window_if_sliding` is the window of a model's first prefix where none is asked for and the
+    model has sliding windows.  `train_head` True: new heads that do not train yet train too; a
+    list: these modules.  Errors begin with the name of the `caller`.
 
     Raises:
         ImportError: transformers is not installed.
@@ -65,7 +67,12 @@ def attach(
             _refuse_inner(caller, model)
             probe.own_configs(model, undo)
             with probe.errors_of(caller):
-                prefix = _prepare(model, length, position, window, locations, undo)
+                reach = probe.study(model, locations)
+                chosen, seen = _settled(model, reach, length, position, window)
+            if window is None and window_if_sliding and reach.has_windows and reach.causal:
+                seen = window_if_sliding
+            prefix = Prefix(model, reach, position=chosen, window=seen)
+            undo.callback(prefix.hooks.remove)
         encoder = make(prefix)
         table: Any = model.get_input_embeddings()
         with probe.errors_of(caller):
@@ -152,29 +159,30 @@ def _present(
     return prefix
 
 
-def _prepare(
-    model: Any, prefix_length: int, position: str | None, window: str | None,
-    locations: Iterable[str] | None, undo: ExitStack,
-) -> Prefix:  # fmt: skip
-    """A Prefix without encoders, hooked into the model; `undo` takes it off again."""
-    reach = probe.look(model)
-    there = list(dict.fromkeys(reach.locations))
-    chosen = tuple(there if locations is None else locations)
-    if not chosen or not set(chosen) <= set(there):
-        raise ValueError(f"locations={chosen}; {type(model).__name__} has {there}")
-    reach = reach.only(chosen)
-    rule, by_slot = None, False
-    if probe.is_encoder_decoder(model):
-        causal = False
-    else:
-        base = reach.holders[0]
-        rule = positions.find_rule(base)
-        causal = reach.route == "cache" or positions.is_causal(base)
-        by_slot = reach.route == "cache" and not positions.matter(base)
+def _settled(
+    model: Any, reach: probe.Reach, prefix_length: int, position: str | None, window: str | None
+) -> tuple[str, str]:
+    """Position and window, None replaced by what suits the model; ValueError if it cannot be."""
+    shiftable = reach.rule is not None or reach.route == "cache"
     if position is None:
-        position = "shift" if causal and (rule is not None or reach.route == "cache") else "none"
-    _check_position(model, reach, position, rule, prefix_length, by_slot=by_slot)
-    if window == "like_token" and (not causal or position != "shift"):
+        position = "shift" if reach.causal and shiftable else "none"
+    name = type(model).__name__
+    if position == "none" and reach.by_slot:
+        raise ValueError(
+            f"{name} sees how far away a key is by counting what lies between "
+            "(ALiBi), so the prefix is counted too; use position='shift'"
+        )
+    if position == "shift" and not shiftable:
+        raise ValueError(
+            f"{name} numbers its tokens in a way that cannot be shifted from "
+            "outside; use position='none'"
+        )
+    if reach.table is not None and position == "shift" and prefix_length >= reach.table:
+        raise ValueError(
+            f"prefix_length={prefix_length} leaves no room in the position table of "
+            f"{reach.table} rows"
+        )
+    if window == "like_token" and (not reach.causal or position != "shift"):
         raise ValueError(
             "window='like_token' counts the prefix as tokens before the text, which "
             "only a decoder with position='shift' has"
@@ -182,31 +190,4 @@ def _prepare(
     text = model.config.get_text_config()
     if window == "like_token" and getattr(text, "attention_chunk_size", None):
         raise ValueError("window='like_token' is not for attention in chunks")
-    prefix = Prefix(
-        model, reach, position=position, window=window or "always", rule=rule, by_slot=by_slot,
-        causal=causal,
-    )  # fmt: skip
-    undo.callback(prefix.hooks.remove)
-    return prefix
-
-
-def _check_position(
-    model: nn.Module, reach: probe.Reach, position: str, rule: str | None, prefix_length: int,
-    *, by_slot: bool,
-) -> None:  # fmt: skip
-    name = type(model).__name__
-    if position == "none" and by_slot:
-        raise ValueError(
-            f"{name} sees how far away a key is by counting what lies between "
-            "(ALiBi), so the prefix is counted too; use position='shift'"
-        )
-    if position == "shift" and rule is None and reach.route == "attention":
-        raise ValueError(
-            f"{name} numbers its tokens in a way that cannot be shifted from "
-            "outside; use position='none'"
-        )
-    table = positions.table_rows(reach.holders[0])
-    if table is not None and position == "shift" and prefix_length >= table:
-        raise ValueError(
-            f"prefix_length={prefix_length} leaves no room in the position table of {table} rows"
-        )
+    return position, window or "always"

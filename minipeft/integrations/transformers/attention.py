@@ -231,9 +231,17 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
     return known
 
 
-def number_of_new() -> int:
-    """A number that no other prefix has."""
-    return next(_numbers)
+def name(configs: list[Any], owner: nn.Module, number: int | None) -> int:
+    """Let the configs name the attention with the prefix `number`; None: one that is free."""
+    if number is None:
+        number = next(_numbers)
+    for config in configs:
+        own = own_implementation(config._attn_implementation)
+        wanted = f"minipeft{number}_{own}"
+        if config._attn_implementation != wanted:
+            register(own, owner, number)
+            config._attn_implementation_internal = wanted
+    return number
 
 
 def forget(known: str) -> None:

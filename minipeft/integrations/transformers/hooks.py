@@ -3,6 +3,36 @@
 Before: the config names the attention with the prefix, tokens are numbered, masks that the caller
 built get the prefix's columns, and on route A a view takes the cache's place.  After: the caller's
 cache is back in its place.
+
+All that the library leaves outside its own layers, why, and who takes it off (a test compares a
+model before and after, tests/test_hidden_state.py):
+
+For the whole process
+    torch.ops.minipeft, ops._table, ops._loaded     the operators and what computes them; stay
+    torch's flop counter, sys.meta_path             counts our products (fast/flops.py); the finder
+                                                    goes once the counter is imported
+    inject.after_swap                               who is told of a changed model: buffers.release,
+                                                    and save_pretrained.adopt once io is imported
+    Attention(Mask)Interface._global_mapping        "minipeft<n>_sdpa": how a prefix is reached
+                                                    (attention.register); gone with its Prefix
+On a model that has a prefix, until Prefix.remove
+    forward hooks of holders and embeddings         this file
+    config, a copy                                  shared configs stay as they are; the copy stays
+    config._attn_implementation_internal            names the attention above; own name put back
+    _minipeft_prefix, _minipeft_held                on attention (owner, layer), on holders
+    _can_checkpoint_with_cache                      route A: checkpointed layers keep the cache
+    minipeft_prefix                                 the submodule with the encoders
+On a model that has any adapter, until the last is removed
+    _minipeft_adapters                              which adapter is called what (adapters/names.py)
+    save_pretrained                                 writes adapters (io/save_pretrained.py); a model
+                                                    with 4-bit layers keeps it
+    train, _minipeft_mode, _minipeft_buffers        the base's statistics stand still
+                                                    (adapters/buffers.py)
+For the time of a call, or with the object they are on
+    _minipeft_covered, _minipeft_plain              on masks and caches: whose columns they have
+    _minipeft_prompts                               on a cache: the prompts' keys it was filled with
+    gradient_checkpointing                          off while a prompt is run (prompt_runs.py)
+    LastRun                                         a prompt's last run, per thread while it lives
 """
 
 from typing import Any
@@ -11,7 +41,6 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.integrations.transformers import attention, positions
-from minipeft.integrations.transformers.arguments import Arguments, names_of
 from minipeft.integrations.transformers.cache import PrefixedCache
 from minipeft.integrations.transformers.masks import (
     Query,
@@ -19,6 +48,7 @@ from minipeft.integrations.transformers.masks import (
     pad_front,
     put_in_front,
 )
+from minipeft.integrations.transformers.positions import Arguments, names_of
 from minipeft.integrations.transformers.probe import Reach
 
 READS_ONLY = "_can_checkpoint_with_cache"  # of transformers' layers: see `allow_checkpointing`
@@ -27,9 +57,9 @@ READS_ONLY = "_can_checkpoint_with_cache"  # of transformers' layers: see `allow
 class Hooks:
     """The hooks of one Prefix on the models that make the masks (`holders`)."""
 
-    def __init__(self, prefix: Any, reach: Reach, rule: str | None, *, by_slot: bool) -> None:
+    def __init__(self, prefix: Any, reach: Reach) -> None:
         self.route, self.holders, self.modules = reach.route, reach.holders, reach.modules
-        self.rule, self.by_slot = rule, by_slot
+        self.rule, self.by_slot = reach.rule, reach.by_slot
         self.names = [names_of(holder) for holder in reach.holders]
         self.rows = [positions.table_rows(holder) for holder in reach.holders]
         self.number: int | None = None  # of the registered functions; a copy gets its own
@@ -76,14 +106,7 @@ class Hooks:
 
         It stays while the prefix is off: then it hands everything on as it is.
         """
-        if self.number is None:
-            self.number = attention.number_of_new()
-        for config in self.configs():
-            own = attention.own_implementation(config._attn_implementation)
-            wanted = f"minipeft{self.number}_{own}"
-            if config._attn_implementation != wanted:
-                attention.register(own, self.prefix, self.number)
-                config._attn_implementation_internal = wanted
+        self.number = attention.name(self.configs(), self.prefix, self.number)
 
     def configs(self) -> list[Any]:
         """Those of the holders and of the attention modules, each once."""

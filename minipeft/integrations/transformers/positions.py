@@ -1,5 +1,6 @@
-"""Positions and masks of a transformers model that has a prefix."""
+"""What a call of a transformers model says, and by which rule the model numbers its tokens."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,9 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.integrations.transformers.arguments import Arguments, names_of
-
 TABLES = ("wpe", "embed_positions", "position_embeddings")  # learned absolute positions
+
+
+class Arguments:
+    """`given["position_ids"]` reads an argument (None if absent); assigning changes the call."""
+
+    def __init__(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs, self._names = args, dict(kwargs), names
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._names[: len(self.args)]:
+            return self.args[self._names.index(name)]
+        return self.kwargs.get(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name in self._names[: len(self.args)]:
+            index = self._names.index(name)
+            self.args = (*self.args[:index], value, *self.args[index + 1 :])
+        else:
+            self.kwargs[name] = value
+
+
+def names_of(module: nn.Module) -> list[str]:
+    """The names of the parameters of `module.forward`, in their order."""
+    return list(inspect.signature(module.forward).parameters)
 
 
 def seen(given: Arguments) -> Any:

@@ -45,23 +45,20 @@ class Prefix(nn.Module):
     model: nn.Module
     row_columns: Tensor | None  # (rows, columns) while rows use prefixes of their own
 
-    def __init__(
-        self, model: nn.Module, reach: probe.Reach, *, position: str, window: str,
-        rule: str | None, by_slot: bool, causal: bool,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, reach: probe.Reach, *, position: str, window: str) -> None:
         super().__init__()
         self.encoders = nn.ModuleDict()
         self.position, self.window, self.route = position, window, reach.route
         self.kv_shapes: list[KVShape] = reach.shapes
         self.locations = reach.locations
-        self.causal, self.has_windows = causal, reach.has_windows
+        self.causal, self.has_windows = reach.causal, reach.has_windows
         self.rows: list[tuple[str, ...]] | None = None  # None: all rows use what is on
         self.served: tuple[str, ...] = ()  # the names in rows, in the order of encoders
         self.register_buffer("row_columns", None, persistent=False)
         self.heads: dict[str, list[str]] = {}  # by prefix: modules that train with it
         # in __dict__: as a submodule, the model would contain itself
         self.__dict__["model"] = model
-        self.hooks = Hooks(self, reach, rule, by_slot=by_slot)
+        self.hooks = Hooks(self, reach)
 
     # --- what attention asks (attention.Owner) ---
 

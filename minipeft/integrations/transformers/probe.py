@@ -7,7 +7,7 @@ No name in the config is trusted for shapes: they are those of the keys and valu
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.integrations.transformers import attention, positions
-from minipeft.integrations.transformers.arguments import names_of
+from minipeft.integrations.transformers.positions import names_of
 from minipeft.prefix import KVShape
 
 # self: of a model that is one stack; cross: from the decoder to what was encoded
@@ -34,6 +34,10 @@ class Reach:
     holders: list[nn.Module] = field(default_factory=list)  # the models that make the masks
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values seen
     has_windows: bool = False  # whether a layer attends within a sliding window
+    rule: str | None = None  # by which of positions.RULES tokens are numbered; see `study`
+    causal: bool = False  # whether text never looks ahead
+    by_slot: bool = False  # of route A: whether distance is counted in slots (ALiBi)
+    table: int | None = None  # rows of the table of positions
 
     def only(self, wanted: tuple[str, ...]) -> "Reach":
         """The layers in these locations."""
@@ -71,6 +75,26 @@ def look(model: nn.Module, **tokens: Tensor) -> Reach:
                 f"the attention of {type(model).__name__} cannot be reached. "
                 f"Tried its attention function: {by_attention}.  Tried its cache: {by_cache}"
             ) from None
+
+
+def study(model: nn.Module, locations: Iterable[str] | None) -> Reach:
+    """`look`, the layers in these locations (None: all), and how the model numbers its tokens.
+
+    Raises:
+        ValueError: as of `look`; locations that the model does not have.
+    """
+    reach = look(model)
+    there = list(dict.fromkeys(reach.locations))
+    chosen = tuple(there if locations is None else locations)
+    if not chosen or not set(chosen) <= set(there):
+        raise ValueError(f"locations={chosen}; {type(model).__name__} has {there}")
+    reach, base = reach.only(chosen), reach.holders[0]
+    reach.table = positions.table_rows(base)
+    if not is_encoder_decoder(model):
+        reach.rule = positions.find_rule(base)
+        reach.causal = reach.route == "cache" or positions.is_causal(base)
+        reach.by_slot = reach.route == "cache" and not positions.matter(base)
+    return reach
 
 
 @contextmanager

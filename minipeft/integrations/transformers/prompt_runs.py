@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.integrations.transformers import positions
-from minipeft.integrations.transformers.arguments import names_of
 from minipeft.integrations.transformers.attention import PLAIN, Part
+from minipeft.integrations.transformers.positions import names_of
 from minipeft.prefix import PrefixEncoder
 
 KEPT = "_minipeft_prompts"  # on a cache: the keys and values of the prompts it was filled with

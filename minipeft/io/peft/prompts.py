@@ -99,13 +99,11 @@ def load_prompts(
     deep = config["peft_type"] == "PREFIX_TUNING"
 
     def make(prefix: Prefix) -> nn.Module:
-        if prefix.has_windows and prefix.causal:
-            if len(prefix.encoders) and prefix.window != "like_token":
-                raise ValueError(
-                    "load_peft: PEFT's prefix is left behind by a sliding window; the model's "
-                    "first prefix is not (window='always')"
-                )
-            prefix.window = "like_token"
+        if prefix.has_windows and prefix.causal and prefix.window != "like_token":
+            raise ValueError(
+                "load_peft: PEFT's prefix is left behind by a sliding window; the model's "
+                "first prefix is not (window='always')"
+            )
         if deep:
             _check_layers(config, prefix, model)
             return encoder_of_table(where, prefix, table, **settings)
@@ -114,7 +112,10 @@ def load_prompts(
         source.load_table(table.float())
         return RunPrompt(source)
 
-    attach(model, length, make, caller="load_peft", name=name, position="shift", train_head=modules)
+    attach(
+        model, length, make, caller="load_peft", name=name, position="shift",
+        window_if_sliding="like_token", train_head=modules,
+    )  # fmt: skip
     fill_heads(model, name, heads)
     return [f"{NAME}.encoders.{name}", *modules], unexpected
 
