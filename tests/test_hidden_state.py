@@ -1,0 +1,77 @@
+"""What is removed leaves nothing behind: no attribute, hook, method or registered name."""
+
+import functools
+import gc
+
+import pytest
+import torch
+
+import minipeft as mp
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "intermediate_size": 64, "vocab_size": 97}  # fmt: skip
+MODELS = {
+    "attention": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+    "cache": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**SIZES)),
+}
+
+
+def state(model):
+    """Of each module: its class, and the identity of all that its instance holds, hooks by id."""
+    found = {}
+    for place, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key == "config":  # attaching copies it, so that nobody shares it
+                found[place, key] = {**vars(value)}
+            elif isinstance(value, dict | list | set):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                found[place, key] = [(k, id(v)) for k, v in items]
+            elif isinstance(value, functools.partial):  # a method of the instance
+                found[place, key] = value.func, [id(argument) for argument in value.args]
+            else:
+                found[place, key] = value if isinstance(value, bool) else id(value)
+        found[place, "class"] = type(module)
+    return found
+
+
+def registered():
+    """The names of ours that transformers knows."""
+    gc.collect()
+    maps = (transformers.AttentionInterface, transformers.AttentionMaskInterface)
+    return [name for m in maps for name in m._global_mapping if name.startswith("minipeft")]
+
+
+PUT_IN = {
+    "lora": lambda m: mp.inject_lora(m, "all-linear", 2),
+    "prefix": lambda m: mp.attach_prefix(m, 3),
+    "gated prefix": lambda m: mp.attach_prefix(m, 3, gated=True),
+    "prompt": lambda m: mp.attach_prompt(m, 3),
+    "4-bit and lora": lambda m: mp.inject_lora(m, "all-linear", 2),
+    "lora and prefix": lambda m: (mp.inject_lora(m, "all-linear", 2), mp.attach_prefix(m, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("what", PUT_IN)
+def test_remove_leaves_nothing_behind(what, kind):
+    if (what, kind) == ("gated prefix", "cache"):
+        pytest.skip("a model that is reached through its cache takes no gates")
+    model = MODELS[kind]().eval()
+    if what == "4-bit and lora":
+        mp.quantize_model(model)
+    text = torch.randint(3, 97, (2, 5))
+    with torch.no_grad():
+        expected = model(text).logits
+        before, names = state(model), registered()
+        PUT_IN[what](model)
+        assert state(model) != before
+        model(text)
+        mp.remove(model)
+        after = state(model)
+        assert {key: after.get(key) for key in before | after} == {
+            key: before.get(key) for key in before | after
+        }
+        assert registered() == names
+        assert torch.equal(model(text).logits, expected)
