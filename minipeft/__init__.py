@@ -34,13 +34,12 @@ from minipeft.model.base_state import base_state_dict, load_base_state_dict
 from minipeft.model.check import check_gradients
 from minipeft.model.combine import combine_adapters
 from minipeft.model.eva import init_eva
-from minipeft.model.hotswap import swap_adapter
 from minipeft.model.inject_lora import inject_lora
 from minipeft.model.memory import count_parameters, packed_bits, quantization_report
 from minipeft.model.merge import merge, remove, unmerge
 from minipeft.model.quantize import dequantize_model, inject_qlora, quantize_model
 from minipeft.model.rows import LoRABank
-from minipeft.model.switch import add_adapter, use_adapters
+from minipeft.model.switch import add_adapter, swap_adapter, use_adapters
 from minipeft.model.train import tie_lora, train_biases, train_modules, train_tokens
 from minipeft.nf4 import NF4_CODEBOOK, dequantize_nf4, normal_float_codebook, quantize_nf4
 from minipeft.ops import backend, use_kernels

@@ -1,7 +1,7 @@
-"""Which adapter of a model is called what: names live here, at the level of the model.
+"""Which adapter of a model is called what: a label on each of its layers, read here alone.
 
-Layers know no names.  A model that has more than one adapter keeps a list of layers for each name;
-what no list claims is called "default".  Adapters over the same module stack, the newest outermost.
+No layer reads its label, and one without is of the adapter "default".  Adapters over the
+same module stack, the newest outermost.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from minipeft.adapters.protocol import Adapter, is_adapter
 from minipeft.adapters.targets import visible_modules
 
 DEFAULT = "default"
-_ATTRIBUTE = "_minipeft_adapters"  # in the __dict__ of the model that the names were given to
+_LABEL = "_minipeft_name"  # in the __dict__ of a layer
 
 
 def stacks(model: nn.Module) -> dict[str, list[Adapter]]:
@@ -33,24 +33,14 @@ def stacks(model: nn.Module) -> dict[str, list[Adapter]]:
     return found
 
 
-def _lists(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Every list of the model and its parts: names may have been given to a part."""
-    found: dict[str, list[nn.Module]] = {}
-    for module in model.modules():
-        for name, layers in module.__dict__.get(_ATTRIBUTE, {}).items():
-            found.setdefault(name, []).extend(layers)
-    return found
-
-
 def named(model: nn.Module) -> dict[str, dict[str, list[Adapter]]]:
     """{adapter name: {plain module name: its layers over that module, outermost first}}."""
-    name_of = {id(layer): name for name, layers in _lists(model).items() for layer in layers}
     found: dict[str, dict[str, list[Adapter]]] = {}
     for place, stack in stacks(model).items():
         for adapter in stack:
             if getattr(adapter, "nameless", False):
                 continue
-            name = name_of.get(id(adapter), DEFAULT)
+            name = vars(adapter).get(_LABEL, DEFAULT)
             found.setdefault(name, {}).setdefault(place, []).append(adapter)
     return found
 
@@ -80,18 +70,7 @@ def check_new_name(caller: str, model: nn.Module, name: object) -> None:
         raise ValueError(f"{caller}: the model has an adapter {name!r} already")
 
 
-def give_name(model: nn.Module, name: str, layers: Iterable[nn.Module]) -> None:
+def give_name(name: str, layers: Iterable[nn.Module]) -> None:
     """Call these adapters `name`."""
-    if name != DEFAULT:
-        model.__dict__.setdefault(_ATTRIBUTE, {})[name] = list(layers)
-
-
-def forget(model: nn.Module) -> None:
-    """Drop layers that are no longer in the model from the lists."""
-    present = {id(module) for module in model.modules()}
-    for module in model.modules():
-        lists = module.__dict__.get(_ATTRIBUTE, {})
-        for name, layers in list(lists.items()):
-            lists[name] = [layer for layer in layers if id(layer) in present]
-            if not lists[name]:
-                del lists[name]
+    for layer in layers:
+        vars(layer)[_LABEL] = name

@@ -79,7 +79,7 @@ def combine_adapters(
         built = build({place: modules[place] for place in by_place}, make)
         of_module = {id(modules[place]): layer for place, layer in built.items()}
         swap(model, {n: of_module[id(m)] for n, m in modules.items() if id(m) in of_module})
-        give_name(model, new_name, built.values())
+        give_name(new_name, built.values())
         freeze(model)
         for name in names:
             for stack in adapters_called("combine_adapters", model, name).values():

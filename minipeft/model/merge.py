@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.names import adapters_called, forget, named, stacks
+from minipeft.adapters.names import adapters_called, named, stacks
 from minipeft.adapters.protocol import Adapter, AdapterLayer, innermost, is_adapter_layer, is_packed
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.inject import put, restoring, swap, tell
@@ -146,7 +146,6 @@ def remove(
         with restoring(model):
             swap(model, {place: original(layer) for place, layer in every_name.items()})
         _restore([layer for stack in found.values() for layer in stack])
-    forget(model)
     if merge:
         forget_codes(model)
     return gone + list(found)
@@ -225,7 +224,6 @@ def _remove_one(
     if places:
         swap(model, places)
     _restore([layer for stack in found.values() for layer in stack if id(layer) in gone])
-    forget(model)
     return list(wanted)
 
 

@@ -1,9 +1,10 @@
-"""Several adapters on one model: add one more, choose which are on.
+"""Several adapters on one model: add one more, choose which are on, give one other values.
 
     inject_lora(model, "all-linear", rank=8)             the first one is called "default"
     add_adapter(model, "fr", "all-linear", rank=4)       one more, over the same layers or others
     add_adapter(model, "poet", PrefixEncoder(...))       or a further prefix
     use_adapters(model, "fr")                            only this one; or a list of names
+    swap_adapter(model, "fr", other)                     other factors; nothing is compiled again
     use_adapters(model, rows=["fr", None, "default"])    one for each row of a batch (rows/bank.py)
 
 Which adapters are on and which are trained are separate things: `requires_grad` stays as it is.
@@ -12,16 +13,20 @@ Which adapters are on and which are trained are separate things: `requires_grad`
 import itertools
 from collections.abc import Iterable, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from minipeft.adapters.names import adapters_called, check_new_name, give_name, named
+from minipeft.adapters.names import DEFAULT, adapters_called, check_new_name, give_name, named
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.adapters.targets import Head, Names, Target, survey
 from minipeft.inject import check_model, restoring
+from minipeft.lora import LoRALinear
 from minipeft.model.inject_lora import plan_lora, wrap_in_lora
 from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import Row, refuse_rows, serve_rows, stop_rows
 from minipeft.prefix import PrefixEncoder
+
+Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # module name: a, b, scaling
 
 
 @in_our_words
@@ -59,7 +64,7 @@ def add_adapter(
     plan = plan_lora(survey(model, head), target, rank, alpha, exclude, lora, stack=True)
     with restoring(model):
         names = wrap_in_lora(model, plan, {})
-        give_name(model, name, [model.get_submodule(place) for place in names])
+        give_name(name, [model.get_submodule(place) for place in names])
     return names
 
 
@@ -67,7 +72,7 @@ def _add_prefix(model: nn.Module, name: str, encoder: PrefixEncoder) -> Names:
     for place, module in model.named_modules():
         if callable(getattr(type(module), "add_encoder", None)):
             module.add_encoder(name, encoder)
-            give_name(model, name, [encoder])
+            give_name(name, [encoder])
             return Names([f"{place}.encoders.{name}"])
     raise ValueError(
         "add_adapter: the model has no prefix that this could join; attach_prefix first"
@@ -110,3 +115,66 @@ def use_adapters(
         for adapter in itertools.chain.from_iterable(places.values()):
             adapter.enabled = name in chosen
     return list(dict.fromkeys(place for places in chosen.values() for place in places))
+
+
+def factors_of(model: nn.Module, *, name: str = DEFAULT) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """An adapter's a, b and scaling by the names of its modules, for `swap_adapter`.
+
+    Raises:
+        ValueError: no such adapter, or one with other layers than LoRALinear.
+    """
+    found = {}
+    for place, layer in _layers("factors_of", model, name).items():
+        a, b = layer.factors()
+        found[place] = (a.detach(), b.detach(), layer.scaling * layer.scale)
+    return found
+
+
+def _layers(caller: str, model: nn.Module, name: str) -> dict[str, LoRALinear]:
+    layers: dict[str, LoRALinear] = {}
+    for place, stack in adapters_called(caller, model, name).items():
+        if len(stack) != 1 or type(stack[0]) is not LoRALinear:
+            kinds = [type(layer).__name__ for layer in stack]
+            raise ValueError(f"{caller}: {name!r} has {kinds} over {place!r}; expected LoRALinear")
+        layers[place] = stack[0]
+    return layers
+
+
+def swap_adapter(
+    model: nn.Module, name: str, other: nn.Module | Factors, *, other_name: str = DEFAULT
+) -> list[str]:
+    """Let the adapter `name` compute what another one does, in place; returns the modules.
+
+    `other` is a model that has it, as `other_name` (the same architecture, loaded from a file for
+    example), or what `factors_of` returns.  A smaller rank is padded with zeros; layers that the
+    other one lacks add nothing.  Its scaling goes into B, so that nothing but the values of
+    parameters changes: optimisers keep their parameters and a compiled model stays compiled.
+
+    Raises:
+        ValueError: no such adapter, a layer that `name` lacks, a rank above a layer's, other sizes,
+            a merged model.  Nothing has changed then.
+    """
+    refuse_merged("swap_adapter", named_adapters(model))
+    layers = _layers("swap_adapter", model, name)
+    factors = factors_of(other, name=other_name) if isinstance(other, nn.Module) else other
+    if unknown := [place for place in factors if place not in layers]:
+        raise ValueError(f"swap_adapter: {name!r} has no layer over {unknown[:3]} ({len(unknown)})")
+    for place, (a, b, _) in factors.items():
+        layer, rank = layers[place], len(a)
+        expected = ((rank, layer.in_features), (layer.out_features, rank))
+        if (tuple(a.shape), tuple(b.shape)) != expected or rank > layer.rank:
+            raise ValueError(
+                f"swap_adapter: {place} has factors {tuple(a.shape)} and {tuple(b.shape)}; the "
+                f"layer takes (r, {layer.in_features}) and ({layer.out_features}, r), r at most "
+                f"{layer.rank}"
+            )
+    if starts := [place for place, layer in layers.items() if layer.lora_a0 is not None]:
+        raise ValueError(f"swap_adapter: {starts[0]} subtracts its start; swap into a plain LoRA")
+    with torch.no_grad():
+        for place, layer in layers.items():
+            a, b, scaling = factors.get(place, (layer.lora_a[:0], layer.lora_b[:, :0], 0.0))
+            layer.lora_a[: len(a)].copy_(a)
+            layer.lora_b[:, : len(a)].copy_(b * (scaling / layer.scaling))
+            layer.lora_a[len(a) :].zero_()
+            layer.lora_b[:, len(a) :].zero_()
+    return list(layers)

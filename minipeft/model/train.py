@@ -8,7 +8,6 @@
 The base stays as it is: all of it is adapters, saved and taken off like the others.
 """
 
-import itertools
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -31,22 +30,13 @@ from minipeft.model.rows import refuse_rows
 BIAS_MODES = ("all", "lora_only")
 
 
-def _join(model: nn.Module, name: str, places: Iterable[str]) -> None:
-    """Let the layers at these places belong to the adapter called `name`."""
-    layers = [model.get_submodule(place) for place in places]
-    if name == DEFAULT:
-        return
-    own = itertools.chain.from_iterable(named(model).get(name, {}).values())
-    give_name(model, name, [*own, *layers])  # type: ignore[list-item]
-
-
 def _wrap(model: nn.Module, name: str, modules: dict[str, Any], make: Any) -> None:
     refuse_merged("train", named_adapters(model))
     refuse_rows("train", model)
     with restoring(model):
         made = build(modules, make)
         swap(model, made)
-        _join(model, name, made)
+        give_name(name, made.values())
         freeze(model)
 
 

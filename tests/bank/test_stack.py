@@ -69,7 +69,7 @@ def by_hand(model, make, place="0"):
     for name, rank in (("default", 4), ("fr", 8), ("de", 2)):
         layer = make(model.get_submodule(place), rank)
         setattr(model, place, layer)
-        give_name(model, name, [layer])
+        give_name(name, [layer])
     return randomize(model)
 
 

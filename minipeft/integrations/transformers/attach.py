@@ -86,7 +86,7 @@ def attach(
     if not hasattr(model, NAME):
         model.add_module(NAME, prefix)
     adapters: list[Any] = [part for part in encoder.modules() if is_adapter(part)]
-    give_name(model, name, [*adapters, *(model.get_submodule(place) for place in heads)])
+    give_name(name, [*adapters, *(model.get_submodule(place) for place in heads)])
     tell(model)
     freeze(model)
     if prefix.route == "attention":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.names import DEFAULT, forget, stacks
+from minipeft.adapters.names import DEFAULT, give_name, stacks
 from minipeft.inject import swap, tell
 from minipeft.integrations.transformers import probe
 from minipeft.integrations.transformers.attention import Part
@@ -338,10 +338,7 @@ class Prefix(nn.Module):
         refuse_rows("bake", self.model)
         key = next(n for n, e in self.encoders.items() if e is old)
         baked = old.bake(self) if isinstance(old, RunPrompt) else old.bake()
-        replaced = {id(part) for part in old.modules()}
-        for module in self.model.modules():  # names live on the model
-            for layers in module.__dict__.get("_minipeft_adapters", {}).values():
-                layers[:] = [baked if id(layer) in replaced else layer for layer in layers]
+        give_name(key, [baked])
         self.encoders[key] = baked
 
     def _named(self, name: str | None) -> Any:
@@ -388,7 +385,6 @@ class Prefix(nn.Module):
         if not self.encoders:
             self.hooks.remove()
             delattr(self.model, NAME)
-        forget(self.model)
         tell(self.model)
 
     def extra_repr(self) -> str:

@@ -320,7 +320,7 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
         of_module = {id(modules[n]): layer for n, layer in made.items() if n in modules}
         shared = {n: of_module[id(m)] for n, m in modules.items() if id(m) in of_module}
         swap(model, {**made, **shared})
-        give_name(model, name, _new_layers(made, modules))
+        give_name(name, _new_layers(made, modules))
         freeze(model)
     order = {name: number for number, name in enumerate(modules)}
     result = Loaded(sorted(made, key=lambda name: order.get(name, len(order))))
