@@ -115,7 +115,7 @@ def matched(config: LoRAConfig, spelled: Spelled, where: str) -> MatchedConfig:
     """The configuration for a model whose modules have these names.
 
     Raises:
-        ValueError: an expression that is refused (patterns.py).
+        ValueError: an expression that is none, or takes too long.
     """
     own = {name: frozenset((name, *others)) for name, others in spelled.items()}
     expressions = [_of_pattern(p) for p in (*config.rank_pattern, *config.alpha_pattern)]
