@@ -32,7 +32,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from minipeft import nf4, ops
-from minipeft.adapters.linearity import why_not_replaceable
+from minipeft.adapters.protocol import why_not
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE, decoded_absmax, quantize_absmax
 
 
@@ -440,7 +440,7 @@ def check_quantizable(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise TypeError(f"NF4Linear: expected a module, got {type(linear).__name__}")
     if not isinstance(linear, nn.Linear):
         raise ValueError(f"NF4Linear: {type(linear).__name__} is no nn.Linear")
-    if reason := why_not_replaceable(linear):
+    if reason := why_not("replace", linear):
         raise ValueError(
             f"NF4Linear: {reason}, and NF4Linear would replace it by that; leave it dense (LoRA "
             "can wrap it), or name the class in quantize_model(also=...) if you know better"

@@ -4,6 +4,7 @@ import ast
 import io
 import subprocess
 import sys
+import textwrap
 import tokenize
 from pathlib import Path
 
@@ -15,25 +16,20 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "minipeft").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-LEVELS = [
-    {
-        "ops",
-        "fast",
-        "adapters",
-        "lora",
-        "inject",
-        "nf4",
-        "double_quant",
-        "qlora",
-        "prefix",
-        "quantized",
-        "layers",
-        "variants",
-        "optim",
-        "model",
-    },
+LEVELS = [  # files, and folders with all that is in them; each imports from its own and from above
+    {"fast/products.py"},
+    {"ops.py"},
+    {"adapters"},
+    {"lora.py", "nf4.py"},
+    {"double_quant.py"},
+    {"qlora.py", "inject.py", "prefix.py"},
+    {"fast", "quantized"},
+    {"layers"},
+    {"variants", "optim"},
+    {"model"},
     {"integrations"},
     {"io"},
+    {"__init__.py"},
 ]
 THIRD_PARTY = {"torch", "numpy", "einops", "jaxtyping", "tqdm"}
 
@@ -43,11 +39,14 @@ def part(path: Path) -> str:
     return path.relative_to(ROOT / "minipeft").parts[0].removesuffix(".py")
 
 
-def level(name: str) -> int:
-    for number, names in enumerate(LEVELS):
-        if name in names:
-            return number
-    raise AssertionError(f"minipeft/{name} has no place in the import order; put it into LEVELS")
+def level(path: Path) -> int:
+    """The number of the level that names this file, or the folder that it is in."""
+    place = path.relative_to(ROOT / "minipeft")
+    for name in (str(place), place.parts[0]):
+        for number, names in enumerate(LEVELS):
+            if name in names:
+                return number
+    raise AssertionError(f"{place} has no place in the import order; put it into LEVELS")
 
 
 def imports(tree: ast.AST) -> list[str]:
@@ -84,11 +83,12 @@ def test_imports_go_one_way(path):
     if path.parent == ROOT / "minipeft" and path.name == "__init__.py":
         return
     own = part(path)
+    for other in files_imported(path.read_text()):
+        assert level(other) <= level(path), f"{path} must not import {other}"
     for name in imports(ast.parse(path.read_text())):
-        top, *rest = name.split(".")
+        top = name.split(".")[0]
         if top == "minipeft":
-            assert rest, f"{path.name} imports the package as a whole"
-            assert level(rest[0]) <= level(own), f"{own} must not import {name}"
+            assert name != top, f"{path.name} imports the package as a whole"
         elif top not in sys.stdlib_module_names:
             allowed = THIRD_PARTY | {"io": {"safetensors"}, "integrations": {"transformers"}}.get(
                 own, set()
@@ -118,18 +118,19 @@ def files_imported(text: str) -> set[Path]:
     return {path for path in found if path is not None}
 
 
+def below(start: Path, edges: dict[Path, set[Path]]) -> set[Path]:
+    """The files that one file imports, and those that they import."""
+    seen, todo = set(), list(edges[start])
+    while todo:
+        if (path := todo.pop()) not in seen:
+            seen.add(path)
+            todo += edges[path]
+    return seen
+
+
 def circles(edges: dict[Path, set[Path]]) -> list[list[str]]:
     """The sets of files that reach each other, by their paths."""
-
-    def reached(start: Path) -> set[Path]:
-        seen, todo = set(), list(edges[start])
-        while todo:
-            if (path := todo.pop()) not in seen:
-                seen.add(path)
-                todo += edges[path]
-        return seen
-
-    reach = {path: reached(path) for path in edges}
+    reach = {path: below(path, edges) for path in edges}
     sets = {frozenset(p for p in reach[q] if q in reach[p]) for q in edges if q in reach[q]}
     return [sorted(str(path.relative_to(ROOT)) for path in found) for found in sets]
 
@@ -238,14 +239,52 @@ def lines_of(path: str, *names: str) -> int:
     return sum(code_lines("".join(lines[n.lineno - 1 : n.end_lineno])) for n in nodes)
 
 
+NUMBERED = ["lora", "inject", "nf4", "double_quant", "qlora", "prefix"]
+
+
+def method_lines(path: str, owner: str, name: str) -> int:
+    """Code lines of a method's body."""
+    text = (ROOT / path).read_text()
+    tree = ast.parse(text)
+    (kind,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == owner]
+    (found,) = [n for n in kind.body if isinstance(n, ast.FunctionDef) and n.name == name]
+    body = text.splitlines(keepends=True)[found.body[0].lineno - 1 : found.end_lineno]
+    return code_lines(textwrap.dedent("".join(body)))
+
+
 def test_lines_of_the_numbered_files(capsys):
     """About 1,000 lines of code: one evening."""
-    names = ["lora", "inject", "nf4", "double_quant", "qlora", "prefix"]
-    texts = {name: (ROOT / "minipeft" / f"{name}.py").read_text() for name in names}
+    texts = {name: (ROOT / "minipeft" / f"{name}.py").read_text() for name in NUMBERED}
     counts = {name: (len(text.splitlines()), code_lines(text)) for name, text in texts.items()}
-    nf4 = ["encode", "decode", "quantize_nf4", "dequantize_nf4"]
+    shown = {
+        "LoRALinear": lines_of("minipeft/lora.py", "LoRALinear"),
+        "NF4 encode": lines_of("minipeft/nf4.py", "encode"),
+        "NF4 decode": lines_of("minipeft/nf4.py", "decode"),
+        "prefix_attention": lines_of("minipeft/prefix.py", "prefix_attention"),
+        "LoRALinear.forward": method_lines("minipeft/lora.py", "LoRALinear", "forward"),
+    }
     with capsys.disabled():
         print("\nlines (all, code):", counts, *(sum(c) for c in zip(*counts.values(), strict=True)))
-        print("code lines of LoRALinear:", lines_of("minipeft/lora.py", "LoRALinear"))
-        print("code lines of NF4 both ways:", lines_of("minipeft/nf4.py", *nf4))
+        print("code lines:", shown)
     assert sum(code for _, code in counts.values()) <= 1200
+    assert shown["LoRALinear.forward"] <= 5
+
+
+def test_what_one_must_read(capsys):
+    """The numbered files with all that they import, package `__init__` files left out."""
+    edges = {path: files_imported(path.read_text()) for path in FILES}
+
+    def closure(*names: str) -> tuple[int, int]:
+        starts = [ROOT / "minipeft" / f"{name}.py" for name in names]
+        files = {path for start in starts for path in {start, *below(start, edges)}}
+        files = {path for path in files if path.name != "__init__.py"}
+        return len(files), sum(len(path.read_text().splitlines()) for path in files)
+
+    inject, all_six = closure("inject"), closure(*NUMBERED)
+    with capsys.disabled():
+        print(f"\ninject.py and all below it: {inject}; the six: {all_six} (files, lines)")
+        print("lines of minipeft/:", sum(len(p.read_text().splitlines()) for p in FILES))
+    assert inject[0] <= 8
+    assert inject[1] <= 1600
+    assert all_six[0] <= 13
+    assert all_six[1] <= 3200

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.adapters.protocol import has_stored_weight, is_conv1d, is_packed, linear_shape
+from minipeft.adapters.protocol import has_stored_weight, is_conv1d, is_packed, linear_shape, trials
 from minipeft.adapters.trial_copy import copy_for_trial
 from minipeft.ops import without_autocast
 
@@ -361,3 +361,6 @@ def _with_bias(module: Any, x: Tensor) -> Tensor:
     first = first or isinstance(module, nn.modules.conv._ConvNd)
     added: Tensor = bias.view(*bias.shape, *(1,) * (out.dim() - 2)) if first else bias
     return out + added
+
+
+trials.update(replace=why_not_replaceable, fold=why_not_foldable)

@@ -4,9 +4,11 @@
 layer: a layer of your own that has them joins fully.  An adapter is recognised by its method
 `adapter_parameters`; one that wraps a module has `base`, and can be merged if it has `merge`.
 
-Also here: what counts as a linear layer, and in which layout it keeps its weight.
+Also here: what counts as a linear layer, in which layout it keeps its weight, and the question
+whether a module may be replaced or folded into.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import torch
@@ -152,3 +154,15 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
 def has_stored_weight(module: nn.Module) -> bool:
     """Whether the weight is a parameter or packed, and not computed (weight norm, ...)."""
     return is_packed(module) or module._parameters.get("weight") is not None
+
+
+# linearity.py, which tries modules, puts its functions here when the package is imported
+trials: dict[str, Callable[[nn.Module], str | None]] = {}
+
+
+def why_not(what: str, module: nn.Module) -> str | None:
+    """Why this module must not be changed in this way, or None where it may be: it is tried.
+
+    `what` is "replace" (a 4-bit layer takes its place) or "fold" (its weight takes a product in).
+    """
+    return trials[what](module)

@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.protocol import innermost, is_adapter, is_packed
+from minipeft.adapters.protocol import innermost, is_adapter, is_packed, why_not
 from minipeft.ops import autocast_is_on, without_autocast
 
 # in the __dict__ of a module held in eval mode (model/buffers.py): what it was last told
@@ -261,11 +261,7 @@ class Wrapper(nn.Module):
 
         It must compute the formula of its kind, which is tried (linearity.py).
         """
-        if not self.folds_into_base:
-            return None
-        from minipeft.adapters.linearity import why_not_foldable  # for merging alone
-
-        return why_not_foldable(innermost(self))
+        return why_not("fold", innermost(self)) if self.folds_into_base else None
 
     def _check_foldable(self, caller: str) -> None:
         if reason := self.why_not_foldable():
