@@ -1,8 +1,11 @@
 """LoRA, QLoRA (NF4 with double quantisation) and P-tuning v2 as PyTorch layers."""
 
-import torch  # noqa: F401  first: from a deeper frame its import takes 0.1 s longer (measured)
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from minipeft import integrations, io
+import torch  # first: from a deeper frame its import takes 0.1 s longer (measured)
+
+from minipeft import inject as _inject
 from minipeft.adapters.state import (
     adapter_parameters,
     adapter_state_dict,
@@ -15,8 +18,6 @@ from minipeft.fast import derivatives as _derivatives
 from minipeft.fast import flops as _flops
 from minipeft.fast.products import SlowProductsWarning
 from minipeft.inject import freeze, inject
-from minipeft.integrations.transformers import attach_prefix, attach_prompt
-from minipeft.io.peft import load_peft, save_peft
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv
 from minipeft.layers.embeddings import LoRAEmbedding
@@ -67,8 +68,44 @@ from minipeft.variants.starts import (
     init_pissa_fast,
 )
 
+if _TYPE_CHECKING:
+    from minipeft import integrations, io
+    from minipeft.integrations.transformers import attach_prefix, attach_prompt
+    from minipeft.io.peft import load_peft, save_peft
+
 _derivatives.register()  # of all operators, which the imports above have defined
 _flops.count_products()
+
+# a third of all files, imported when one of these names is first asked for
+_LATER = {
+    "integrations": "integrations",
+    "io": "io",
+    "attach_prefix": "integrations.transformers",
+    "attach_prompt": "integrations.transformers",
+    "load_peft": "io.peft",
+    "save_peft": "io.peft",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module 'minipeft' has no attribute {name!r}")
+    module = _importlib.import_module(f"minipeft.{_LATER[name]}")
+    globals()[name] = found = module if name == _LATER[name] else getattr(module, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _adopt(model: torch.nn.Module) -> None:
+    """Let `save_pretrained` write the adapter, in models that have that method."""
+    if any(hasattr(type(module), "save_pretrained") for module in model.modules()):
+        _importlib.import_module("minipeft.io.save_pretrained").adopt(model)
+
+
+_inject.after_swap.append(_adopt)
 
 __version__ = "0.1.0"
 

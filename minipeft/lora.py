@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import LinearShape, innermost, linear_shape
+from minipeft.adapters.sizes import whole
 from minipeft.adapters.wrapper import Wrapper
 from minipeft.fast import products
 from minipeft.ops import autocast_is_on, without_autocast
@@ -44,8 +45,7 @@ def lora_scaling(alpha: float, rank: int, *, rank_stabilized: bool = False) -> f
     >>> lora_scaling(16, 8), lora_scaling(16, 4, rank_stabilized=True)
     (2.0, 8.0)
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"LoRA: rank={rank!r}; expected a whole number of at least 1")
+    whole("LoRA", "rank", rank)
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise ValueError(
             f"LoRA: alpha={alpha!r}; expected a number above 0 (alpha = rank leaves the product "

@@ -2,7 +2,8 @@
 
 The method as it was would write base weights under names such as `q_proj.base.weight`, which
 `from_pretrained` does not know: it would fill those layers with random numbers.  `inject.tell`
-calls `adopt` after every change of a model, so nothing below io/ knows of this file.
+calls `adopt` after every change of a model that has the method (minipeft/__init__.py asks for
+that), so nothing below io/ knows of this file.
 """
 
 import os
@@ -12,7 +13,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from minipeft import inject
 from minipeft.adapters.names import DEFAULT, named
 from minipeft.adapters.protocol import is_adapter, is_packed
 from minipeft.adapters.state import named_adapters
@@ -98,6 +98,3 @@ def adopt(model: nn.Module) -> None:
             module.save_pretrained = partial(save_adapters, module)  # type: ignore[assignment]
         else:
             vars(module).pop("save_pretrained", None)
-
-
-inject.after_swap.append(adopt)
