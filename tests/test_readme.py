@@ -1,11 +1,14 @@
 """Every python block of the README runs, and prints what the text block after it says."""
 
 import io
+import operator
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+
+import minipeft
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
@@ -39,3 +42,10 @@ def test_the_methods_table_is_what_its_result_file_says():
     text = README.read_text()
     (name,) = set(re.findall(r"\[(benchmarks/results/methods-[\w-]+\.json)\]", text))
     assert report.markdown(report.load(README.parent / name)).strip() in text
+
+
+def test_every_public_name_in_the_readme_exists():
+    names = set(re.findall(r"\bmp\.([a-zA-Z_][\w.]*\w)", README.read_text()))
+    assert len(names) > 40
+    for name in names:
+        operator.attrgetter(name)(minipeft)
