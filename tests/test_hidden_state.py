@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import sys
 
 import pytest
 import torch
@@ -74,4 +75,37 @@ def test_remove_leaves_nothing_behind(what, kind):
             key: before.get(key) for key in before | after
         }
         assert registered() == names
+        assert torch.equal(model(text).logits, expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "what", ["attach the first", "attach a second", "take one off", "the last"]
+)
+def test_an_error_after_the_last_step_puts_everything_back(what, kind, monkeypatch):
+    """A listener may fail when all is done; the prefix that was there then computes as before."""
+    model, text = MODELS[kind]().eval(), torch.randint(3, 97, (2, 5))
+    if what != "attach the first":
+        mp.attach_prefix(model, 3)
+    if what == "take one off":
+        mp.attach_prefix(model, 2, name="other")
+        mp.use_adapters(model, "default")
+    with torch.no_grad():
+        expected = model(text).logits
+        before = state(model)
+
+        def fail(model):
+            raise MemoryError("no room")
+
+        def change():
+            if what.startswith("attach"):
+                mp.attach_prefix(model, 4, name="new")
+            else:
+                model.minipeft_prefix.remove(name="other" if what == "take one off" else None)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules["minipeft.inject"], "after_swap", [fail])
+            with pytest.raises(MemoryError):
+                change()
+        assert state(model) == before
         assert torch.equal(model(text).logits, expected)

@@ -10,7 +10,7 @@ from torch import nn
 from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.protocol import is_adapter
 from minipeft.adapters.targets import NEW_HEADS
-from minipeft.inject import freeze, tell
+from minipeft.inject import freeze, restoring, tell
 from minipeft.integrations.transformers import attention, positions, probe
 from minipeft.integrations.transformers.prefixes import NAME, Prefix, check_key
 from minipeft.model.rows import refuse_rows
@@ -62,7 +62,7 @@ def attach(
     check_key(caller, name)
     refuse_rows(caller, model)
     prefix = _present(caller, model, name, position, window, locations)
-    with ExitStack() as undo:
+    with restoring(model), ExitStack() as undo:
         if prefix is None:
             _refuse_inner(caller, model)
             probe.own_configs(model, undo)
@@ -78,19 +78,19 @@ def attach(
         with probe.errors_of(caller):
             encoder.to(positions.device_of(table)).train(model.training)
         heads = _train_heads(caller, model, prefix, train_head, name)  # the last that can refuse
+        if prefix.rows is not None:
+            encoder.enabled = False  # type: ignore[assignment]
+        prefix.encoders[name] = encoder
+        prefix.heads[name] = heads
+        if not hasattr(model, NAME):
+            model.add_module(NAME, prefix)
+        adapters: list[Any] = [part for part in encoder.modules() if is_adapter(part)]
+        give_name(name, [*adapters, *(model.get_submodule(place) for place in heads)])
+        tell(model)
+        freeze(model)
+        if prefix.route == "attention":
+            prefix.hooks.name_attention()
         undo.pop_all()
-    if prefix.rows is not None:
-        encoder.enabled = False  # type: ignore[assignment]
-    prefix.encoders[name] = encoder
-    prefix.heads[name] = heads
-    if not hasattr(model, NAME):
-        model.add_module(NAME, prefix)
-    adapters: list[Any] = [part for part in encoder.modules() if is_adapter(part)]
-    give_name(name, [*adapters, *(model.get_submodule(place) for place in heads)])
-    tell(model)
-    freeze(model)
-    if prefix.route == "attention":
-        prefix.hooks.name_attention()
     return prefix
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, give_name, stacks
-from minipeft.inject import swap, tell
+from minipeft.inject import put, restoring, tell
 from minipeft.integrations.transformers import probe
 from minipeft.integrations.transformers.attention import Part
 from minipeft.integrations.transformers.hooks import Hooks
@@ -377,15 +377,16 @@ class Prefix(nn.Module):
                 bases[place] = head.base
         if name is not None and self.rows is not None:
             raise ValueError("rows use prefixes of their own; call use_adapters with names first")
-        if bases:
-            swap(self.model, bases)
-        for own in chosen:
-            self.heads.pop(own, None)
-            del self.encoders[own]
+        with restoring(self.model):
+            put(self.model, bases)
+            for own in chosen:
+                self.heads.pop(own, None)
+                del self.encoders[own]
+            if not self.encoders:
+                delattr(self.model, NAME)
+            tell(self.model)
         if not self.encoders:
             self.hooks.remove()
-            delattr(self.model, NAME)
-        tell(self.model)
 
     def extra_repr(self) -> str:
         where = (
