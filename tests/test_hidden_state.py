@@ -78,6 +78,19 @@ def test_remove_leaves_nothing_behind(what, kind):
         assert torch.equal(model(text).logits, expected)
 
 
+def test_freeing_a_model_changes_no_table_that_others_may_be_reading():
+    """Python frees at any moment, also while torch.compile traces a look at that table."""
+    model = MODELS["attention"]()
+    before = registered()
+    mp.attach_prefix(model, 3)
+    own = set(registered()) - set(before)
+    assert own
+    del model
+    assert own <= set(registered())
+    mp.attach_prefix(MODELS["attention"](), 3)
+    assert not own & set(registered())
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize(
     "what", ["attach the first", "attach a second", "take one off", "the last"]

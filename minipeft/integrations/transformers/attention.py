@@ -35,6 +35,10 @@ SWITCHED = (
     "call backward() first"
 )
 _numbers = itertools.count()
+# Owners of the registered names.  The names of those that are gone are taken out when a prefix is
+# attached or removed, not when Python frees the owner: that may be in the middle of a call that
+# reads transformers' table, as torch.compile does.
+_owners: dict[str, weakref.ref[nn.Module]] = {}
 
 
 @runtime_checkable
@@ -161,7 +165,8 @@ def check_implementation(name: str) -> None:
 def register(name: str, owner: nn.Module | None, number: int | None = None) -> str:
     """Make "minipeft<number>_<name>" known to transformers for one prefix, and return that.
 
-    It is known until the prefix is gone.  Without an owner it only serves `recording`.
+    It is known until the prefix is removed, or is gone when another one registers.  Without an
+    owner it only serves `recording`.
 
     Raises:
         ValueError: `name` builds its masks in a form that no prefix can be put in front of.
@@ -172,6 +177,8 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
     known = f"minipeft{next(_numbers) if number is None else number}_{name}"
     if known in AttentionInterface._global_mapping:
         return known
+    for gone in [other for other, owner_of in list(_owners.items()) if owner_of() is None]:
+        forget(gone)
     build_mask: Any = AttentionMaskInterface._global_mapping[name]
     reference: Callable[[], Any] = (lambda: None) if owner is None else weakref.ref(owner)
 
@@ -227,7 +234,7 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
     AttentionInterface.register(known, attend)
     AttentionMaskInterface.register(known, mask)
     if owner is not None:
-        weakref.finalize(owner, forget, known)
+        _owners[known] = weakref.ref(owner)
     return known
 
 
@@ -248,6 +255,7 @@ def forget(known: str) -> None:
     """Take a registered name out again."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    _owners.pop(known, None)
     AttentionInterface._global_mapping.pop(known, None)
     AttentionMaskInterface._global_mapping.pop(known, None)
 

@@ -14,7 +14,8 @@ For the whole process
     inject.after_swap                               who is told of a changed model: buffers.release,
                                                     and save_pretrained.adopt once io is imported
     Attention(Mask)Interface._global_mapping        "minipeft<n>_sdpa": how a prefix is reached
-                                                    (attention.register); gone with its Prefix
+                                                    (attention.register); gone when the prefix is
+                                                    removed, or with the next attach_prefix
 On a model that has a prefix, until Prefix.remove
     forward hooks of holders and embeddings         this file
     config, a copy                                  shared configs stay as they are; the copy stays
@@ -98,8 +99,11 @@ class Hooks:
             module.__dict__.pop(READS_ONLY, None)
         if self.route == "attention":
             for config in self.configs():
-                own = attention.own_implementation(config._attn_implementation)
+                current = config._attn_implementation
+                own = attention.own_implementation(current)
                 config._attn_implementation_internal = own
+                if own != current:
+                    attention.forget(current)
 
     def name_attention(self) -> None:
         """Let the configs name the attention with the prefix, over whatever they name now.
