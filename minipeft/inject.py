@@ -10,7 +10,6 @@ No kind of layer is known here: model/inject_lora.py chooses LoRA layers by the 
 model/quantize.py 4-bit layers.  Read next: nf4.py.
 """
 
-import copy
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from minipeft.adapters.targets import (
     adapter_targets,
     expert_weights,
     find,
+    is_within,
     names_of_ends,
     survey,
 )
@@ -44,10 +44,7 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 
 def put(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter]) -> None:
-    """Set each module (or parameter) in its parent, under its name; all parents are found first.
-
-    Neither undone on an error nor told to listeners: `swap` is both.
-    """
+    """Set each module (or parameter) in its parent, under its name; all parents are found first."""
     places = {name: model.get_submodule(name.rpartition(".")[0]) for name in replacements}
     for name, value in replacements.items():
         own = name.rpartition(".")[2]
@@ -62,10 +59,12 @@ def tell(model: nn.Module) -> None:
 
 
 def swap(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter]) -> None:
-    """Put each module (or parameter) in the place of its name; if one cannot be, put all back."""
-    with restoring(model):
-        put(model, replacements)
-        tell(model)
+    """Put each module (or parameter) in the place of its name, and tell those who listen.
+
+    Call it within `restoring`: a name without a parent, or a listener, may raise.
+    """
+    put(model, replacements)
+    tell(model)
 
 
 @contextmanager
@@ -78,7 +77,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = [
-        (module, dict(vars(module)), {n: copy.copy(v) for n, v in vars(module).items()
+        (module, dict(vars(module)), {n: v.copy() for n, v in vars(module).items()
                                       if type(v) in _CONTAINERS})
         for module in model.modules()
     ]  # fmt: skip
@@ -124,7 +123,7 @@ def freeze(model: nn.Module) -> None:
 
 def settled(caller: str, places: Survey, modules: Mapping[str, Any]) -> Modules:
     """The modules under every name that the model has for them; none lies inside another."""
-    nested = [n for n in modules if any(n[:i] in modules for i, c in enumerate(n) if c == ".")]
+    nested = [n for n in modules if is_within(n.rpartition(".")[0], modules)]
     if nested:
         raise ValueError(
             f"{caller}: {nested} lie inside other targets; name one or the other (exclude=, skip=)"

@@ -11,6 +11,7 @@ and in a model of your own what `head=` names.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -125,13 +126,12 @@ def head_reasons(
     modules = visible_modules(model) if modules is None else modules
     for entry in [head] if isinstance(head, str | nn.Module) else list(head):
         meant = exact([entry], modules) if isinstance(entry, str) else None
-        found = [n for n, m in modules.items() if (meant(n) if meant else m is entry)]
+        found = {n for n, m in modules.items() if (meant(n) if meant else m is entry)}
         if not found:
             what = repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}"
             raise ValueError(f"head: {what} is no module of the model; {_hint(modules)}")
-        for name in modules:
-            if any(name == own or name.startswith(f"{own}.") for own in found):
-                reasons.setdefault(name, "the output head (head=)")
+        reasons |= {n: "the output head (head=)" for n in modules
+                    if n not in reasons and is_within(n, found)}  # fmt: skip
     return reasons
 
 
@@ -148,7 +148,7 @@ def likely_head(places: Survey, touched: Iterable[str]) -> dict[str, str]:
     Layers of a trunk feed each other, so their sizes recur.  A head has as many outputs as no other
     layer has inputs or outputs, and is the last linear layer, or has one for each row of a table.
     """
-    named = [name for name, _ in _with_output_embeddings(places.model)]
+    named = {name for name, _ in _with_output_embeddings(places.model)}
     if places.head is not None or "" in named:
         return {}
     modules = places.modules
@@ -157,14 +157,14 @@ def likely_head(places: Survey, touched: Iterable[str]) -> dict[str, str]:
         (m.num_embeddings, m.embedding_dim)
         for m in map(innermost, modules.values()) if isinstance(m, nn.Embedding)
     }  # fmt: skip
+    sizes = Counter(size for s in shapes.values() for size in {s.in_features, s.out_features})
     last = next(reversed(shapes), None) if len(shapes) > 1 else None
     notes = {}
     for name in touched:
         own = shapes.get(id(modules.get(name)))
-        if own is None or any(name.startswith(f"{part}.") for part in named):
+        if own is None or is_within(name, named):
             continue
-        others = (s for number, s in shapes.items() if number != id(modules[name]))
-        recurs = any(own.out_features in (s.in_features, s.out_features) for s in others)
+        recurs = sizes[own.out_features] > 1
         is_last = id(modules[name]) == last
         if not recurs and (is_last or (own.out_features, own.in_features) in tables):
             notes[name] = (
@@ -193,17 +193,27 @@ def matches(target: Target, name: str, module: nn.Module | nn.Parameter) -> bool
     return any(name == entry or name.endswith(f".{entry}") for entry in target)
 
 
+def ends_of(name: str) -> list[str]:
+    """The name and its dotted ends: of "a.b.c" also "b.c" and "c"."""
+    return [name, *(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")]
+
+
+def is_within(name: str, outer: Container[str]) -> bool:
+    """Whether the module of this name, or one that it lies in, is among these names."""
+    return name in outer or any(name[:i] in outer for i, c in enumerate(name) if c == ".")
+
+
 def exact(entries: Iterable[str], names: Container[str]) -> Callable[[str], bool]:
     """Whether a name is one of these entries, or ends in one that is no full name itself."""
-    full = {entry for entry in entries if entry in names}
-    ends = tuple(f".{entry}" for entry in entries if entry not in names)
-    return lambda name: name in full or name.endswith(ends)
+    entries = set(entries)
+    ends = {entry for entry in entries if entry not in names}
+    return lambda name: name in entries or not ends.isdisjoint(ends_of(name))
 
 
-def check_expression(caller: str, expression: str) -> None:
-    """Raise ValueError unless this is a regular expression."""
+def compiled(caller: str, expression: str) -> re.Pattern[str]:
+    """The regular expression; ValueError if this is not one."""
     try:
-        re.compile(expression)
+        return re.compile(expression)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
             f"{caller}: {expression!r} is no regular expression ({error}); names go in a list"
@@ -236,13 +246,13 @@ def find(places: Survey, target: Target, *, caller: str = "target") -> dict[str,
     """
     modules = places.everything
     if isinstance(target, str):
-        check_expression(caller, target)
+        compiled(caller, target)
     elif not callable(target):
         target = list(target)
         if not target or not all(isinstance(entry, str) for entry in target):
             raise TypeError(f"{caller}: expected a non-empty list of names, got {target!r}")
-        unmatched = [e for e in target if not any(matches([e], n, m) for n, m in modules.items())]
-        if unmatched:
+        ends = {end for name in modules for end in ends_of(name)}
+        if unmatched := [entry for entry in target if entry not in ends]:
             raise ValueError(f"{caller}: {unmatched} match no module; {_hint(modules)}")
         meant = exact(target, modules)
         return {name: module for name, module in modules.items() if meant(name)}
@@ -337,16 +347,19 @@ def names_of_ends(places: Survey, target: Target) -> dict[str, str]:
     """A note for each list entry that is a full name, and would be the end of others too."""
     if isinstance(target, str) or callable(target):
         return {}
-    names = list(places.everything)
-    found = {}
-    for entry in target:
-        others = [name for name in names if name.endswith(f".{entry}")]
-        if entry in names and others:
-            found[entry] = (
-                f"{entry!r} is the full name of a module and means that alone, not {others[:3]} "
-                f"({len(others)} in all); r'(.*\\.)?{re.escape(entry)}' means all of them"
-            )
-    return found
+    names = places.everything
+    others: dict[str, list[str]] = {entry: [] for entry in target if entry in names}
+    for name in names:
+        for end in ends_of(name)[1:]:
+            if end in others:
+                others[end].append(name)
+    return {
+        entry: (
+            f"{entry!r} is the full name of a module and means that alone, not {same_end[:3]} "
+            f"({len(same_end)} in all); r'(.*\\.)?{re.escape(entry)}' means all of them"
+        )
+        for entry, same_end in others.items() if same_end
+    }  # fmt: skip
 
 
 class Chosen(NamedTuple):
@@ -372,10 +385,10 @@ def per_name(
         return {name: Chosen(value) for name in names}
     chosen: dict[str, Chosen] = {}
     used: set[str] = set()
-    for pattern in value:
-        check_expression(what, pattern)
+    full = set(names)
+    fits = {p: (compiled(what, p).fullmatch, exact([p], full)) for p in value}
     for name in names:
-        fitting = [p for p in value if re.fullmatch(p, name) or exact([p], names)(name)]
+        fitting = [p for p, (matched, meant) in fits.items() if matched(name) or meant(name)]
         if not fitting:
             raise ValueError(
                 f"{what}: no pattern of {list(value)} fits {name!r}; add '.*' last as the default"

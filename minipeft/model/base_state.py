@@ -104,50 +104,46 @@ def _check(caller: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
 
 def _own_state(model: nn.Module) -> dict[str, Tensor]:
     """The base's entries of the state dict themselves, by their plain names."""
-    names, plain = PlainNames(model), _Renamer(model)
-    owned, wrappers = set(), []
-    for name, adapter in model.named_modules(remove_duplicate=False):
-        if is_adapter(adapter):
-            path = f"{name}." if name else ""
-            owned |= {names.plain(f"{path}{own}") for own in adapter.adapter_parameters()}
-            if hasattr(adapter, "base"):
-                wrappers.append(names.plain(path))  # all that it holds beside its base is its own
-    return {
-        plain(key): value
-        for key, value in model.state_dict(keep_vars=True).items()
-        if (short := names.plain(key)) not in owned
-        and not any(short.startswith(path) and not short.startswith(f"{path}base.")
-                    for path in wrappers)
-    }  # fmt: skip
+    places = _Places(model)
+    found = ((places.plain(key), value) for key, value in model.state_dict(keep_vars=True).items())
+    return {key: value for key, value in found if key is not None}
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The model's own modules by the names that they have without adapters; "" is the model."""
-    plain = _Renamer(model)
-    found = {"": innermost(model)}
+    places, found = _Places(model), {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if name:
-            found[plain(f"{name}.").rstrip(".")] = innermost(module)
+        if (plain := places.plain(name)) is not None:
+            found[plain] = innermost(module)
     return found
 
 
-class _Renamer:
+class _Places:
     """From the names in a model with adapters to those in the plain one."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = PlainNames(model)
-        wrappers = {
-            self._names.plain(name)
-            for name, module in model.named_modules(remove_duplicate=False)
-            if is_adapter(module) and hasattr(module, "base")
-        }
-        # the longest first: of a stack, the innermost loses its ".base" before the outer ones
-        self._wrappers = sorted(wrappers, key=len, reverse=True)
+        self._wrappers: set[str] = set()  # adapters that have a base
+        self._owned: set[str] = set()  # parameters of adapters
+        for name, module in model.named_modules(remove_duplicate=False):
+            if is_adapter(module):
+                path = f"{name}." if name else ""
+                self._owned |= {self._names.plain(path + n) for n in module.adapter_parameters()}
+                if hasattr(module, "base"):
+                    self._wrappers.add(self._names.plain(name))
 
-    def __call__(self, key: str) -> str:
-        key = self._names.plain(key)
-        for name in self._wrappers:
-            prefix = f"{name}.base." if name else "base."
-            if key.startswith(prefix):
-                key = f"{name}.{key[len(prefix) :]}" if name else key[len(prefix) :]
-        return key
+    def plain(self, name: str) -> str | None:
+        """The name in the plain model; None for what is an adapter's own.
+
+        All that an adapter holds beside its base is its own.
+        """
+        name, path, kept = self._names.plain(name), "", []
+        if name in self._owned:
+            return None
+        for part in name.split(".") if name else ():
+            if path not in self._wrappers:
+                kept.append(part)
+            elif part != "base":
+                return None
+            path = f"{path}.{part}" if path else part
+        return ".".join(kept)

@@ -134,10 +134,11 @@ def remove(
     if name is not None:
         with restoring(model):
             return gone + _remove_one(model, name, found, merge)
+    outermost = {id(stack[0]) for stack in found.values()}
     every_name: dict[str, AdapterLayer] = {
         place: module
         for place, module in model.named_modules(remove_duplicate=False)
-        if any(module is stack[0] for stack in found.values())
+        if id(module) in outermost
     }
     if merge:
         _check_foldable(model, found, requantize)

@@ -29,6 +29,7 @@ from minipeft.adapters.targets import (
     Survey,
     Target,
     find,
+    is_within,
     likely_head,
     survey,
 )
@@ -103,7 +104,7 @@ def quantizable(
     ) -> None:
         reason = None
         weight = layer if isinstance(layer, nn.Parameter) else layer._parameters.get("weight")
-        if name in skipped or any(name.startswith(f"{outer}.") for outer in skipped):
+        if is_within(name, skipped):
             reason = "skipped"
         elif any(part in float32 for part in name.split(".")):
             reason = "kept in float32 (_keep_in_fp32_modules)"
@@ -122,10 +123,10 @@ def quantizable(
     for name, parameter in places.experts.items():
         reason = None if experts else "a 3-D weight of experts (experts=True quantises it)"
         consider(name, parameter, partial(lambda why: why, reason))
+    known = {*chosen, *left_out, *outside}
     for name, reason in other_weights(places).items():
-        if not any(name == n or name.startswith(f"{n}.") for n in (*chosen, *left_out, *outside)):
-            inside = any(name == n or name.startswith(f"{n}.") for n in skipped)
-            left_out[name] = "skipped" if inside else reason
+        if not is_within(name, known):
+            left_out[name] = "skipped" if is_within(name, skipped) else reason
     return chosen, {**{n: w for n, w in outside.items() if n not in chosen}, **left_out}
 
 
@@ -268,7 +269,8 @@ def quantize_model(
     check_model("quantize_model", model)
     plan = _plan_codes(survey(model, head), skip, also, embeddings, experts, nf4)
     layers = _make_codes(model, plan)
-    swap(model, layers)
+    with restoring(model):
+        swap(model, layers)
     return Names(layers, plan.left_out, notes=plan.notes)
 
 

@@ -14,7 +14,7 @@ from minipeft.adapters.names import named, stacks
 from minipeft.adapters.protocol import Adapter, innermost
 from minipeft.adapters.state import refuse_merged, require_adapters
 from minipeft.adapters.targets import visible_modules
-from minipeft.inject import swap
+from minipeft.inject import restoring, swap
 from minipeft.layers.fused import LoRAFusedLinear
 from minipeft.lora import LoRALinear
 from minipeft.model.rows.bank import LoRABank, finite
@@ -265,7 +265,8 @@ def stop_rows(model: nn.Module) -> None:
         n: m.base for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, ByRow)
     }
     if layers:
-        swap(model, layers)
+        with restoring(model):
+            swap(model, layers)
     for module in model.modules():
         if _serves_rows(module):
             module.stop_rows()  # type: ignore[operator]
