@@ -30,6 +30,7 @@ from benchmarks.data import chat_batches
 from benchmarks.harness import commit, hardware, versions
 from benchmarks.models import data_file, load_model, load_tokenizer
 from benchmarks.worker import loss_of
+from minipeft.adapters.targets import survey
 from minipeft.model.progress import Progress
 from minipeft.model.quantize import quantizable
 
@@ -142,7 +143,7 @@ def perplexities(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     _, replies = chat_batches(
         tokenizer, train_rows=1, validation_rows=arguments.replies, length=256, seed=0
     )
-    chosen, _ = quantizable(model)
+    chosen, _ = quantizable(survey(model))
     layers = {n: m for n, m in chosen.items() if isinstance(m, nn.Linear)}
     originals = {name: layer.weight.data for name, layer in layers.items()}
     found = {}
@@ -169,7 +170,7 @@ def main() -> int:
     console = Console(width=110)
     torch.manual_seed(0)
     model = load_model(None, torch.float32, 0)
-    chosen, _ = quantizable(model)
+    chosen, _ = quantizable(survey(model))
     smollm2 = [m.weight.data for m in chosen.values() if isinstance(m, nn.Linear)]
     sources = {
         "Gaussian": [torch.randn(1024, 1024) for _ in range(16)],

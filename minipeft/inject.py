@@ -10,16 +10,15 @@ No kind of layer is known here: model/inject_lora.py chooses LoRA layers by the 
 model/quantize.py 4-bit layers.  Read next: nf4.py.
 """
 
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from minipeft.adapters.protocol import is_adapter
+from minipeft.adapters.ready import check_model
 from minipeft.adapters.targets import (
     Head,
     Names,
@@ -27,7 +26,6 @@ from minipeft.adapters.targets import (
     Target,
     Targets,
     adapter_targets,
-    expert_weights,
     find,
     is_within,
     names_of_ends,
@@ -148,17 +146,6 @@ def build(
     return result
 
 
-def check_model(caller: str, model: object) -> None:
-    """Raise unless this is a module with submodules to replace, all there and whole."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: expected a module, got {type(model).__name__}")
-    if not any(True for _ in model.children()) and not expert_weights(model):
-        raise ValueError(
-            f"{caller}: {type(model).__name__} has no submodules to replace; wrap it yourself"
-        )
-    check_ready(caller, model)
-
-
 def inject(
     model: nn.Module,
     target: Target,
@@ -194,57 +181,3 @@ def inject(
         swap(model, build(modules, make))
         freeze(model)
     return Names(modules, found.left_out, notes=found.notes)
-
-
-def check_ready(caller: str, model: nn.Module) -> None:
-    """Raise unless parameters have their shapes, and this process has the whole of each.
-
-    Raises:
-        ValueError: lazy modules before their first call; weights that accelerate keeps elsewhere; a
-            model in DistributedDataParallel or FullyShardedDataParallel, or sharded by fully_shard:
-            each process would draw an adapter of its own, and nothing would keep them equal.
-    """
-    for name, module in model.named_modules():
-        stored = [*module._parameters.values(), *module._buffers.values()]
-        if any(is_lazy(tensor) for tensor in stored if tensor is not None):
-            raise ValueError(
-                f"{caller}: {name or 'the model'} ({type(module).__name__}) has parameters without "
-                "a shape yet; call the model once, so that they get one"
-            )
-        if any(_is_sharded(tensor) for tensor in stored):
-            raise ValueError(
-                f"{caller}: the parameters of {name or 'the model'} are shards (DTensor); do this "
-                "first, in every process with the same random seed, then fully_shard the model"
-            )
-        offloaded = "_hf_hook" in vars(module) and not is_adapter(module)
-        if offloaded and any(t.is_meta for t in stored if t is not None):
-            raise ValueError(
-                f"{caller}: {name or 'the model'} is offloaded by accelerate, and its weights are "
-                "not here; do this first, then dispatch or offload the model"
-            )
-        if wrapped := _distributed(module):
-            raise ValueError(
-                f"{caller}: {name or 'the model'} is a {wrapped}, which would not keep what is "
-                f"added equal in all processes; do this first, then wrap the model in {wrapped}"
-            )
-
-
-def _of_torch(module: str, name: str) -> Any:
-    """A class of torch.distributed, if that is imported: nothing is of it if it is not."""
-    return getattr(sys.modules.get(module), name, None)
-
-
-def _is_sharded(tensor: object) -> bool:
-    kind = _of_torch("torch.distributed.tensor", "DTensor")
-    return kind is not None and isinstance(tensor, kind)
-
-
-def _distributed(module: nn.Module) -> str | None:
-    for where, name in (
-        ("torch.nn.parallel", "DistributedDataParallel"),
-        ("torch.distributed.fsdp", "FullyShardedDataParallel"),
-    ):
-        kind = _of_torch(where, name)
-        if kind is not None and isinstance(module, kind):
-            return name
-    return None

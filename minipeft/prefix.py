@@ -37,7 +37,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.on_off import OnOff
-from minipeft.adapters.sizes import whole
+from minipeft.adapters.protocol import whole
 
 FAST = "minipeft.fast.prefix"  # imported by its name when it is first asked for
 

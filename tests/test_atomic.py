@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 
 import minipeft as mp
-from minipeft.inject import check_ready, restoring
+from minipeft.adapters.ready import check_ready
+from minipeft.inject import restoring
 
 
 def make():

@@ -4,8 +4,8 @@
 layer: a layer of your own that has them joins fully.  An adapter is recognised by its method
 `adapter_parameters`; one that wraps a module has `base`, and can be merged if it has `merge`.
 
-Also here: what counts as a linear layer, in which layout it keeps its weight, and the question
-whether a module may be replaced or folded into.
+Also here: what counts as a linear layer, in which layout it keeps its weight, the question whether
+a module may be replaced or folded into, and the check of a size that a caller gives.
 """
 
 from collections.abc import Callable
@@ -154,6 +154,23 @@ def linear_shape(module: nn.Module) -> LinearShape | None:
 def has_stored_weight(module: nn.Module) -> bool:
     """Whether the weight is a parameter or packed, and not computed (weight norm, ...)."""
     return is_packed(module) or module._parameters.get("weight") is not None
+
+
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether the module itself has running statistics, as torch's normalisations name them."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    return any(module._buffers.get(name) is not None for name in names)
+
+
+def whole(owner: str, name: str, value: object, *, least: int = 1) -> int:
+    """The value, if it is a whole number of at least `least`, and neither True nor False.
+
+    Raises:
+        ValueError: it is something else; the message names the owner and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{owner}: {name}={value!r}; expected a whole number of at least {least}")
+    return value
 
 
 # linearity.py, which tries modules, puts its functions here when the package is imported

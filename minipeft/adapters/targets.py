@@ -69,15 +69,20 @@ def visible_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+class HeadWarning(UserWarning):
+    """A layer that looks like the output head was made 4-bit."""
+
+
 class Survey(NamedTuple):
-    """What there is in a model to choose from; asked once, then handed on to all who choose."""
+    """What there is in a model to choose from: asked once, then handed on to all who choose."""
 
     model: nn.Module
     modules: dict[str, nn.Module]  # `visible_modules`
-    experts: dict[str, nn.Parameter]  # `expert_weights`
-    in_attention: dict[str, str]  # why these are out of reach
-    heads: dict[str, str]  # why these are output heads
-    head: Head  # what the caller said of them
+    experts: dict[str, nn.Parameter]  # 3-D weights of mixtures of experts: (experts, rows, columns)
+    in_attention: dict[str, str]  # linear layers that nn.MultiheadAttention never calls
+    heads: dict[str, str]  # output heads, and why each is one
+    naming: list[str]  # modules that have get_output_embeddings
+    head: Head  # what the caller said of heads
 
     @property
     def everything(self) -> dict[str, Any]:
@@ -88,58 +93,64 @@ class Survey(NamedTuple):
 def survey(model: nn.Module, head: Head = None) -> Survey:
     """Look over a model once; ask again after modules were swapped.
 
+    An output head is what `get_output_embeddings()` returns; in models that have that method,
+    modules with one of transformers' names for new heads count too.  `head` names others: of each,
+    with all that is inside, and none for ().
+
     Raises:
         ValueError: `head` names no module of the model.
     """
     modules = visible_modules(model)
-    return Survey(model, modules, expert_weights(model, modules), in_attention(model),
-                  head_reasons(model, head, modules), head)  # fmt: skip
+    parts = {"": model, **modules}
+    naming = [n for n, m in parts.items() if callable(getattr(m, "get_output_embeddings", None))]
+    heads = _heads_known(parts, naming)
+    inside = "inside nn.MultiheadAttention, which never calls it"
+    return Survey(
+        model, modules, _expert_weights(parts),
+        {_path(name, "out_proj"): inside for name, module in parts.items()
+         if isinstance(module, nn.MultiheadAttention)},
+        {**heads, **_heads_said(modules, head), **heads}, naming, head,
+    )  # fmt: skip
 
 
-class HeadWarning(UserWarning):
-    """A layer that looks like the output head was made 4-bit."""
+def _path(name: str, own: str) -> str:
+    return f"{name}.{own}" if name else own
 
 
-def head_reasons(
-    model: nn.Module, head: Head = None, modules: Mapping[str, nn.Module] | None = None
-) -> dict[str, str]:
-    """The output heads of a model by name, and why each is left as it is.
+def _expert_weights(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    return {
+        _path(name, own): parameter
+        for name, module in parts.items()
+        if not type(module).__module__.startswith("torch.nn")  # convolutions, attention
+        and not is_adapter(module)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
+    }
 
-    The head is what `get_output_embeddings()` returns; in models that have that method, modules
-    with one of transformers' names for new heads count too.  `head` names others: of each, with
-    all that is inside, and none for ().
 
-    Raises:
-        ValueError: `head` names no module of the model.
-    """
+def _heads_known(parts: Mapping[str, Any], naming: Iterable[str]) -> dict[str, str]:
     reasons: dict[str, str] = {}
-    for path, part in _with_output_embeddings(model):
-        output = part.get_output_embeddings()  # type: ignore[operator]
-        for name, module in part.named_modules(prefix=path, remove_duplicate=False):
-            inside = name.removeprefix(path).lstrip(".")
+    for path in naming:
+        output, within = parts[path].get_output_embeddings(), _path(path, "")
+        for name, module in parts.items():
             if output is not None and module is output:
                 reasons[name] = "the output head (get_output_embeddings)"
-            elif inside and inside.split(".")[0] in NEW_HEADS:
+            elif name.startswith(within) and name[len(within) :].split(".")[0] in NEW_HEADS:
                 reasons.setdefault(name, "a new head, trained or kept dense as a whole")
-    if head is None:
-        return reasons
-    modules = visible_modules(model) if modules is None else modules
-    for entry in [head] if isinstance(head, str | nn.Module) else list(head):
+    return reasons
+
+
+def _heads_said(modules: Mapping[str, nn.Module], head: Head) -> dict[str, str]:
+    entries = () if head is None else [head] if isinstance(head, str | nn.Module) else list(head)
+    chosen: set[str] = set()
+    for entry in entries:
         meant = exact([entry], modules) if isinstance(entry, str) else None
         found = {n for n, m in modules.items() if (meant(n) if meant else m is entry)}
         if not found:
             what = repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}"
             raise ValueError(f"head: {what} is no module of the model; {_hint(modules)}")
-        reasons |= {n: "the output head (head=)" for n in modules
-                    if n not in reasons and is_within(n, found)}  # fmt: skip
-    return reasons
-
-
-def _with_output_embeddings(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (name, part) for name, part in model.named_modules(remove_duplicate=False)
-        if callable(getattr(part, "get_output_embeddings", None))
-    ]  # fmt: skip
+        chosen |= found
+    return {name: "the output head (head=)" for name in modules if is_within(name, chosen)}
 
 
 def likely_head(places: Survey, touched: Iterable[str]) -> dict[str, str]:
@@ -148,8 +159,7 @@ def likely_head(places: Survey, touched: Iterable[str]) -> dict[str, str]:
     Layers of a trunk feed each other, so their sizes recur.  A head has as many outputs as no other
     layer has inputs or outputs, and is the last linear layer, or has one for each row of a table.
     """
-    named = {name for name, _ in _with_output_embeddings(places.model)}
-    if places.head is not None or "" in named:
+    if places.head is not None or "" in places.naming:
         return {}
     modules = places.modules
     shapes = {id(m): shape for m in modules.values() if (shape := linear_shape(m)) is not None}
@@ -162,7 +172,7 @@ def likely_head(places: Survey, touched: Iterable[str]) -> dict[str, str]:
     notes = {}
     for name in touched:
         own = shapes.get(id(modules.get(name)))
-        if own is None or is_within(name, named):
+        if own is None or is_within(name, places.naming):
             continue
         recurs = sizes[own.out_features] > 1
         is_last = id(modules[name]) == last
@@ -172,16 +182,6 @@ def likely_head(places: Survey, touched: Iterable[str]) -> dict[str, str]:
                 f"pass head={name!r} to leave it as it is, or head=() if the model has none"
             )
     return notes
-
-
-def in_attention(model: nn.Module) -> dict[str, str]:
-    """Linear layers inside nn.MultiheadAttention: it reads their weight and never calls them."""
-    reasons = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.MultiheadAttention):
-            path = f"{name}." if name else ""
-            reasons[f"{path}out_proj"] = "inside nn.MultiheadAttention, which never calls it"
-    return reasons
 
 
 def matches(target: Target, name: str, module: nn.Module | nn.Parameter) -> bool:
@@ -218,21 +218,6 @@ def compiled(caller: str, expression: str) -> re.Pattern[str]:
         raise ValueError(
             f"{caller}: {expression!r} is no regular expression ({error}); names go in a list"
         ) from None
-
-
-def expert_weights(
-    model: nn.Module, modules: Mapping[str, nn.Module] | None = None
-) -> dict[str, nn.Parameter]:
-    """The 3-D weights of mixtures of experts, (experts, rows, columns), by their full names."""
-    modules = visible_modules(model) if modules is None else modules
-    return {
-        f"{name}.{own}" if name else own: parameter
-        for name, module in {"": model, **modules}.items()
-        if not type(module).__module__.startswith("torch.nn")  # convolutions, attention
-        and not is_adapter(module)
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
-    }
 
 
 def find(places: Survey, target: Target, *, caller: str = "target") -> dict[str, Any]:
@@ -295,7 +280,6 @@ def adapter_targets(
     excluded = set() if exclude is None else set(find(places, exclude, caller="exclude"))
     left_out: dict[str, str] = {}
     notes = names_of_ends(places, target)
-    inside_attention = places.in_attention
     if isinstance(target, str) and target.lower() == "all-linear":
         chosen = {}
         for name, module in places.modules.items():
@@ -304,7 +288,7 @@ def adapter_targets(
             ):
                 continue
             reason = "excluded" if name in excluded else places.heads.get(name)
-            if name in inside_attention and name.rpartition(".")[0] not in excluded:
+            if name in places.in_attention and name.rpartition(".")[0] not in excluded:
                 continue  # with its attention
             if name.endswith("._orig_mod") and name.removesuffix("._orig_mod") in chosen:
                 continue  # what torch.compile made a callable of, which is wrapped as a whole
@@ -329,9 +313,9 @@ def adapter_targets(
                 f"target: {name!r} already has an adapter ({type(module).__name__}); remove it "
                 "first, leave it out with exclude=, or use add_adapter for one more"
             )
-        if name in inside_attention:
+        if name in places.in_attention:
             raise ValueError(
-                f"target: {name!r} is {inside_attention[name]}; name the attention itself"
+                f"target: {name!r} is {places.in_attention[name]}; name the attention itself"
             )
     return Targets(chosen, left_out, notes)
 
@@ -386,9 +370,10 @@ def per_name(
     chosen: dict[str, Chosen] = {}
     used: set[str] = set()
     full = set(names)
-    fits = {p: (compiled(what, p).fullmatch, exact([p], full)) for p in value}
+    patterns = {pattern: compiled(what, pattern) for pattern in value}
     for name in names:
-        fitting = [p for p, (matched, meant) in fits.items() if matched(name) or meant(name)]
+        ends = {end for end in ends_of(name) if end == name or end not in full}
+        fitting = [p for p, pattern in patterns.items() if p in ends or pattern.fullmatch(name)]
         if not fitting:
             raise ValueError(
                 f"{what}: no pattern of {list(value)} fits {name!r}; add '.*' last as the default"

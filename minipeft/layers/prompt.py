@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.on_off import OnOff
-from minipeft.adapters.sizes import whole
+from minipeft.adapters.protocol import whole
 
 
 class _Prompt(OnOff):

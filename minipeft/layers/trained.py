@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from minipeft.adapters.buffers import keeps_statistics
-from minipeft.adapters.protocol import innermost
+from minipeft.adapters.protocol import innermost, keeps_statistics
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
 from minipeft.layers.casting import CastCall, rounded_like, widened
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.buffers import keeps_statistics
-from minipeft.adapters.protocol import is_adapter
+from minipeft.adapters.protocol import is_adapter, keeps_statistics
 from minipeft.adapters.wrapper import HELD_MODE
 from minipeft.inject import after_freeze, after_swap
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import adapters_called, check_new_name, give_name
+from minipeft.adapters.ready import check_ready
 from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, visible_modules
-from minipeft.inject import build, check_ready, freeze, restoring, swap
+from minipeft.inject import build, freeze, restoring, swap
 from minipeft.layers.conv import LoRAConv
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.lora import LoRALinear, LowRank

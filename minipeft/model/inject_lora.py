@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from minipeft.adapters.protocol import innermost, linear_shape
+from minipeft.adapters.ready import check_model
 from minipeft.adapters.targets import (
     Chosen,
     Head,
@@ -26,7 +27,7 @@ from minipeft.adapters.targets import (
     per_name,
     survey,
 )
-from minipeft.inject import Modules, build, check_model, freeze, restoring, settled, swap
+from minipeft.inject import Modules, build, freeze, restoring, settled, swap
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv
 from minipeft.layers.embeddings import LoRAEmbedding

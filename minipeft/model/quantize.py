@@ -22,6 +22,7 @@ from minipeft.adapters.protocol import (
     is_packed,
     linear_shape,
 )
+from minipeft.adapters.ready import check_model
 from minipeft.adapters.targets import (
     Head,
     HeadWarning,
@@ -34,7 +35,7 @@ from minipeft.adapters.targets import (
     survey,
 )
 from minipeft.adapters.wrapper import take_hooks
-from minipeft.inject import Modules, build, check_model, put, restoring, settled, swap, tell
+from minipeft.inject import Modules, build, put, restoring, settled, swap, tell
 from minipeft.model.dense_again import forget_codes
 from minipeft.model.inject_lora import plan_lora, wrap_in_lora
 from minipeft.model.peft_words import in_our_words

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, adapters_called, check_new_name, give_name, named
+from minipeft.adapters.ready import check_model
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.adapters.targets import Head, Names, Target, survey
-from minipeft.inject import check_model, restoring
+from minipeft.inject import restoring
 from minipeft.lora import LoRALinear
 from minipeft.model.inject_lora import plan_lora, wrap_in_lora
 from minipeft.model.peft_words import in_our_words

@@ -17,9 +17,10 @@ from torch import nn
 
 from minipeft.adapters.names import DEFAULT, adapters_called, give_name, named, stacks
 from minipeft.adapters.protocol import innermost, is_adapter
+from minipeft.adapters.ready import check_model
 from minipeft.adapters.state import named_adapters, refuse_merged
-from minipeft.adapters.targets import Names, Target, find, in_attention, survey, visible_modules
-from minipeft.inject import build, check_model, freeze, restoring, settled, swap
+from minipeft.adapters.targets import Names, Target, find, survey
+from minipeft.inject import build, freeze, restoring, settled, swap
 from minipeft.layers.bias import LoRABias
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.layers.tied import LoRATiedLinear, tied_heads
@@ -56,17 +57,17 @@ def train_biases(model: nn.Module, mode: str = "lora_only", *, name: str = DEFAU
         raise ValueError(f"train_biases: mode={mode!r}; choose one of {BIAS_MODES}")
     modules: dict[str, nn.Module] = {}
     left_out: dict[str, str] = {}
-    inside = in_attention(model)
+    places = survey(model)
     if mode == "lora_only":
         lora = adapters_called("train_biases", model, name)
         wanted = {place: model.get_submodule(place) for place, stack in lora.items()
                   if any(isinstance(layer, LowRank) for layer in stack)}  # fmt: skip
     else:
-        wanted = visible_modules(model)
+        wanted = places.modules
     for place, module in wanted.items():
         plain = innermost(module)
-        if place in inside:
-            left_out[place] = inside[place]
+        if place in places.in_attention:
+            left_out[place] = places.in_attention[place]
             continue
         if getattr(plain, "bias", None) is None or "bias" not in plain._parameters:
             if isinstance(plain, nn.MultiheadAttention | nn.RNNBase):
@@ -74,7 +75,7 @@ def train_biases(model: nn.Module, mode: str = "lora_only", *, name: str = DEFAU
             continue
         modules[place] = module
     chosen = {id(module) for module in modules.values()}  # a shared one under each of its names
-    modules = {n: m for n, m in visible_modules(model).items() if id(m) in chosen}
+    modules = {n: m for n, m in places.modules.items() if id(m) in chosen}
     taken = [p for p, s in stacks(model).items() if any(isinstance(a, TrainedBias) for a in s)]
     if twice := sorted(set(taken) & set(modules)):
         raise ValueError(f"train_biases: {twice[:3]} train already ({len(twice)} in all)")
@@ -143,7 +144,7 @@ def train_tokens(
         table = getter() if callable(getter) else None
         if table is None:
             raise ValueError("train_tokens: the model names no input embedding; pass target=")
-        found = {n: m for n, m in visible_modules(model).items() if m is table}
+        found = {n: m for n, m in places.modules.items() if m is table}
     else:
         found = find(places, target)
     modules = settled("train_tokens", places, found)
@@ -156,7 +157,7 @@ def train_tokens(
             )
     weights = {id(innermost(module).weight): place for place, module in modules.items()}
     heads = {
-        n: m for n, m in visible_modules(model).items()
+        n: m for n, m in places.modules.items()
         if isinstance(innermost(m), nn.Linear) and id(innermost(m).weight) in weights
     }  # fmt: skip
     made: dict[str, TrainedTokens] = {}

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.plain_names import PlainNames, Spellings
 from minipeft.adapters.protocol import innermost, is_adapter, linear_shape
+from minipeft.adapters.ready import check_model
 from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, visible_modules
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
-from minipeft.inject import check_model, freeze, restoring, swap
+from minipeft.inject import freeze, restoring, swap
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, read_config
 from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.folder import read_weights, refuse_pickle

@@ -12,7 +12,7 @@ from torch import nn
 
 from minipeft.adapters.plain_names import PlainNames, Spellings
 from minipeft.adapters.protocol import innermost
-from minipeft.adapters.targets import expert_weights, head_reasons, in_attention, visible_modules
+from minipeft.adapters.targets import survey
 from minipeft.io.peft.keys import PREFIX, Key, beside, parse, without_prefix
 
 LONGEST_KEY = 1000  # characters; real names have some hundred, and matching longer ones takes time
@@ -39,10 +39,10 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
         ValueError: the same key with and without PEFT's prefix.
     """
     keys = list(keys)
-    names, found = PlainNames(model), visible_modules(model)
-    modules, experts = names.by_plain(found), names.by_plain(expert_weights(model))
-    real = {names.plain(name): name for name in expert_weights(model)}
-    for name, module in reversed(found.items()):  # the first name stays
+    names, places = PlainNames(model), survey(model)
+    modules, experts = names.by_plain(places.modules), names.by_plain(places.experts)
+    real = {names.plain(name): name for name in places.experts}
+    for name, module in reversed(places.modules.items()):  # the first name stays
         if modules[names.plain(name)] is module:
             real[names.plain(name)] = name
     spellings = Spellings(["", *modules])
@@ -65,8 +65,8 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
             parsed[in_file] = key._replace(role="unknown")
     spelled = {name: {differences.spelled(name)} for name in (*modules, *experts)}
     return Located(
-        modules, experts, real, names.by_plain(head_reasons(model)), _vocabulary(model),
-        names.by_plain(in_attention(model)), parsed, spelled,
+        modules, experts, real, names.by_plain(places.heads), _vocabulary(model),
+        names.by_plain(places.in_attention), parsed, spelled,
     )  # fmt: skip
 
 
