@@ -13,7 +13,7 @@ model/quantize.py 4-bit layers.  Read next: nf4.py.
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -33,6 +33,7 @@ from minipeft.adapters.targets import (
 )
 
 Modules = dict[str, Any]  # modules, and 3-D parameters of experts
+Made = TypeVar("Made")
 Listener = Callable[[nn.Module], None]
 # Modules with an idea of their own add themselves; each is called with the whole model.
 after_swap: list[Listener] = []  # modules were swapped
@@ -75,7 +76,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = [
-        (module, dict(vars(module)), {n: v.copy() for n, v in vars(module).items()
+        (module, dict(vars(module)), {n: v.copy() if v else () for n, v in vars(module).items()
                                       if type(v) in _CONTAINERS})
         for module in model.modules()
     ]  # fmt: skip
@@ -130,11 +131,9 @@ def settled(caller: str, places: Survey, modules: Mapping[str, Any]) -> Modules:
     return {n: m for n, m in places.everything.items() if id(m) in chosen}
 
 
-def build(
-    modules: Mapping[str, Any], make: Callable[[str, Any], nn.Module]
-) -> dict[str, nn.Module]:
+def build(modules: Mapping[str, Any], make: Callable[[str, Any], Made]) -> dict[str, Made]:
     """make(name, module) for each; a module under several names is made once."""
-    made: dict[int, nn.Module] = {}
+    made: dict[int, Made] = {}
     result = {}
     for name, module in modules.items():
         if id(module) not in made:

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import adapters_called, named, stacks
 from minipeft.adapters.protocol import Adapter, AdapterLayer, innermost, is_adapter_layer, is_packed
-from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
+from minipeft.adapters.state import (
+    named_adapters,
+    refuse_merged,
+    require_adapters,
+    shared_parameters,
+)
 from minipeft.inject import put, restoring, swap, tell
 from minipeft.model.dense_again import forget_codes
 from minipeft.model.rows import refuse_rows
@@ -56,20 +61,14 @@ def merge(model: nn.Module) -> list[str]:
     if not chosen:
         raise ValueError("merge: every adapter is off; see use_adapters and disable_adapters")
     _refuse_unfoldable("merge", chosen)
-    every = [layer for stack in found.values() for layer in stack]
-    before = [(layer, layer.merged_module) for layer in every]
-    try:
-        for layer in every:
+    with restoring(model):
+        for layer in (layer for stack in found.values() for layer in stack):
             layer.unmerge()
         for name, layer in chosen.items():
             try:
                 layer.merge()
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-    except BaseException:
-        for layer, merged in before:
-            layer.__dict__["merged_module"] = merged
-        raise
     return list(chosen)
 
 
@@ -126,38 +125,28 @@ def remove(
     """
     if not isinstance(merge, bool) or not isinstance(requantize, bool):
         raise TypeError("remove: merge and requantize are True or False")
-    _refuse_while_in_use(model, name)
-    gone = [] if merge else _take_off_prefixes(model, name)
-    if gone and not _has_more(model, name):
-        return gone
-    found = _layer_stacks("remove", model)
-    if name is not None:
-        with restoring(model):
-            return gone + _remove_one(model, name, found, merge)
-    outermost = {id(stack[0]) for stack in found.values()}
-    every_name: dict[str, AdapterLayer] = {
-        place: module
-        for place, module in model.named_modules(remove_duplicate=False)
-        if id(module) in outermost
-    }
-    if merge:
-        _check_foldable(model, found, requantize)
-        _fold_all(model, every_name, requantize)
-    else:
-        with restoring(model):
-            swap(model, {place: original(layer) for place, layer in every_name.items()})
-        _restore([layer for stack in found.values() for layer in stack])
-    if merge:
-        forget_codes(model)
-    return gone + list(found)
-
-
-def _refuse_while_in_use(model: nn.Module, name: str | None) -> None:
-    """What would refuse later, when prefixes are gone already."""
     refuse_rows("remove", model)
     if name is not None:
         adapters_called("remove", model, name)
         refuse_merged("remove", named_adapters(model))
+        if merge:
+            raise ValueError(
+                f"remove: merging {name!r} alone would leave the others on a changed base; "
+                "use_adapters, then remove(model, merge=True) folds those that are on and drops all"
+            )
+    if merge:
+        found = _layer_stacks("remove", model)
+        _check_foldable(model, found, requantize)
+        _fold_all(model, found, requantize)
+        forget_codes(model)
+        return list(found)
+    gone = _take_off_prefixes(model, name)
+    layers = {
+        id(layer)
+        for own, places in named(model).items() if name in (None, own)
+        for stack in places.values() for layer in stack if is_adapter_layer(layer)
+    }  # fmt: skip
+    return gone if gone and not layers else gone + _take_off(model, layers)
 
 
 def _take_off_prefixes(model: nn.Module, name: str | None) -> list[str]:
@@ -173,16 +162,6 @@ def _take_off_prefixes(model: nn.Module, name: str | None) -> list[str]:
     return gone
 
 
-def _has_more(model: nn.Module, name: str | None) -> bool:
-    """Whether layers are left to take off."""
-    return any(
-        is_adapter_layer(layer)
-        for own, places in named(model).items() if name in (None, own)
-        for stack in places.values()
-        for layer in stack
-    )  # fmt: skip
-
-
 def original(layer: nn.Module | AdapterLayer) -> nn.Module | nn.Parameter:
     """What stood in the model where this stack of layers is."""
     plain = innermost(layer)  # type: ignore[arg-type]
@@ -191,56 +170,35 @@ def original(layer: nn.Module | AdapterLayer) -> nn.Module | nn.Parameter:
     return made
 
 
-def _restore(layers: list[AdapterLayer]) -> None:
-    for layer in layers:
-        restore = getattr(layer, "restore_base", None)  # LoftQ changed the codes of its base
-        if restore is not None:
-            restore()
-
-
-def _remove_one(
-    model: nn.Module, name: str, found: dict[str, list[AdapterLayer]], merge: bool
-) -> list[str]:
-    wanted = adapters_called("remove", model, name)
-    if merge:
-        raise ValueError(
-            f"remove: merging {name!r} alone would leave the others on a changed base; "
-            "use_adapters, then remove(model, merge=True) folds those that are on and drops all"
-        )
-    if merged := [n for n, s in found.items() if any(x.merged_module is not None for x in s)]:
-        raise ValueError(f"remove: {merged[0]!r} is merged; call minipeft.unmerge(model) first")
-    gone = {id(layer) for stack in wanted.values() for layer in stack if is_adapter_layer(layer)}
-    outermost: dict[int, nn.Module | nn.Parameter] = {}
-    for stack in found.values():
-        kept: nn.Module = innermost(stack[-1])  # type: ignore[arg-type]
-        stays = [layer for layer in reversed(stack) if id(layer) not in gone]
-        for layer in stays:
-            layer.base, kept = kept, layer  # type: ignore[assignment]
-        outermost[id(stack[0])] = kept if stays else original(kept)
-    places = {
-        place: outermost[id(module)]
-        for place, module in model.named_modules(remove_duplicate=False)
-        if id(module) in outermost and outermost[id(module)] is not module
-    }
-    if places:
-        swap(model, places)
-    _restore([layer for stack in found.values() for layer in stack if id(layer) in gone])
-    return list(wanted)
-
-
-def _holders(model: nn.Module) -> dict[int, int]:
-    """How many modules hold each parameter."""
-    holders: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    return holders
+def _take_off(model: nn.Module, gone: set[int]) -> list[str]:
+    """Take these layers off, by their ids; the others of a stack close the gap."""
+    found = _layer_stacks("remove", model)
+    with restoring(model):
+        outermost: dict[int, nn.Module | nn.Parameter] = {}
+        for stack in found.values():
+            kept: nn.Module = innermost(stack[-1])  # type: ignore[arg-type]
+            stays = [layer for layer in reversed(stack) if id(layer) not in gone]
+            for layer in stays:
+                layer.base, kept = kept, layer  # type: ignore[assignment]
+            outermost[id(stack[0])] = kept if stays else original(kept)
+        swap(model, {
+            place: outermost[id(module)]
+            for place, module in model.named_modules(remove_duplicate=False)
+            if id(module) in outermost and outermost[id(module)] is not module
+        })  # fmt: skip
+    touched: list[str] = []
+    for place, stack in found.items():
+        for layer in (layer for layer in stack if id(layer) in gone):
+            touched.append(place)
+            if restore := getattr(layer, "restore_base", None):  # LoftQ changed its base's codes
+                restore()
+    return list(dict.fromkeys(touched))
 
 
 def _check_foldable(
     model: nn.Module, found: dict[str, list[AdapterLayer]], requantize: bool
 ) -> None:
-    holders = _holders(model)
+    shared = shared_parameters(model)
     on = {p: stack[0] for p, stack in found.items() if any(layer.enabled for layer in stack)}
     _refuse_unfoldable("remove", on)
     for place, stack in found.items():
@@ -254,7 +212,7 @@ def _check_foldable(
                 raise ValueError(f"remove: {place}: {error}") from error
         for own, value in values.items():
             in_place = not is_packed(plain) and getattr(stack[0], "folds_into_base", True)
-            if in_place and holders[id(plain.get_parameter(own))] > 1:
+            if in_place and id(plain.get_parameter(own)) in shared:
                 raise ValueError(
                     f"remove: the {own} of {place} belongs to another module too (tied weights); "
                     "merging would change both: untie them first"
@@ -263,10 +221,13 @@ def _check_foldable(
                 raise ValueError(f"remove: the merged {own} of {place} holds NaN or Inf")
 
 
-def _fold_all(model: nn.Module, places: dict[str, AdapterLayer], requantize: bool) -> None:
+def _fold_all(model: nn.Module, found: dict[str, list[AdapterLayer]], requantize: bool) -> None:
+    outermost = {id(stack[0]) for stack in found.values()}
     plain: dict[int, nn.Module | nn.Parameter] = {}
     errors: dict[str, float] = {}
-    for place, layer in places.items():
+    for place, layer in list(model.named_modules(remove_duplicate=False)):
+        if id(layer) not in outermost or not is_adapter_layer(layer):
+            continue
         if id(layer) not in plain:
             folded = layer.fold(requantize=requantize)
             if requantize:

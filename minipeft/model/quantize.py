@@ -8,8 +8,7 @@ All codes are made before the first layer is put in, so an error changes nothing
 """
 
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -23,6 +22,7 @@ from minipeft.adapters.protocol import (
     linear_shape,
 )
 from minipeft.adapters.ready import check_model
+from minipeft.adapters.state import shared_parameters
 from minipeft.adapters.targets import (
     Head,
     HeadWarning,
@@ -35,7 +35,7 @@ from minipeft.adapters.targets import (
     survey,
 )
 from minipeft.adapters.wrapper import take_hooks
-from minipeft.inject import Modules, build, put, restoring, settled, swap, tell
+from minipeft.inject import Modules, build, restoring, settled, swap
 from minipeft.model.dense_again import forget_codes
 from minipeft.model.inject_lora import plan_lora, wrap_in_lora
 from minipeft.model.peft_words import in_our_words
@@ -47,22 +47,15 @@ from minipeft.quantized.experts import NF4Experts
 Skip = Target | tuple[()]
 
 
-def _shared_weights(model: nn.Module) -> set[int]:
-    """ids of parameters that two different modules hold (tied embeddings)."""
-    owner: dict[int, int] = {}
-    shared = set()
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            if owner.setdefault(id(parameter), id(module)) != id(module):
-                shared.add(id(parameter))
-    return shared
-
-
 def _keeps_dense(
-    module: nn.Module, also: tuple[type[nn.Module], ...], embeddings: bool
+    module: nn.Module | nn.Parameter,
+    also: tuple[type[nn.Module], ...],
+    embeddings: bool,
+    experts: bool,
 ) -> str | None:
-    """Why a layer with a weight cannot be replaced by a 4-bit one; None if it can."""
-    vouched = type(module) in also
+    """Why a layer, or a weight of experts, cannot be replaced by a 4-bit one; None if it can."""
+    if isinstance(module, nn.Parameter):
+        return None if experts else "a 3-D weight of experts (experts=True quantises it)"
     if isinstance(module, nn.Embedding):
         if not embeddings:
             return "an embedding (embeddings=True quantises it)"
@@ -70,10 +63,10 @@ def _keeps_dense(
             return "max_norm rescales its rows in forward"
     elif not isinstance(module, nn.Linear) and not is_conv1d(module):
         return f"{type(module).__name__} is no nn.Linear"
-    reason = why_not_replaceable(module)
-    if reason and vouched and has_stored_weight(module) and "forward" not in vars(module):
-        reason = why_no_float(module.weight)  # type: ignore[arg-type]
-    return reason
+    vouched = type(module) in also and has_stored_weight(module) and "forward" not in vars(module)
+    if vouched:
+        return why_no_float(module.weight)  # type: ignore[arg-type]
+    return why_not_replaceable(module)
 
 
 def quantizable(
@@ -96,34 +89,28 @@ def quantizable(
         for module in model.modules()
         for part in getattr(module, "_keep_in_fp32_modules", None) or ()
     }
-    shared = _shared_weights(model)
+    shared = shared_parameters(model)
     chosen: dict[str, nn.Module | nn.Parameter] = {}
     left_out: dict[str, str] = {}
 
-    def consider(
-        name: str, layer: nn.Module | nn.Parameter, tried: Callable[[], str | None]
-    ) -> None:
-        reason = None
-        weight = layer if isinstance(layer, nn.Parameter) else layer._parameters.get("weight")
+    def why_dense(name: str, layer: nn.Module | nn.Parameter) -> str | None:
         if is_within(name, skipped):
-            reason = "skipped"
-        elif any(part in float32 for part in name.split(".")):
-            reason = "kept in float32 (_keep_in_fp32_modules)"
-        reason = reason or outside.get(name) or tried()  # last: it may run the module
-        if not reason and id(weight) in shared:
-            reason = "its weight is tied to another module's"
-        if reason:
+            return "skipped"
+        if not float32.isdisjoint(name.split(".")):
+            return "kept in float32 (_keep_in_fp32_modules)"
+        if reason := outside.get(name) or _keeps_dense(layer, also, embeddings, experts):
+            return reason
+        weight = layer if isinstance(layer, nn.Parameter) else layer._parameters.get("weight")
+        return "its weight is tied to another module's" if id(weight) in shared else None
+
+    for name, layer in places.everything.items():
+        has_weight = isinstance(layer, nn.Parameter | nn.Embedding) or linear_shape(layer)
+        if is_packed(layer) or not has_weight:
+            continue
+        if reason := why_dense(name, layer):
             left_out[name] = reason
         else:
             chosen[name] = layer
-
-    for name, module in places.modules.items():
-        is_linear = linear_shape(module) is not None
-        if (is_linear or isinstance(module, nn.Embedding)) and not is_packed(module):
-            consider(name, module, partial(_keeps_dense, module, also, embeddings))
-    for name, parameter in places.experts.items():
-        reason = None if experts else "a 3-D weight of experts (experts=True quantises it)"
-        consider(name, parameter, partial(lambda why: why, reason))
     known = {*chosen, *left_out, *outside}
     for name, reason in other_weights(places).items():
         if not is_within(name, known):
@@ -157,7 +144,7 @@ def other_weights(places: Survey) -> dict[str, str]:
     return found
 
 
-def _check_experts(model: nn.Module, names: list[str]) -> None:
+def _check_experts(model: nn.Module, names: Iterable[str]) -> None:
     """Raise unless the modules that hold these 3-D weights index them one expert at a time."""
     for name in names:
         holder = model.get_submodule(name.rpartition(".")[0])
@@ -172,8 +159,7 @@ def _check_experts(model: nn.Module, names: list[str]) -> None:
 class CodesPlan(NamedTuple):
     """What becomes 4-bit, and what stays dense and why; no code is made yet."""
 
-    modules: Modules
-    weights: dict[str, nn.Parameter]  # of experts
+    modules: Modules  # and weights of experts
     left_out: dict[str, str]
     notes: dict[str, str]  # of what looks like the head
     settings: dict[str, Any]
@@ -196,42 +182,36 @@ def _plan_codes(
         reasons = {n: left_out[n] for n, m in places.modules.items()
                    if isinstance(m, nn.Embedding)}  # fmt: skip
         raise ValueError(f"quantize_model: embeddings=True, but none may be quantised: {reasons}")
-    modules = {n: m for n, m in chosen.items() if isinstance(m, nn.Module)}
-    weights = {n: p for n, p in chosen.items() if isinstance(p, nn.Parameter)}
+    weights = [n for n, layer in chosen.items() if isinstance(layer, nn.Parameter)]
     if experts and not weights:
         raise ValueError("quantize_model: experts=True, but no 3-D weight may be quantised")
-    _check_experts(places.model, list(weights))
+    _check_experts(places.model, weights)
     settings = {"block_size": 64, "double_quant": True, "compute_dtype": None} | dict(nf4)
     if unknown := set(settings) - {"block_size", "double_quant", "compute_dtype"}:
         raise TypeError(f"quantize_model: unknown arguments {sorted(unknown)}")
-
-    modules = settled("quantize_model", places, modules)
-    notes = likely_head(places, [*modules, *weights])
-    return CodesPlan(modules, weights, left_out, notes, settings)
+    modules = settled("quantize_model", places, chosen)
+    return CodesPlan(modules, left_out, likely_head(places, modules), settings)
 
 
 def _make_codes(model: nn.Module, plan: CodesPlan, *, level: int = 3) -> dict[str, nn.Module]:
     """The 4-bit layers by name; `level` of warnings: the user's line."""
     settings = plan.settings
 
-    def make(name: str, module: nn.Module) -> nn.Module:
+    def make(name: str, module: Any) -> nn.Module:
         layer: nn.Module
+        if isinstance(module, nn.Parameter):
+            return NF4Experts.from_weight(module, **settings)
         if isinstance(module, nn.Embedding):
             table = {k: v for k, v in settings.items() if k != "compute_dtype"}
             layer = NF4Embedding.from_embedding(module, **table)
         elif is_conv1d(module):
             layer = NF4Conv1D.from_linear(module, **settings)
         else:  # not from_linear: it refuses the classes that `also` admits
-            layer = NF4Linear.from_weight(module.weight, module.bias, **settings)  # type: ignore[arg-type]
+            layer = NF4Linear.from_weight(module.weight, module.bias, **settings)
         take_hooks(layer, module)
         return layer.train(module.training)
 
     layers = build(plan.modules, make)
-    for name, weight in plan.weights.items():
-        try:
-            layers[name] = NF4Experts.from_weight(weight, **settings)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
     for name, why in plan.left_out.items():
         if "forward of its own" in why:
             hint = f"also=({type(model.get_submodule(name)).__name__},) makes it 4-bit all the same"
@@ -289,16 +269,15 @@ def dequantize_model(model: nn.Module) -> list[str]:
     packed = {n: m for n, m in model.named_modules(remove_duplicate=False) if is_packed(m)}
     if not packed:
         raise ValueError("dequantize_model: the model has no 4-bit layer")
-    made: dict[int, nn.Module | nn.Parameter] = {}
+
+    def make(name: str, layer: Any) -> nn.Module | nn.Parameter:
+        plain: nn.Module | nn.Parameter = layer.dense()
+        if isinstance(plain, nn.Module):
+            take_hooks(plain, layer)
+        return plain
+
     with restoring(model):
-        for name, layer in packed.items():
-            if id(layer) not in made:
-                plain = layer.dense()
-                if isinstance(plain, nn.Module):
-                    take_hooks(plain, model.get_submodule(name))
-                made[id(layer)] = plain
-            put(model, {name: made[id(layer)]})
-        tell(model)
+        swap(model, build(packed, make))
     forget_codes(model)
     return list(packed)
 
