@@ -30,6 +30,7 @@ from minipeft.adapters.targets import (
     is_within,
     names_of_ends,
     survey,
+    visible_modules,
 )
 
 Modules = dict[str, Any]  # modules, and 3-D parameters of experts
@@ -64,6 +65,13 @@ def swap(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter])
     """
     put(model, replacements)
     tell(model)
+
+
+def swap_shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """`swap`, and each layer also under the other names that the model has for its module."""
+    modules = visible_modules(model)
+    of = {id(modules[name]): layer for name, layer in layers.items() if name in modules}
+    swap(model, {**layers, **{n: of[id(m)] for n, m in modules.items() if id(m) in of}})
 
 
 @contextmanager

@@ -77,7 +77,8 @@ def why_not_foldable(module: nn.Module) -> str | None:
     """
     if getattr(module, "original", None) is not None:  # ours, around a parameter
         return None
-    if _holds_codes(module):
+    holds_codes = is_packed(module)
+    if holds_codes:
         touched = _has_hooks(module) or "forward" in vars(module)
         return why_not_formula(module) if touched and _trial(module, True) else None
     if _trial(module, True) is None:
@@ -90,8 +91,8 @@ def why_not_foldable(module: nn.Module) -> str | None:
                 "take that off first, with torch.nn.utils.parametrize.remove_parametrizations or "
                 "torch.nn.utils.remove_weight_norm"
             )
-        if reason := why_no_float(module.weight):  # type: ignore[arg-type]
-            return f"the weight of this {type(module).__name__} is {reason}"
+        if reason := _why_no_weight(module):
+            return reason
     return why_not_formula(module)
 
 
@@ -104,11 +105,8 @@ def check_own_weight(caller: str, module: nn.Module) -> None:
         ValueError: it computes something else, or its weight is stored as something else than
             floats by somebody else.
     """
-    stored = module._parameters.get("weight")
-    reason = None if stored is None else why_no_float(stored)
-    if reason:
-        reason = f"the weight of this {type(module).__name__} is {reason}"
-    elif not _holds_codes(module) or _has_hooks(module):
+    reason = _why_no_weight(module)
+    if reason is None and (_has_hooks(module) or not is_packed(module)):
         reason = why_not_formula(module)
     if reason:
         raise ValueError(
@@ -125,12 +123,11 @@ def why_not_replaceable(module: nn.Module) -> str | None:
     """
     if not has_stored_weight(module):
         return f"{type(module).__name__} computes its weight (weight norm, a parametrisation)"
-    if reason := why_no_float(module.weight):  # type: ignore[arg-type]
-        return f"the weight of this {type(module).__name__} is {reason}"
-    if "forward" in vars(module):
-        name = type(module).__name__
-        return f"the forward of this {name} was replaced on the instance (offloading?)"
+    if reason := _why_no_weight(module):
+        return reason
     kind = type(module)
+    if "forward" in vars(module):
+        return f"the forward of this {kind.__name__} was replaced on the instance (offloading?)"
     takes = inspect.signature(kind.forward).parameters
     if kind.forward not in (_LINEAR, _EMBEDDING) and len(takes) > 2:
         return f"{kind.__name__} has a forward of its own, which takes {', '.join(takes)}"
@@ -147,6 +144,12 @@ def why_no_float(weight: Tensor) -> str | None:
         and kind.__torch_dispatch__ == Tensor.__torch_dispatch__
     )
     return None if plain else f"a {kind.__name__}, no plain tensor"
+
+
+def _why_no_weight(module: nn.Module) -> str | None:
+    stored = module._parameters.get("weight")
+    reason = None if stored is None else why_no_float(stored)
+    return None if reason is None else f"the weight of this {type(module).__name__} is {reason}"
 
 
 def _trial(module: nn.Module, scaled: bool) -> _Trial | None:
@@ -221,10 +224,6 @@ def _is_called_plainly(module: nn.Module, hooks: bool) -> bool:
         and not (hooks and _has_hooks(module))
         and all(why_no_float(p) is None for p in module._parameters.values() if p is not None)
     )
-
-
-def _holds_codes(module: nn.Module) -> bool:
-    return is_packed(module)
 
 
 def _has_hooks(module: nn.Module) -> bool:

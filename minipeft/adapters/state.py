@@ -1,6 +1,6 @@
-"""Whole-model functions on adapters: parameters, state, on and off, strength.
+"""The adapters of a model: their parameters and state, on or off, and how strongly.
 
-They find adapters through protocol.py alone, so a layer of your own takes part.
+These functions find adapters through protocol.py alone, so a layer of your own takes part.
 """
 
 from collections import Counter
@@ -151,31 +151,52 @@ def load_adapter_state_dict(
     own: dict[str, Tensor] = {**parameters, **buffers}
     state = understood("load_adapter_state_dict", state, own)
     missing = [key for key in parameters if key not in state]
-    unexpected = [key for key in state if key not in own]
+    return missing, copy_state("load_adapter_state_dict", own, state, missing, strict=strict)
+
+
+def copy_state(
+    caller: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor], missing: list[str],
+    *, strict: bool,
+) -> list[str]:  # fmt: skip
+    """Copy given tensors into the model's own; all are checked before the first is copied.
+
+    Returns the names that the model lacks; with `strict`, no name may be missing or unexpected.
+
+    Raises:
+        ValueError: such a name, no tensor, another shape or kind of numbers, the meta device, two
+            values for one tensor.  Nothing has been copied then.
+    """
+    unexpected = [key for key in given if key not in own]
     if strict and (missing or unexpected):
         raise ValueError(
-            f"load_adapter_state_dict: missing {missing[:5]} ({len(missing)} in all), unexpected "
-            f"{unexpected[:5]} ({len(unexpected)} in all); is it another model's adapter?"
+            f"{caller}: missing {missing[:5]} ({len(missing)} in all), unexpected {unexpected[:5]} "
+            f"({len(unexpected)} in all); is it the state of another model?"
         )
-    for key in own.keys() & state.keys():
-        floating = own[key].is_floating_point()
-        if not isinstance(state[key], Tensor) or state[key].is_floating_point() != floating:
-            what = "floating-point" if floating else "integer"
-            raise ValueError(f"load_adapter_state_dict: {key} is no {what} tensor")
-        if own[key].is_meta:
+    chosen = {key: (own[key], value) for key, value in given.items() if key in own}
+    first: dict[int, str] = {}
+    for key, (mine, value) in chosen.items():
+        if not isinstance(value, Tensor) or not isinstance(mine, Tensor):
             raise ValueError(
-                f"load_adapter_state_dict: {key} is on the meta device and cannot hold values; "
-                "load the base model first"
+                f"{caller}: {key} is a {type(value).__name__}, the model's a "
+                f"{type(mine).__name__}; expected tensors (load other state before you inject)"
             )
-        if state[key].shape != own[key].shape:
+        if mine.is_meta or value.is_meta:
+            raise ValueError(f"{caller}: {key} is on the meta device and has no values")
+        if value.shape != mine.shape:
             raise ValueError(
-                f"load_adapter_state_dict: {key} has shape {tuple(state[key].shape)}, the model "
-                f"expects {tuple(own[key].shape)}"
+                f"{caller}: {key} has shape {tuple(value.shape)}, the model's is "
+                f"{tuple(mine.shape)}"
             )
+        floats = value.is_floating_point() and mine.is_floating_point()
+        if value.dtype != mine.dtype and not floats:
+            raise ValueError(f"{caller}: {key} is {value.dtype}, the model's is {mine.dtype}")
+        other = first.setdefault(id(mine), key)
+        if other != key and not torch.equal(given[other], value):
+            raise ValueError(f"{caller}: {other} and {key} are one tensor, and their values differ")
     with torch.no_grad():
-        for key in own.keys() & state.keys():
-            own[key].copy_(state[key])
-    return missing, unexpected
+        for mine, value in chosen.values():
+            mine.copy_(value)
+    return unexpected
 
 
 def understood(

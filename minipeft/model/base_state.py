@@ -9,16 +9,18 @@ Adapter layers move a base's tensors to other names (`0.base.weight`), so torch'
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.plain_names import PlainNames
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed
-from minipeft.adapters.state import named_adapters, refuse_merged, understood
+from minipeft.adapters.state import copy_state, named_adapters, refuse_merged, understood
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without the adapters, under the names that the plain model had."""
+    """The state dict without the adapters, under the names that the plain model had.
+
+    Detached and not copied.
+    """
     return {key: value.detach() if isinstance(value, Tensor) else value
             for key, value in _own_state(model).items()}  # fmt: skip
 
@@ -49,8 +51,6 @@ def load_base_state_dict(
     ([], [])
     """
     caller = "load_base_state_dict"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{caller}: expected a module, got {type(model).__name__}")
     refuse_merged(caller, named_adapters(model))
     own = _own_state(model)
     given = understood(caller, state, own)
@@ -64,42 +64,7 @@ def load_base_state_dict(
             )
     held = {id(own[key]) for key in given if key in own}
     missing = [key for key, value in own.items() if id(value) not in held]
-    unexpected = [key for key in given if key not in own]
-    if strict and (missing or unexpected):
-        raise ValueError(
-            f"{caller}: missing {missing[:5]} ({len(missing)} in all), unexpected {unexpected[:5]} "
-            f"({len(unexpected)} in all); is it another model's checkpoint?"
-        )
-    chosen = {key: value for key, value in given.items() if key in own}
-    _check(caller, own, chosen)
-    with torch.no_grad():
-        for key, value in chosen.items():
-            own[key].copy_(value)
-    return missing, unexpected
-
-
-def _check(caller: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    first: dict[int, str] = {}
-    for key, value in given.items():
-        mine = own[key]
-        if not isinstance(value, Tensor) or not isinstance(mine, Tensor):
-            raise ValueError(
-                f"{caller}: {key} is a {type(value).__name__}, the model's a "
-                f"{type(mine).__name__}; expected tensors (load other state before you inject)"
-            )
-        if mine.is_meta or value.is_meta:
-            raise ValueError(f"{caller}: {key} is on the meta device and has no values")
-        if value.shape != mine.shape:
-            raise ValueError(
-                f"{caller}: {key} has shape {tuple(value.shape)}, the model's is "
-                f"{tuple(mine.shape)}"
-            )
-        floats = value.is_floating_point() and mine.is_floating_point()
-        if value.dtype != mine.dtype and not floats:
-            raise ValueError(f"{caller}: {key} is {value.dtype}, the model's is {mine.dtype}")
-        other = first.setdefault(id(mine), key)
-        if other != key and not torch.equal(given[other], value):
-            raise ValueError(f"{caller}: {other} and {key} are one tensor, and their values differ")
+    return missing, copy_state(caller, own, given, missing, strict=strict)
 
 
 def _own_state(model: nn.Module) -> dict[str, Tensor]:

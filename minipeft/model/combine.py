@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from minipeft.adapters.names import adapters_called, check_new_name, give_name
 from minipeft.adapters.ready import check_ready
 from minipeft.adapters.state import named_adapters, refuse_merged
-from minipeft.adapters.targets import Names, visible_modules
-from minipeft.inject import build, freeze, restoring, swap
+from minipeft.adapters.targets import Names
+from minipeft.inject import build, freeze, restoring, swap_shared
 from minipeft.layers.conv import LoRAConv
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.lora import LoRALinear, LowRank
@@ -63,7 +63,6 @@ def combine_adapters(
     names, weights = list(names), [float(weight) for weight in weights]
     _check_arguments(names, weights, method, rank, density, missing)
     by_place = _layers(model, names, missing)
-    modules = visible_modules(model)
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Pair] = {}
     with torch.no_grad():
@@ -77,9 +76,8 @@ def combine_adapters(
         return _layer(source, module, *made[place])
 
     with restoring(model):
-        built = build({place: modules[place] for place in by_place}, make)
-        of_module = {id(modules[place]): layer for place, layer in built.items()}
-        swap(model, {n: of_module[id(m)] for n, m in modules.items() if id(m) in of_module})
+        built = build({place: model.get_submodule(place) for place in by_place}, make)
+        swap_shared(model, built)
         give_name(new_name, built.values())
         freeze(model)
         for name in names:

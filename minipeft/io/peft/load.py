@@ -15,7 +15,7 @@ from minipeft.adapters.ready import check_model
 from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, visible_modules
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
-from minipeft.inject import freeze, restoring, swap
+from minipeft.inject import freeze, restoring, swap_shared
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, read_config
 from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.folder import read_weights, refuse_pickle
@@ -318,9 +318,7 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
             raise ValueError(f"{where}: holds no adapter")
         modules = visible_modules(model)
         made = {found.real[place]: layer for place, layer in built.items()}
-        of_module = {id(modules[n]): layer for n, layer in made.items() if n in modules}
-        shared = {n: of_module[id(m)] for n, m in modules.items() if id(m) in of_module}
-        swap(model, {**made, **shared})
+        swap_shared(model, made)
         give_name(name, _new_layers(made, modules))
         freeze(model)
     order = {name: number for number, name in enumerate(modules)}

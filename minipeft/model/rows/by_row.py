@@ -77,10 +77,6 @@ class ByRow(Wrapper):
         shape = shape[::-1] if getattr(plain, "transposed", False) else shape
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """None: the adapters are those of the layers below."""
-        return {}
-
     def exact_parameters(self) -> dict[str, Tensor]:
         """Rows use different weights, so there is no weight to merge."""
         raise ValueError(

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from minipeft.adapters.names import named, stacks
 from minipeft.adapters.protocol import Adapter, innermost
 from minipeft.adapters.state import refuse_merged, require_adapters
-from minipeft.adapters.targets import visible_modules
-from minipeft.inject import restoring, swap
+from minipeft.inject import restoring, swap, swap_shared
 from minipeft.layers.fused import LoRAFusedLinear
 from minipeft.lora import LoRALinear
 from minipeft.model.rows.bank import LoRABank, finite
@@ -207,20 +206,21 @@ def _layers(
     )
     if fits:
         return present
-    modules = visible_modules(model)
-    tops = {n: m.base if isinstance(m, ByRow) else m for n, m in modules.items()}
-    made: dict[str, ByRow] = {}
-    gate: Tensor | None = None
-    for name, place in places.items():
-        if gate is None:
-            own = next((p for _, x in place.layers for p in x.adapter_parameters().values()), None)
-            with torch.inference_mode(False):  # its tensors could not be changed outside
-                gate = torch.zeros(rows, len(names), device="cpu" if own is None else own.device)
-        made[name] = _made(tops[name], place, names, gate)
-    of_module: dict[int, nn.Module] = {id(tops[name]): layer for name, layer in made.items()}
-    changed = {n: of_module.get(id(top), top) for n, top in tops.items()}
-    swap(model, {n: m for n, m in changed.items() if m is not modules[n]})
+    _take_off(model)
+    layers = (layer for place in places.values() for _, layer in place.layers)
+    own = next((p for layer in layers for p in layer.adapter_parameters().values()), None)
+    with torch.inference_mode(False):  # its tensors could not be changed outside
+        gate = torch.zeros(rows, len(names), device="cpu" if own is None else own.device)
+    made = {n: _made(model.get_submodule(n), place, names, gate) for n, place in places.items()}
+    swap_shared(model, made)
     return made
+
+
+def _take_off(model: nn.Module) -> None:
+    """Put back what banks and stacks lie over."""
+    swap(model, {
+        n: m.base for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, ByRow)
+    })  # fmt: skip
 
 
 def _fits(layer: ByRow, place: Place, names: list[str]) -> bool:
@@ -261,12 +261,9 @@ def _fill(
 
 def stop_rows(model: nn.Module) -> None:
     """Take banks and stacks off: every row uses the adapters that are on."""
-    layers: dict[str, Any] = {
-        n: m.base for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, ByRow)
-    }
-    if layers:
+    if any(isinstance(module, ByRow) for module in model.modules()):
         with restoring(model):
-            swap(model, layers)
+            _take_off(model)
     for module in model.modules():
         if _serves_rows(module):
             module.stop_rows()  # type: ignore[operator]
