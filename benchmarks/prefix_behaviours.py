@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import minipeft as mp
 from benchmarks.models import enable_checkpointing
 from benchmarks.prefix_families import FAMILIES, build
-from minipeft.adapters.state import named_adapter_parameters
+from minipeft.adapters.state import named_tensors
 
 P, T = 5, 9  # prefix positions, tokens of text
 
@@ -357,7 +357,7 @@ def with_lora(family: str) -> float:
                 prefix = case.attach(window=case.window())  # its tokens run without LoRA
         logits.append(case.logits())
         case.model(**case.inputs()).logits.square().mean().backward()
-        owned = dict(named_adapter_parameters("", case.model, None))
+        owned = named_tensors("", case.model, None)[0]
         if not all(p.grad is not None and p.grad.abs().max() > 0 for p in owned.values()):
             return float("inf")
         del prefix

@@ -1,13 +1,13 @@
 """Put a layer into any model, and leave the model as it was if that fails.
 
 The part that matters is `put`: find the parent, set the attribute.  All new modules are built
-before the first is put in; on an error `restoring` puts everything back.  A module that the model
-holds under several names is wrapped once, and put in under each.
+before the first is put in; after an error, `restoring` puts everything back.  A module that the
+model holds under several names is wrapped once, and the wrapper is put in under each name.
 
-    names = inject(model, target, wrap)       wrap(module) in the place of each module; any kind
+    names = inject(model, target, wrap)       wrap(module) takes the place of each module
 
-No kind of layer is known here: model/inject_lora.py chooses LoRA layers by the modules' kinds, and
-model/quantize.py 4-bit layers.  Read next: nf4.py.
+This file knows no kind of layer: model/inject_lora.py chooses LoRA layers by the modules' kinds,
+and model/quantize.py chooses 4-bit layers.  Read next: nf4.py.
 """
 
 from collections import OrderedDict
@@ -24,11 +24,9 @@ from minipeft.adapters.targets import (
     Names,
     Survey,
     Target,
-    Targets,
     adapter_targets,
     find,
     is_within,
-    names_of_ends,
     survey,
     visible_modules,
 )
@@ -36,9 +34,9 @@ from minipeft.adapters.targets import (
 Modules = dict[str, Any]  # modules, and 3-D parameters of experts
 Made = TypeVar("Made")
 Listener = Callable[[nn.Module], None]
-# Modules with an idea of their own add themselves; each is called with the whole model.
-after_swap: list[Listener] = []  # modules were swapped
-after_freeze: list[Listener] = []  # the base was frozen
+# Other files add functions here; each is called with the whole model.
+after_swap: list[Listener] = []  # after modules were swapped
+after_freeze: list[Listener] = []  # after the base was frozen
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 
@@ -53,7 +51,7 @@ def put(model: nn.Module, replacements: Mapping[str, nn.Module | nn.Parameter]) 
 
 
 def tell(model: nn.Module) -> None:
-    """Say to those who listen that modules were swapped; each looks at the whole model."""
+    """Call every listener: modules of this model were swapped."""
     for listener in after_swap:
         listener(model)
 
@@ -76,11 +74,11 @@ def swap_shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
 @contextmanager
 def restoring(model: nn.Module) -> Iterator[None]:
-    """On an error put back which modules, parameters and attributes the model has.
+    """On an error in the `with` block, put the model's structure back.
 
-    Every module gets its attributes again, containers among them their contents, every parameter
-    its `requires_grad`, every adapter its strength.  Values of tensors are not kept: who writes to
-    them does so last.
+    Every module has its old attributes and submodules then, every list or dict among them its old
+    contents, every parameter its `requires_grad`, and every adapter its strength.  The values of
+    tensors are not noted: a caller that writes into tensors does that last.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = [
@@ -101,7 +99,7 @@ def restoring(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for module, _, _ in before:
-            if is_adapter(module):  # what follows from it: tensors that compiled code reads
+            if is_adapter(module):  # sets the tensor that compiled code reads
                 module.enabled = module.enabled
         raise
 
@@ -109,10 +107,9 @@ def restoring(model: nn.Module) -> Iterator[None]:
 def freeze(model: nn.Module) -> None:
     """Freeze every parameter that no adapter owns; adapters keep their `requires_grad`.
 
-    Running statistics are frozen with them: while the model has adapters its normalisations stay
-    in eval mode, whatever `train()` says, and the base is what it was, bit for bit.  To let them
-    follow new data name the normalisations in `train_modules`.  inject_lora, load_peft and all
-    others that add an adapter call this.
+    Running statistics are frozen too: while the model has adapters, its normalisations stay in eval
+    mode, whatever `train()` says, so the base does not change.  To let statistics follow new data,
+    name their normalisations in `train_modules`.  Every function that adds an adapter calls this.
 
     Raises:
         TypeError: model is no module.
@@ -129,7 +126,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def settled(caller: str, places: Survey, modules: Mapping[str, Any]) -> Modules:
-    """The modules under every name that the model has for them; none lies inside another."""
+    """These modules under every name that the model has for them; ValueError if they nest."""
     nested = [n for n in modules if is_within(n.rpartition(".")[0], modules)]
     if nested:
         raise ValueError(
@@ -174,8 +171,7 @@ def inject(
     if isinstance(target, str) and target.lower() == "all-linear":
         found = adapter_targets(places, target)
     else:
-        target = target if isinstance(target, str) or callable(target) else list(target)
-        found = Targets(find(places, target), {}, names_of_ends(places, target))
+        found = find(places, target)
     modules = settled("inject", places, found.chosen)
 
     def make(name: str, module: nn.Module) -> nn.Module:

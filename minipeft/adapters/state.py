@@ -4,9 +4,8 @@ These functions find adapters through protocol.py alone, so a layer of your own 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from minipeft.adapters.names import adapters_called
 from minipeft.adapters.plain_names import PlainNames, Spellings
 from minipeft.adapters.protocol import Adapter, is_adapter
-
-T = TypeVar("T", bound=Tensor)
 
 
 def named_adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -43,29 +40,13 @@ def require_adapters(caller: str, model: nn.Module) -> dict[str, Adapter]:
     return found
 
 
-def named_adapter_parameters(
+def named_tensors(
     caller: str, model: nn.Module, name: str | None
-) -> dict[str, nn.Parameter]:
-    """Of one adapter by its name, under the modules' names in the plain model; None: of all.
+) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Parameters and statistics of one adapter by its name; None: of all adapters.
 
-    What torch wraps around modules (torch.compile, DDP) is in no name.
-
-    Raises:
-        ValueError: as `_named_tensors`.
-    """
-    return _named_tensors(caller, model, name, lambda adapter: adapter.adapter_parameters())
-
-
-def _buffers_of(adapter: Adapter) -> dict[str, Tensor]:
-    """The statistics that an adapter owns, by their name within the module; most have none."""
-    own = getattr(type(adapter), "adapter_buffers", None)
-    return {} if own is None else own(adapter)
-
-
-def _named_tensors(
-    caller: str, model: nn.Module, name: str | None, own_of: Callable[[Adapter], dict[str, T]]
-) -> dict[str, T]:
-    """What `own_of` gives for each layer of one adapter, by its name in the plain model.
+    Under the modules' names in the plain model, and with no part that torch wraps around modules
+    (torch.compile, DDP).  Few adapters have statistics: those with a method `adapter_buffers`.
 
     Raises:
         ValueError: no such adapter, or one that has two layers of one kind over the same module
@@ -78,20 +59,23 @@ def _named_tensors(
     else:
         called = adapters_called(caller, model, name)
         adapters = [(place, adapter) for place, stack in called.items() for adapter in stack]
-    found: dict[str, T] = {}
+    parameters: dict[str, nn.Parameter] = {}
+    buffers: dict[str, Tensor] = {}
     names = PlainNames(model)
     for place, adapter in adapters:
         inner = PlainNames(adapter)  # type: ignore[arg-type]  # a head saved whole may hold some
-        for own, parameter in own_of(adapter).items():
-            plain = names.plain(place)
-            key = f"{plain}.{inner.plain(own)}" if plain else inner.plain(own)
-            if key in found:
+        path = f"{plain}." if (plain := names.plain(place)) else ""
+        for own, parameter in adapter.adapter_parameters().items():
+            key = path + inner.plain(own)
+            if key in parameters:
                 raise ValueError(
                     f"{caller}: adapter {name!r} has two layers over {place!r}; give the second "
                     "a name of its own with add_adapter"
                 )
-            found[key] = parameter
-    return found
+            parameters[key] = parameter
+        if own_buffers := getattr(type(adapter), "adapter_buffers", None):
+            buffers |= {path + inner.plain(own): b for own, b in own_buffers(adapter).items()}
+    return parameters, buffers
 
 
 def _without_banks(place: str, banks: list[str]) -> str:
@@ -108,8 +92,8 @@ def adapter_parameters(model: nn.Module, *, name: str | None = None) -> Iterator
 
     Each comes once, also one that two layers share (copies of tied modules).
     """
-    found = named_adapter_parameters("adapter_parameters", model, name).values()
-    yield from {id(parameter): parameter for parameter in found}.values()
+    found, _ = named_tensors("adapter_parameters", model, name)
+    yield from {id(parameter): parameter for parameter in found.values()}.values()
 
 
 def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str, Tensor]:
@@ -119,8 +103,7 @@ def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str
     the modules' names in the plain model, so that they fit a model in which it is alone; without
     `name` of all, under the names of the layers.
     """
-    parameters = named_adapter_parameters("adapter_state_dict", model, name)
-    buffers = _named_tensors("adapter_state_dict", model, name, _buffers_of)
+    parameters, buffers = named_tensors("adapter_state_dict", model, name)
     return {key: value.detach() for key, value in {**parameters, **buffers}.items()}
 
 
@@ -144,14 +127,13 @@ def load_adapter_state_dict(
         ValueError: a missing or unexpected name (if strict), another shape, no floating-point
             values, or a merged adapter.  Nothing has been copied then.
     """
-    adapters = require_adapters("load_adapter_state_dict", model)
-    refuse_merged("load_adapter_state_dict", adapters)
-    parameters = named_adapter_parameters("load_adapter_state_dict", model, name)
-    buffers = _named_tensors("load_adapter_state_dict", model, name, _buffers_of)
-    own: dict[str, Tensor] = {**parameters, **buffers}
-    state = understood("load_adapter_state_dict", state, own)
+    caller = "load_adapter_state_dict"
+    refuse_merged(caller, require_adapters(caller, model))
+    parameters, buffers = named_tensors(caller, model, name)
+    own = {**parameters, **buffers}
+    state = understood(caller, state, own)
     missing = [key for key in parameters if key not in state]
-    return missing, copy_state("load_adapter_state_dict", own, state, missing, strict=strict)
+    return missing, copy_state(caller, own, state, missing, strict=strict)
 
 
 def copy_state(
@@ -254,7 +236,7 @@ def scale_adapters(model: nn.Module, factor: float, *, name: str | None = None) 
         raise ValueError(f"scale_adapters: factor={factor!r}; expected a finite number")
     before = [(adapter, adapter.scale) for adapter in adapters.values()]
     try:
-        for adapter in adapters.values():
+        for adapter, _ in before:
             adapter.scale = float(factor)
     except ValueError:
         for adapter, scale in before:

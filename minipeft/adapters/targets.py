@@ -1,13 +1,13 @@
-"""Which modules of a model a `target` names: all of them, or an error that says what is wrong.
+"""Which modules of a model a `target` names; an error says what is wrong with it.
 
 "all-linear"                 every linear layer but the output head
 r".*\\.(q|v)_proj"            a regular expression that matches the full name
 ["q_proj", "layers.0.up"]    names, or dotted ends of names; an entry that is the full name of a
-                             module means that one alone: ["1"] is not 0.1
+                             module means that module alone: ["1"] does not mean 0.1
 lambda name, module: ...     a predicate
 
-The output head, which "all-linear" and quantising leave out, is what `get_output_embeddings` gives,
-and in a model of your own what `head=` names.
+"all-linear" and quantising leave out the output head: what `get_output_embeddings` returns, or in a
+model of your own what `head=` names.
 """
 
 import re
@@ -31,8 +31,8 @@ NEW_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "lm_hea
 class Names(list[str]):
     """Names of modules that were touched; `left_out` says which others were not, and why.
 
-    `made` says of each name what was made there, and by which patterns; `notes` of some names what
-    you may want otherwise; `report()` is all of it.
+    `made` says what was made in the place of each name, and by which patterns; `notes` says of some
+    names what you may want otherwise; `report()` shows everything.
     """
 
     def __init__(
@@ -144,12 +144,14 @@ def _heads_said(modules: Mapping[str, nn.Module], head: Head) -> dict[str, str]:
     entries = () if head is None else [head] if isinstance(head, str | nn.Module) else list(head)
     chosen: set[str] = set()
     for entry in entries:
-        meant = exact([entry], modules) if isinstance(entry, str) else None
-        found = {n for n, m in modules.items() if (meant(n) if meant else m is entry)}
+        if isinstance(entry, nn.Module):
+            what, found = f"a {type(entry).__name__}", [n for n, m in modules.items() if m is entry]
+        else:
+            what, found = repr(entry), [n for n in modules if entry in ends_of(n)]
+            found = [entry] if entry in modules else found
         if not found:
-            what = repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}"
             raise ValueError(f"head: {what} is no module of the model; {_hint(modules)}")
-        chosen |= found
+        chosen.update(found)
     return {name: "the output head (head=)" for name in modules if is_within(name, chosen)}
 
 
@@ -203,13 +205,6 @@ def is_within(name: str, outer: Container[str]) -> bool:
     return name in outer or any(name[:i] in outer for i, c in enumerate(name) if c == ".")
 
 
-def exact(entries: Iterable[str], names: Container[str]) -> Callable[[str], bool]:
-    """Whether a name is one of these entries, or ends in one that is no full name itself."""
-    entries = set(entries)
-    ends = {entry for entry in entries if entry not in names}
-    return lambda name: name in entries or not ends.isdisjoint(ends_of(name))
-
-
 def compiled(caller: str, expression: str) -> re.Pattern[str]:
     """The regular expression; ValueError if this is not one."""
     try:
@@ -220,10 +215,19 @@ def compiled(caller: str, expression: str) -> re.Pattern[str]:
         ) from None
 
 
-def find(places: Survey, target: Target, *, caller: str = "target") -> dict[str, Any]:
+class Targets(NamedTuple):
+    """What a target stands for, by name."""
+
+    chosen: dict[str, Any]
+    left_out: dict[str, str]  # by "all-linear", with the reason
+    notes: dict[str, str]  # what the caller may want otherwise
+
+
+def find(places: Survey, target: Target, *, caller: str = "target") -> Targets:
     """Every module, and every 3-D weight of experts, that `target` names, by name.
 
-    PEFT's list entries are ends of names always; here one that is a full name means that alone.
+    In PEFT's lists each entry is the end of names; here an entry that is a full name means that
+    module alone, and a note says which names end in it.
 
     Raises:
         ValueError: nothing matches, a list entry matches nothing, or the expression is broken.
@@ -233,21 +237,35 @@ def find(places: Survey, target: Target, *, caller: str = "target") -> dict[str,
     if isinstance(target, str):
         compiled(caller, target)
     elif not callable(target):
-        target = list(target)
-        if not target or not all(isinstance(entry, str) for entry in target):
-            raise TypeError(f"{caller}: expected a non-empty list of names, got {target!r}")
-        ends = {end for name in modules for end in ends_of(name)}
-        if unmatched := [entry for entry in target if entry not in ends]:
-            raise ValueError(f"{caller}: {unmatched} match no module; {_hint(modules)}")
-        meant = exact(target, modules)
-        return {name: module for name, module in modules.items() if meant(name)}
+        return _find_listed(modules, list(target), caller)
     found = {name: module for name, module in modules.items() if matches(target, name, module)}
     if not found:
         hint = _hint(modules)
-        if isinstance(target, str) and any(matches([target], n, m) for n, m in modules.items()):
+        if isinstance(target, str) and any(target in ends_of(name) for name in modules):
             hint = f"a string must match the whole name: use [{target!r}] or r'.*\\.{target}'"
         raise ValueError(f"{caller}: {target!r} matches no module of the model; {hint}")
-    return found
+    return Targets(found, {}, {})
+
+
+def _find_listed(modules: Mapping[str, Any], entries: list[str], caller: str) -> Targets:
+    if not entries or not all(isinstance(entry, str) for entry in entries):
+        raise TypeError(f"{caller}: expected a non-empty list of names, got {entries!r}")
+    by_end: dict[str, list[str]] = {}
+    for name in modules:
+        for end in ends_of(name):
+            by_end.setdefault(end, []).append(name)
+    if unmatched := [entry for entry in entries if entry not in by_end]:
+        raise ValueError(f"{caller}: {unmatched} match no module; {_hint(modules)}")
+    chosen, notes = set(), {}
+    for entry in entries:
+        chosen.update([entry] if entry in modules else by_end[entry])
+        if entry in modules and len(by_end[entry]) > 1:
+            others = [name for name in by_end[entry] if name != entry]
+            notes[entry] = (
+                f"{entry!r} is the full name of a module and means that alone, not {others[:3]} "
+                f"({len(others)} in all); r'(.*\\.)?{re.escape(entry)}' means all of them"
+            )
+    return Targets({name: m for name, m in modules.items() if name in chosen}, {}, notes)
 
 
 def _hint(modules: Mapping[str, Any]) -> str:
@@ -256,30 +274,20 @@ def _hint(modules: Mapping[str, Any]) -> str:
     return f"its linear layers are called {ends}" if ends else "it has no linear layers"
 
 
-class Targets(NamedTuple):
-    """What to wrap by name, what "all-linear" left out and why, and what you may want otherwise."""
-
-    chosen: dict[str, Any]
-    left_out: dict[str, str]
-    notes: dict[str, str]
-
-
 def adapter_targets(
     places: Survey, target: Target, exclude: Target | None = None, *, stack: bool = False
 ) -> Targets:
-    """What to wrap by name, and for "all-linear" what was left out and why.
+    """Which modules get an adapter.
 
     "all-linear" takes linear layers and nn.MultiheadAttention, whose projections are linear, but
-    no output head and no 3-D weights of experts.  `stack` allows modules that have an
-    adapter.
+    no output head and no 3-D weights of experts.  `stack` allows modules that have an adapter.
 
     Raises:
         ValueError: as `find`; a target that is wrapped already, or belongs to
             nn.MultiheadAttention; `exclude` leaves nothing.
     """
-    excluded = set() if exclude is None else set(find(places, exclude, caller="exclude"))
+    excluded = {} if exclude is None else find(places, exclude, caller="exclude").chosen
     left_out: dict[str, str] = {}
-    notes = names_of_ends(places, target)
     if isinstance(target, str) and target.lower() == "all-linear":
         chosen = {}
         for name, module in places.modules.items():
@@ -296,15 +304,18 @@ def adapter_targets(
                 left_out[name] = reason
             else:
                 chosen[name] = module
-        for name in _experts(places):
+        packed = [n for n, m in places.modules.items()
+                  if is_packed(m) and len(getattr(m, "shape", ())) == 3]  # fmt: skip
+        for name in (*places.experts, *packed):
             left_out[name] = "excluded" if name in excluded else (
                 "a 3-D weight of experts, which stays frozen; name it as a target to wrap it"
             )  # fmt: skip
         if not chosen:
             raise ValueError(f"target: 'all-linear' finds none; left out: {left_out}")
-        notes |= likely_head(places, chosen)
+        notes = likely_head(places, chosen)
     else:
-        chosen = {n: m for n, m in find(places, target).items() if n not in excluded}
+        found, _, notes = find(places, target)
+        chosen = {n: m for n, m in found.items() if n not in excluded}
         if not chosen:
             raise ValueError(f"target: exclude={exclude!r} leaves nothing of {target!r}")
     for name, module in chosen.items():
@@ -320,32 +331,6 @@ def adapter_targets(
     return Targets(chosen, left_out, notes)
 
 
-def _experts(places: Survey) -> list[str]:
-    """Names of the 3-D weights of experts, dense or in 4 bits, that have no adapter."""
-    packed = [n for n, m in places.modules.items()
-              if is_packed(m) and len(getattr(m, "shape", ())) == 3]  # fmt: skip
-    return [*places.experts, *packed]
-
-
-def names_of_ends(places: Survey, target: Target) -> dict[str, str]:
-    """A note for each list entry that is a full name, and would be the end of others too."""
-    if isinstance(target, str) or callable(target):
-        return {}
-    names = places.everything
-    others: dict[str, list[str]] = {entry: [] for entry in target if entry in names}
-    for name in names:
-        for end in ends_of(name)[1:]:
-            if end in others:
-                others[end].append(name)
-    return {
-        entry: (
-            f"{entry!r} is the full name of a module and means that alone, not {same_end[:3]} "
-            f"({len(same_end)} in all); r'(.*\\.)?{re.escape(entry)}' means all of them"
-        )
-        for entry, same_end in others.items() if same_end
-    }  # fmt: skip
-
-
 class Chosen(NamedTuple):
     """A number for one module, and the pattern that chose it (None: the same for all)."""
 
@@ -358,8 +343,7 @@ def per_name(
 ) -> dict[str, Chosen]:
     """One number for each name: the same for all, or by the first pattern that fits a name.
 
-    A pattern is a full-match expression, a name, or a dotted end of one (not where it is the full
-    name of a target itself).
+    A pattern is a full-match expression, a name, or a dotted end of names (if it is no name).
 
     Raises:
         ValueError: a pattern fits no name, or a name no pattern.

@@ -122,16 +122,16 @@ def plan_lora(
     """
     settings = dict(lora)
     dora = bool(settings.pop("dora", False))
-    target = target if isinstance(target, str) or callable(target) else list(target)
     found = adapter_targets(places, target, exclude, stack=stack)
-    for name, module in found.chosen.items():
-        if layer_class(module, dora=dora) is None:
+    modules = settled("inject_lora", places, found.chosen)
+    kinds: dict[str, LayerClass] = {}
+    for name, module in modules.items():
+        if (kind := layer_class(module, dora=dora)) is None:
             raise ValueError(
                 f"target: {name!r} is a {type(module).__name__}, for which there is no "
                 f"{'DoRA' if dora else 'LoRA'} layer (model/inject_lora.py lists those there are)"
             )
-    modules = settled("inject_lora", places, found.chosen)
-    kinds = {n: kind for n, m in modules.items() if (kind := layer_class(m, dora=dora))}
+        kinds[name] = kind
     ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
     return LoRAPlan(modules, kinds, ranks, alphas, settings, found)
 

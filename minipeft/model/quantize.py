@@ -82,7 +82,7 @@ def quantizable(
     Modules by their names, and 3-D parameters by theirs.  Every weight of two or more axes is in
     one of the two.
     """
-    skipped = {} if skip == () else find(places, skip, caller="skip")
+    skipped = {} if skip == () else find(places, skip, caller="skip").chosen
     model, outside = places.model, {**places.in_attention, **places.heads}
     float32 = {
         part

@@ -101,7 +101,7 @@ def train_modules(
     """
     check_model("train_modules", model)
     places = survey(model)
-    modules = settled("train_modules", places, find(places, target))
+    modules = settled("train_modules", places, find(places, target).chosen)
     for place, module in modules.items():
         if not isinstance(module, nn.Module) or is_adapter(module):
             raise ValueError(f"train_modules: {place} is an adapter, or no module")
@@ -146,7 +146,7 @@ def train_tokens(
             raise ValueError("train_tokens: the model names no input embedding; pass target=")
         found = {n: m for n, m in places.modules.items() if m is table}
     else:
-        found = find(places, target)
+        found = find(places, target).chosen
     modules = settled("train_tokens", places, found)
     for place, module in modules.items():
         if any(isinstance(a, TrainedTokens) for a in stacks(model).get(place, [])):
