@@ -10,9 +10,9 @@ A weight can be folded, or rounded to 4 bits, only where the module's forward is
     other modules     something to which the bias is added, if only the bias changes
 
 A module of torch's own class, without hooks, needs no trial: its code is the formula.  Any other
-computes one small batch on a copy in eval mode, in float64 (float32 where it does not take that).
-The copy has another weight and bias, so that a mask or a bound that the present weight happens to
-fulfil shows as well; what else the module holds keeps its values.
+module is copied, and the copy computes one small batch in eval mode, in float64 (or in float32, if
+it does not take float64).  The copy gets another weight and bias: a mask or a bound that changes
+nothing for the present weight shows then.  All else that the module holds keeps its values.
 """
 
 import functools
@@ -55,11 +55,11 @@ class _Trial(NamedTuple):
 def why_not_formula(
     module: nn.Module, *, hooks: bool = True, scaled: bool = True, bias_only: bool = False
 ) -> str | None:
-    """Why the module does not compute the formula of its kind, or None where it does.
+    """Why the module does not compute the formula of its kind; None if it does.
 
-    With `hooks` the module as it is called is compared, else its forward alone.  `scaled` False:
-    an embedding must not scale its rows.  `bias_only` asks whether the bias is added to what a
-    module of no known kind computes.
+    With `hooks` the call of the module is compared, without them its forward alone.  With `scaled`
+    False an embedding must not scale its rows.  `bias_only` asks of a module of no known kind
+    whether it adds its bias at the end.
     """
     trial = _trial(module, scaled) or (_bias_trial(module) if bias_only else None)
     if trial is None:
@@ -71,9 +71,9 @@ def why_not_formula(
 
 
 def why_not_foldable(module: nn.Module) -> str | None:
-    """Why no adapter can be folded into this module (below all adapters); None where one can.
+    """Why no adapter can be folded into this module (below all adapters); None if one can.
 
-    A module that holds packed codes is taken at its word, unless hooks may change what it gives.
+    A module that holds packed codes is believed, unless hooks may change its output.
     """
     if getattr(module, "original", None) is not None:  # ours, around a parameter
         return None
@@ -99,11 +99,10 @@ def why_not_foldable(module: nn.Module) -> str | None:
 def check_own_weight(caller: str, module: nn.Module) -> None:
     """Raise unless this module (below all adapters) computes its formula with the weight it shows.
 
-    For layers that read the weight in every forward beside calling the module.
+    For layers that call the module, and read its weight too in every forward.
 
     Raises:
-        ValueError: it computes something else, or its weight is stored as something else than
-            floats by somebody else.
+        ValueError: the module computes something else, or its weight holds no floats.
     """
     reason = _why_no_weight(module)
     if reason is None and (_has_hooks(module) or not is_packed(module)):
@@ -116,10 +115,10 @@ def check_own_weight(caller: str, module: nn.Module) -> None:
 
 
 def why_not_replaceable(module: nn.Module) -> str | None:
-    """Why no 4-bit layer can take this module's place, which computes its formula from codes.
+    """Why no 4-bit layer, which computes the formula from codes, can take this module's place.
 
-    Hooks move to the new layer, so they do not count; a forward on the instance would be lost, and
-    what the class does while training, and arguments beside the input.
+    Hooks move to the new layer, so they do not count.  A forward on the instance would be lost, as
+    would what the class does only in training, and arguments beside the input.
     """
     if not has_stored_weight(module):
         return f"{type(module).__name__} computes its weight (weight norm, a parametrisation)"
@@ -135,7 +134,7 @@ def why_not_replaceable(module: nn.Module) -> str | None:
 
 
 def why_no_float(weight: Tensor) -> str | None:
-    """What a weight is, if not a plain tensor of 16-, 32- or 64-bit floats."""
+    """What a weight is; None for a plain tensor of 16-, 32- or 64-bit floats."""
     if weight.dtype not in _FLOATS:
         return f"{weight.dtype}, no float of 16, 32 or 64 bits"
     kind = type(weight)
@@ -156,7 +155,8 @@ def _trial(module: nn.Module, scaled: bool) -> _Trial | None:
     kind = type(module)
     if isinstance(module, nn.MultiheadAttention):
         size = module.embed_dim
-        return _Trial("nn.MultiheadAttention's", [(3, 2, size)], _attention, 0,
+        return _Trial("nn.MultiheadAttention's", [(3, 2, size)],
+                      lambda m, x: _ATTENTION(m, x, x, x)[0], 0,
                       kind.forward is _ATTENTION)  # fmt: skip
     if _is_table(module):
         scale = getattr(module, "embed_scale", None) if scaled else None
@@ -203,11 +203,8 @@ def _is_table(module: nn.Module) -> bool:
 def _smallest_input(module: Any) -> list[int]:
     """Sizes of an input that every kind of padding takes."""
     kernel = zip(module.kernel_size, module.dilation, module.stride, strict=True)
-    return [max(d * (k - 1), *_paddings(module)) + s + 2 for k, d, s in kernel]
-
-
-def _paddings(module: Any) -> tuple[int, ...]:
-    return (0, *module._reversed_padding_repeated_twice)
+    padding = (0, *module._reversed_padding_repeated_twice)
+    return [max(d * (k - 1), *padding) + s + 2 for k, d, s in kernel]
 
 
 def _is_called_plainly(module: nn.Module, hooks: bool) -> bool:
@@ -240,7 +237,7 @@ def _named(module: nn.Module, own: bool, hooks: bool) -> str:
 
 
 def _tried(module: nn.Module, trial: _Trial, hooks: bool) -> str | None:
-    """What the trial shows against the formula."""
+    """How the trial differs from the formula; None if it does not."""
     error: Exception | None = None
     for dtype in (torch.float64, torch.float32):
         for shape in trial.inputs:
@@ -342,11 +339,6 @@ def _rows(module: Any, ids: Tensor, *, scaled: bool) -> Tensor:
 
 def _convolution(kind: Any, module: Any, x: Tensor) -> Tensor:
     out: Tensor = _CONVOLVE[kind][1](module, x, _stored(module, "weight"), _stored(module, "bias"))
-    return out
-
-
-def _attention(module: Any, x: Tensor) -> Tensor:
-    out: Tensor = _ATTENTION(module, x, x, x)[0]
     return out
 
 

@@ -1,7 +1,7 @@
-"""The copy of one module that a trial computes with: what it does reaches nobody else.
+"""The copy of one module that a trial computes with, so that the trial changes nothing else.
 
-It shares no tensor, dict or list with the module, and what is bound to the module is bound to the
-copy; everything else (hooks, objects of any class) is shared, not copied.
+The copy has tensors, dicts and lists of its own, and methods bound to the module are bound to the
+copy.  Everything else (hooks, objects of any class) is shared, not copied.
 """
 
 import copy
@@ -40,10 +40,10 @@ def copy_for_trial(
     *,
     whole: bool = True,
 ) -> nn.Module:
-    """The module's copy for the trial: with a weight and bias of its own, in `dtype`, in eval.
+    """The module's copy for the trial, in eval mode, with another weight and bias in `dtype`.
 
-    `whole` False leaves the weight a view of few numbers: for what gathers rows.  Not a deep copy:
-    hooks and attributes may hold the whole model.
+    `whole` False leaves the weight a view of few numbers: enough for a table whose rows are
+    gathered.  No deep copy is made, since hooks and attributes may hold the whole model.
     """
 
     def convert(tensor: Tensor) -> Tensor:

@@ -6,8 +6,8 @@
     ties     trimmed, agreed in sign, averaged (Yadav et al. 2023), then svd
     dare     random parts dropped, the rest scaled up (Yu et al. 2023), then svd
 
-w are the weights, s what scales each adapter's product: alpha / rank, or alpha / sqrt(rank) under
-rank stabilisation.  ties and dare work on the deltas, which they make one layer at a time.
+w are the weights; s scales each adapter's product: alpha / rank, or alpha / sqrt(rank) under rank
+stabilisation.  ties and dare work on the deltas B A, which are made for one layer at a time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,18 +43,18 @@ def combine_adapters(
     missing: str = "error",
     seed: int = 0,
 ) -> Names:
-    """Add an adapter that is the weighted combination of others; it is on, and those are off.
+    """Add an adapter that is the weighted combination of others: it is on then, they are off.
 
-    `method` as in this file's header.  `rank` of the result for svd, ties and dare: the largest of
-    the adapters' unless given.  `density` is the share of each delta that ties and dare keep,
-    `seed` what dare draws with.  Layers that only some of the adapters have raise, or with
-    missing="zero" count as zero.  The runtime factor of `scale_adapters` counts.  Returns the names
-    of the modules.
+    This file's header lists the methods.  `rank` is the result's for svd, ties and dare; the
+    largest of the adapters' unless given.  `density` is the share of each delta that ties and dare
+    keep, `seed` seeds what dare draws.  A module that only some of the adapters have layers over
+    raises; with missing="zero" the others count as zero there.  What `scale_adapters` set counts.
+    Returns the names of the modules.
 
     Raises:
-        ValueError: an unknown method or adapter, a name that is taken, as many weights as names
-            are not given, layers of different kinds or sizes, layers that some lack, a merged
-            model, a model that is an adapter layer itself.  Nothing has changed then.
+        ValueError: an unknown method or adapter, a name that is taken, another number of weights
+            than of names, layers of different kinds or sizes, layers that some adapters lack, a
+            merged model, a model that is an adapter layer itself.  Nothing has changed then.
     """
     refuse_merged("combine_adapters", named_adapters(model))
     check_ready("combine_adapters", model)
@@ -64,26 +64,22 @@ def combine_adapters(
     _check_arguments(names, weights, method, rank, density, missing)
     by_place = _layers(model, names, missing)
     generator = torch.Generator().manual_seed(seed)
-    made: dict[str, Pair] = {}
-    with torch.no_grad():
-        for place, layers in by_place.items():
-            pairs = [(layers.get(n), w) for n, w in zip(names, weights, strict=True)]
-            own = [(layer, w) for layer, w in pairs if layer is not None]
-            made[place] = _combined(place, own, method, rank, density, generator)
 
     def make(place: str, module: nn.Module) -> nn.Module:
-        source = next(iter(by_place[place].values()))
-        return _layer(source, module, *made[place])
+        layers = by_place[place]
+        own = [(layers[n], w) for n, w in zip(names, weights, strict=True) if n in layers]
+        with torch.no_grad():
+            a, b = _combined(place, own, method, rank, density, generator)
+        return _layer(own[0][0], module, a, b)
 
     with restoring(model):
         built = build({place: model.get_submodule(place) for place in by_place}, make)
         swap_shared(model, built)
         give_name(new_name, built.values())
         freeze(model)
-        for name in names:
-            for stack in adapters_called("combine_adapters", model, name).values():
-                for adapter in stack:
-                    adapter.enabled = False
+        for layers in by_place.values():
+            for layer in layers.values():
+                layer.enabled = False
     return Names(built)
 
 
@@ -165,7 +161,7 @@ def _combined(
 
 
 def _wide(a: Tensor, b: Tensor) -> Pair:
-    """In float32 or better: weights are multiplied in, which rounds."""
+    """Both factors in float32 or better, since multiplying by weights rounds."""
     dtype = torch.promote_types(torch.float32, torch.promote_types(a.dtype, b.dtype))
     return a.to(dtype), b.to(dtype)
 
@@ -189,15 +185,14 @@ def _linear(place: str, pairs: list[tuple[Pair, float]]) -> Pair:
 
 
 def _small_svd(a: Tensor, b: Tensor, rank: int) -> Pair:
-    """The best factors of b a by a rank, by way of two thin orthogonal factorisations."""
+    """The best factors of b a of this rank; no matrix of the size of b a is decomposed."""
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T)
     rank = min(rank, len(s))
     root = s[:rank].sqrt()
-    return (root[:, None] * (v[:rank] @ q_a.T)).to(a.dtype), ((q_b @ u[:, :rank]) * root).to(
-        b.dtype
-    )
+    best_a, best_b = root[:, None] * (v[:rank] @ q_a.T), (q_b @ u[:, :rank]) * root
+    return best_a.to(a.dtype), best_b.to(b.dtype)
 
 
 def _reshaped(factors: Pair, a: Tensor, b: Tensor) -> Pair:
@@ -206,7 +201,10 @@ def _reshaped(factors: Pair, a: Tensor, b: Tensor) -> Pair:
 
 
 def _ties(deltas: Tensor, density: float) -> Tensor:
-    """Keep the largest of each, then of each weight the values with the sign of the larger mass."""
+    """Keep the largest values of each delta; then, for each weight, average those whose sign wins.
+
+    The sign of the sum over the deltas wins.
+    """
     flat = deltas.flatten(1)
     keep = max(1, round(density * flat.shape[1]))
     threshold = flat.abs().kthvalue(flat.shape[1] - keep + 1, dim=1, keepdim=True).values

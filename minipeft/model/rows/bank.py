@@ -24,12 +24,10 @@ from minipeft.model.rows.by_row import ByRow
 class LoRABank(ByRow):
     """Up to `capacity` LoRA adapters of at most `rank` over one linear layer, gated by row.
 
-    `a` (capacity, rank, in_features) and `b` (capacity, rank, out_features) are buffers of no state
-    dict, zero at first; `load` fills a slot.  `gate` (rows, capacity), or (1, capacity) for all
-    rows alike, says which rows use which slots; banks of a model may share one tensor.  A batch of
-    n times as many rows has n for each row of the gate, side by side, as `generate` has beams.
-    Rows whose gate is 0 equal the base bit for bit, whatever else is loaded.  For inference:
-    training raises.
+    `a` (capacity, rank, in_features) and `b` (capacity, rank, out_features) are buffers that no
+    state dict holds, zero at first; `load` fills a slot.  `gate` as in ByRow, with a column for
+    each slot; banks of a model may share one tensor.  Rows whose gate is 0 equal the base bit for
+    bit, whatever else is loaded.  For inference: training raises.
 
     Raises:
         TypeError, ValueError: as LoRALinear; capacity or rank below 1.

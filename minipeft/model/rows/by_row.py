@@ -1,8 +1,8 @@
-"""What lies over a stack of adapter layers while each row of a batch uses its own.
+"""The layer that lies over a stack of adapter layers while rows of a batch use different ones.
 
-A gate (rows, adapters) says which row uses which adapter.  All of a model share one tensor, so
-other rows are served by changing it in place.  Two kinds: bank.py joins the factors of linear
-layers into one product; stack.py asks each layer in turn, of whatever kind.
+A gate (rows, adapters) says which row uses which adapter.  It is one tensor for the whole model,
+changed in place to serve other rows.  There are two kinds: bank.py joins the factors of linear
+layers into one product; stack.py asks one layer after the other, of any kind.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ Row = str | None | Sequence[str]  # an adapter, none, or several that add up
 
 
 class ByRow(Wrapper):
-    """A layer whose rows use different adapters: those of the layers below, as `gate` says.
+    """A layer whose rows use different adapters among those of the layers below.
 
     `gate` (rows, capacity) has a 1 where a row uses an adapter; (1, capacity) is for all rows
-    alike.  A batch of n times as many rows has n for each row of the gate, side by side, as
-    `generate` has beams.  For inference: training raises.
+    alike.  In a batch of n times as many rows, each row of the gate stands for n rows side by side,
+    as `generate` has beams.  For inference: training raises.
     """
 
     nameless = True  # it is no adapter of its own

@@ -1,4 +1,4 @@
-"""use_adapters(model, rows=[...]): over which modules a bank or a stack goes, and what it gets.
+"""use_adapters(model, rows=[...]): which modules get a bank or a stack, and what is in it.
 
 First a plan is made and checked, then the model is changed in one go.
 """
@@ -39,29 +39,27 @@ class Place(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """The highest."""
+        """The highest rank among the layers."""
         return max(len(layer.factors()[0]) for _, layer in self.layers)
-
-
-def _wanted(rows: Iterable[Row]) -> Wanted:
-    return [() if row is None else (row,) if isinstance(row, str) else tuple(row) for row in rows]
 
 
 def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
     """Let row i of every batch use the adapter `rows[i]`: a name, None, or several names.
 
-    Called again with as many rows it changes tensors in place.  Factors and scales are taken over
-    as they are at the call, or later: call it again after changing them.  The first axis of what
-    the layers get must be the batch, flattened with later axes at most; embeddings get (batch,
-    tokens).  A module that has `serve_rows` of its own (the prefixes of a model) is told of its
-    adapters.  Returns the names of the modules.
+    Called again with as many rows it changes tensors in place.  A bank copies factors and scales;
+    after changing them call this again.  The first axis of a layer's input must be the batch,
+    flattened with later axes at most; embeddings get (batch, tokens).  A module with a method
+    `serve_rows` of its own (the prefixes of a model) serves its adapters.  Returns the names of the
+    modules.
 
     Raises:
         ValueError: no rows, no such adapter, a merged model, NaN or Inf in LoRA on a linear layer,
             or layers asked for or on in which rows cannot be told apart (experts,
             nn.MultiheadAttention, tables of positions); the model is then as it was.
     """
-    wanted = _wanted(rows)
+    wanted: Wanted = [
+        () if row is None else (row,) if isinstance(row, str) else tuple(row) for row in rows
+    ]
     if not wanted:
         raise ValueError("use_adapters: rows is empty; expected one name for each row of the batch")
     refuse_merged("use_adapters", require_adapters("use_adapters", model))
@@ -103,7 +101,7 @@ def _places(
     model: nn.Module, everything: dict[str, dict[str, list[Adapter]]], used: list[str],
     own: set[int],
 ) -> dict[str, Place]:  # fmt: skip
-    """By module: the layers that rows may use.  Raises ValueError where rows cannot be told."""
+    """The layers that rows may use, by module; ValueError where rows cannot be told apart."""
     name_of = {id(layer): name for name, adapters in everything.items()
                for layers in adapters.values() for layer in layers}  # fmt: skip
     tables = _token_tables(model)
@@ -138,7 +136,7 @@ def _places(
 
 
 def _token_tables(model: nn.Module) -> set[int] | None:
-    """The tables that take token ids, where the model and its parts name them."""
+    """ids of the tables that take tokens; None if no part of the model names its table."""
     found: set[int] = set()
     for module in model.modules():
         getter = getattr(type(module), "get_input_embeddings", None)
@@ -175,7 +173,7 @@ def _on(stack: list[Adapter], names: Iterable[int]) -> Iterator[None]:
 
 
 def _lengths(place: Place, wanted: Wanted) -> list[Lengths]:
-    """For each layer that has `lengths`, those of each row: they depend on the layers below."""
+    """For each layer that has `lengths`, the lengths of each row: the layers below change them."""
     found: list[Lengths] = []
     for number, (name, layer) in enumerate(place.layers):
         if not callable(getattr(type(layer), "lengths", None)):
@@ -198,7 +196,7 @@ def _lengths(place: Place, wanted: Wanted) -> list[Lengths]:
 def _layers(
     model: nn.Module, names: list[str], places: dict[str, Place], rows: int
 ) -> dict[str, ByRow]:
-    """A layer over each place: those that are there if they fit, or new ones that share a gate."""
+    """A layer over each place: those that are there, if they fit, or new ones with one gate."""
     present = {n: s[0] for n, s in stacks(model).items() if isinstance(s[0], ByRow)}
     fits = set(present) == set(places) and all(
         layer.gate.shape == (rows, len(names)) and _fits(layer, places[name], names)
