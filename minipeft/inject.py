@@ -22,11 +22,10 @@ from minipeft.adapters.ready import check_model
 from minipeft.adapters.targets import (
     Head,
     Names,
-    Survey,
     Target,
     adapter_targets,
     find,
-    is_within,
+    settled,
     survey,
     visible_modules,
 )
@@ -123,17 +122,6 @@ def freeze(model: nn.Module) -> None:
             parameter.requires_grad_(False)
     for listener in after_freeze:
         listener(model)
-
-
-def settled(caller: str, places: Survey, modules: Mapping[str, Any]) -> Modules:
-    """These modules under every name that the model has for them; ValueError if they nest."""
-    nested = [n for n in modules if is_within(n.rpartition(".")[0], modules)]
-    if nested:
-        raise ValueError(
-            f"{caller}: {nested} lie inside other targets; name one or the other (exclude=, skip=)"
-        )
-    chosen = {id(module) for module in modules.values()}
-    return {n: m for n, m in places.everything.items() if id(m) in chosen}
 
 
 def build(modules: Mapping[str, Any], make: Callable[[str, Any], Made]) -> dict[str, Made]:

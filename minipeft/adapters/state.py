@@ -3,7 +3,6 @@
 These functions find adapters through protocol.py alone, so a layer of your own takes part.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -24,12 +23,6 @@ def named_adapters(model: nn.Module) -> dict[str, Adapter]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a module, got {type(model).__name__}")
     return {name: module for name, module in model.named_modules() if is_adapter(module)}
-
-
-def shared_parameters(model: nn.Module) -> set[int]:
-    """ids of the parameters that two or more modules hold (tied embeddings)."""
-    held = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    return {number for number, holders in held.items() if holders > 1}
 
 
 def require_adapters(caller: str, model: nn.Module) -> dict[str, Adapter]:

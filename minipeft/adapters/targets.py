@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from minipeft.adapters.protocol import innermost, is_adapter, is_packed, linear_shape
+from minipeft.adapters.protocol import LinearShape, innermost, is_adapter, is_packed, linear_shape
 
 Target = str | Iterable[str] | Callable[[str, nn.Module], bool]
 # names (or modules) of the output head: one, several, () for none; None: not said
@@ -78,10 +78,12 @@ class Survey(NamedTuple):
 
     model: nn.Module
     modules: dict[str, nn.Module]  # `visible_modules`
+    shapes: dict[str, LinearShape]  # of those that are linear layers
     experts: dict[str, nn.Parameter]  # 3-D weights of mixtures of experts: (experts, rows, columns)
     in_attention: dict[str, str]  # linear layers that nn.MultiheadAttention never calls
     heads: dict[str, str]  # output heads, and why each is one
     naming: list[str]  # modules that have get_output_embeddings
+    shared: set[int]  # `shared_parameters`
     head: Head  # what the caller said of heads
 
     @property
@@ -106,11 +108,19 @@ def survey(model: nn.Module, head: Head = None) -> Survey:
     heads = _heads_known(parts, naming)
     inside = "inside nn.MultiheadAttention, which never calls it"
     return Survey(
-        model, modules, _expert_weights(parts),
+        model, modules, {n: shape for n, m in modules.items() if (shape := linear_shape(m))},
+        _expert_weights(parts),
         {_path(name, "out_proj"): inside for name, module in parts.items()
          if isinstance(module, nn.MultiheadAttention)},
-        {**heads, **_heads_said(modules, head), **heads}, naming, head,
+        {**heads, **_heads_said(modules, head), **heads}, naming,
+        shared_parameters(model), head,
     )  # fmt: skip
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """ids of the parameters that two or more modules hold (tied embeddings)."""
+    held = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    return {number for number, holders in held.items() if holders > 1}
 
 
 def _path(name: str, own: str) -> str:
@@ -164,7 +174,7 @@ def likely_head(places: Survey, touched: Iterable[str]) -> dict[str, str]:
     if places.head is not None or "" in places.naming:
         return {}
     modules = places.modules
-    shapes = {id(m): shape for m in modules.values() if (shape := linear_shape(m)) is not None}
+    shapes = {id(modules[name]): shape for name, shape in places.shapes.items()}
     tables = {
         (m.num_embeddings, m.embedding_dim)
         for m in map(innermost, modules.values()) if isinstance(m, nn.Embedding)
@@ -291,9 +301,8 @@ def adapter_targets(
     if isinstance(target, str) and target.lower() == "all-linear":
         chosen = {}
         for name, module in places.modules.items():
-            if linear_shape(module) is None and not isinstance(
-                innermost(module), nn.MultiheadAttention
-            ):
+            attention = isinstance(innermost(module), nn.MultiheadAttention)
+            if name not in places.shapes and not attention:
                 continue
             reason = "excluded" if name in excluded else places.heads.get(name)
             if name in places.in_attention and name.rpartition(".")[0] not in excluded:
@@ -328,7 +337,22 @@ def adapter_targets(
             raise ValueError(
                 f"target: {name!r} is {places.in_attention[name]}; name the attention itself"
             )
-    return Targets(chosen, left_out, notes)
+    return Targets(settled("target", places, chosen), left_out, notes)
+
+
+def settled(caller: str, places: Survey, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The chosen modules under every name that the model has for them.
+
+    Raises:
+        ValueError: one of them lies inside another.
+    """
+    nested = [name for name in chosen if is_within(name.rpartition(".")[0], chosen)]
+    if nested:
+        raise ValueError(
+            f"{caller}: {nested} lie inside other targets; name one or the other (exclude=, skip=)"
+        )
+    ids = {id(module) for module in chosen.values()}
+    return {n: module for n, module in places.everything.items() if id(module) in ids}
 
 
 class Chosen(NamedTuple):

@@ -27,7 +27,7 @@ from minipeft.adapters.targets import (
     per_name,
     survey,
 )
-from minipeft.inject import Modules, build, freeze, restoring, settled, swap
+from minipeft.inject import build, freeze, restoring, swap
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv
 from minipeft.layers.embeddings import LoRAEmbedding
@@ -97,12 +97,11 @@ def inject_lora(
 class LoRAPlan(NamedTuple):
     """Which module gets which layer, of which rank and alpha; nothing is built yet."""
 
-    modules: Modules
+    found: Targets
     kinds: dict[str, LayerClass]
     ranks: dict[str, Chosen]
     alphas: dict[str, Chosen]
     settings: dict[str, Any]  # further keywords of the layers
-    found: Targets
 
 
 def plan_lora(
@@ -123,17 +122,16 @@ def plan_lora(
     settings = dict(lora)
     dora = bool(settings.pop("dora", False))
     found = adapter_targets(places, target, exclude, stack=stack)
-    modules = settled("inject_lora", places, found.chosen)
     kinds: dict[str, LayerClass] = {}
-    for name, module in modules.items():
+    for name, module in found.chosen.items():
         if (kind := layer_class(module, dora=dora)) is None:
             raise ValueError(
                 f"target: {name!r} is a {type(module).__name__}, for which there is no "
                 f"{'DoRA' if dora else 'LoRA'} layer (model/inject_lora.py lists those there are)"
             )
         kinds[name] = kind
-    ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
-    return LoRAPlan(modules, kinds, ranks, alphas, settings, found)
+    ranks, alphas = per_name("rank", rank, kinds), per_name("alpha", alpha, kinds)
+    return LoRAPlan(found, kinds, ranks, alphas, settings)
 
 
 def wrap_in_lora(model: nn.Module, plan: LoRAPlan, quantized: Mapping[str, nn.Module]) -> Names:
@@ -164,7 +162,7 @@ def wrap_in_lora(model: nn.Module, plan: LoRAPlan, quantized: Mapping[str, nn.Mo
         return layer
 
     with restoring(model):
-        wrapped = build(plan.modules, make)
+        wrapped = build(plan.found.chosen, make)
         swap(model, {**quantized, **wrapped})
         freeze(model)
     return Names(wrapped, plan.found.left_out, made_of, plan.found.notes)

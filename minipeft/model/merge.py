@@ -15,12 +15,8 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import adapters_called, named, stacks
 from minipeft.adapters.protocol import Adapter, AdapterLayer, innermost, is_adapter_layer, is_packed
-from minipeft.adapters.state import (
-    named_adapters,
-    refuse_merged,
-    require_adapters,
-    shared_parameters,
-)
+from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
+from minipeft.adapters.targets import shared_parameters
 from minipeft.inject import put, restoring, swap, tell
 from minipeft.model.dense_again import forget_codes
 from minipeft.model.rows import refuse_rows

@@ -19,10 +19,8 @@ from minipeft.adapters.protocol import (
     is_adapter,
     is_conv1d,
     is_packed,
-    linear_shape,
 )
 from minipeft.adapters.ready import check_model
-from minipeft.adapters.state import shared_parameters
 from minipeft.adapters.targets import (
     Head,
     HeadWarning,
@@ -32,10 +30,11 @@ from minipeft.adapters.targets import (
     find,
     is_within,
     likely_head,
+    settled,
     survey,
 )
 from minipeft.adapters.wrapper import take_hooks
-from minipeft.inject import Modules, build, restoring, settled, swap
+from minipeft.inject import Modules, build, restoring, swap
 from minipeft.model.dense_again import forget_codes
 from minipeft.model.inject_lora import plan_lora, wrap_in_lora
 from minipeft.model.peft_words import in_our_words
@@ -89,7 +88,6 @@ def quantizable(
         for module in model.modules()
         for part in getattr(module, "_keep_in_fp32_modules", None) or ()
     }
-    shared = shared_parameters(model)
     chosen: dict[str, nn.Module | nn.Parameter] = {}
     left_out: dict[str, str] = {}
 
@@ -101,19 +99,19 @@ def quantizable(
         if reason := outside.get(name) or _keeps_dense(layer, also, embeddings, experts):
             return reason
         weight = layer if isinstance(layer, nn.Parameter) else layer._parameters.get("weight")
-        return "its weight is tied to another module's" if id(weight) in shared else None
+        return "its weight is tied to another module's" if id(weight) in places.shared else None
 
     for name, layer in places.everything.items():
-        has_weight = isinstance(layer, nn.Parameter | nn.Embedding) or linear_shape(layer)
-        if is_packed(layer) or not has_weight:
+        known = name in places.shapes or isinstance(layer, nn.Parameter | nn.Embedding)
+        if not known or is_packed(layer):
             continue
         if reason := why_dense(name, layer):
             left_out[name] = reason
         else:
             chosen[name] = layer
-    known = {*chosen, *left_out, *outside}
+    told = {*chosen, *left_out, *outside}
     for name, reason in other_weights(places).items():
-        if not is_within(name, known):
+        if not is_within(name, told):
             left_out[name] = "skipped" if is_within(name, skipped) else reason
     return chosen, {**{n: w for n, w in outside.items() if n not in chosen}, **left_out}
 

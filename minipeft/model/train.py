@@ -19,8 +19,8 @@ from minipeft.adapters.names import DEFAULT, adapters_called, give_name, named, 
 from minipeft.adapters.protocol import innermost, is_adapter
 from minipeft.adapters.ready import check_model
 from minipeft.adapters.state import named_adapters, refuse_merged
-from minipeft.adapters.targets import Names, Target, find, survey
-from minipeft.inject import build, freeze, restoring, settled, swap
+from minipeft.adapters.targets import Names, Target, find, settled, survey
+from minipeft.inject import build, freeze, restoring, swap
 from minipeft.layers.bias import LoRABias
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.layers.tied import LoRATiedLinear, tied_heads
