@@ -158,12 +158,6 @@ def _trial(module: nn.Module, scaled: bool) -> _Trial | None:
         return _Trial("nn.MultiheadAttention's", [(3, 2, size)],
                       lambda m, x: _ATTENTION(m, x, x, x)[0], 0,
                       kind.forward is _ATTENTION)  # fmt: skip
-    if _is_table(module):
-        scale = getattr(module, "embed_scale", None) if scaled else None
-        words = "the rows of its table" + ("" if scale is None else " times embed_scale")
-        rows = functools.partial(_rows, scaled=scaled)
-        own = is_packed(module) or (kind.forward is _EMBEDDING and scale is None)
-        return _Trial(words, [()], rows, 2, own)
     for base in _CONVOLUTIONS:
         if isinstance(module, base):
             size = _smallest_input(module)
@@ -171,6 +165,12 @@ def _trial(module: nn.Module, scaled: bool) -> _Trial | None:
             convolve = functools.partial(_convolution, base)
             return _Trial("torch's convolution with its settings",
                           [(8, module.in_channels, *size)], convolve, 1, own)  # fmt: skip
+    if _is_table(module):
+        scale = getattr(module, "embed_scale", None) if scaled else None
+        words = "the rows of its table" + ("" if scale is None else " times embed_scale")
+        rows = functools.partial(_rows, scaled=scaled)
+        own = is_packed(module) or (kind.forward is _EMBEDDING and scale is None)
+        return _Trial(words, [()], rows, 2, own)
     shape = linear_shape(module)
     if shape is None:
         return None
@@ -211,13 +211,13 @@ def _is_called_plainly(module: nn.Module, hooks: bool) -> bool:
     """Whether calling it runs the class's forward over stored tensors, and nothing else."""
     kind = type(module)
     shadowed = (inspect.getattr_static(kind, name, None) for name in ("weight", "bias"))
-    stored = isinstance(module, nn.MultiheadAttention) or has_stored_weight(module)
+    stored = any(module._parameters.get(name) is not None for name in ("weight", "bias"))
     return (
         (kind.__call__, kind._call_impl, kind.__getattr__) == _CALL
         and kind.__getattribute__ is object.__getattribute__
         and "forward" not in vars(module)
         and all(value is None for value in shadowed)
-        and (stored or module._parameters.get("bias") is not None)
+        and (stored or isinstance(module, nn.MultiheadAttention) or is_packed(module))
         and not (hooks and _has_hooks(module))
         and all(why_no_float(p) is None for p in module._parameters.values() if p is not None)
     )

@@ -80,16 +80,12 @@ class Survey(NamedTuple):
     modules: dict[str, nn.Module]  # `visible_modules`
     shapes: dict[str, LinearShape]  # of those that are linear layers
     experts: dict[str, nn.Parameter]  # 3-D weights of mixtures of experts: (experts, rows, columns)
+    everything: dict[str, Any]  # modules and experts
     in_attention: dict[str, str]  # linear layers that nn.MultiheadAttention never calls
     heads: dict[str, str]  # output heads, and why each is one
     naming: list[str]  # modules that have get_output_embeddings
     shared: set[int]  # `shared_parameters`
     head: Head  # what the caller said of heads
-
-    @property
-    def everything(self) -> dict[str, Any]:
-        """Modules and 3-D weights of experts."""
-        return {**self.modules, **self.experts}
 
 
 def survey(model: nn.Module, head: Head = None) -> Survey:
@@ -105,11 +101,11 @@ def survey(model: nn.Module, head: Head = None) -> Survey:
     modules = visible_modules(model)
     parts = {"": model, **modules}
     naming = [n for n, m in parts.items() if callable(getattr(m, "get_output_embeddings", None))]
-    heads = _heads_known(parts, naming)
+    experts, heads = _expert_weights(parts), _heads_known(parts, naming)
     inside = "inside nn.MultiheadAttention, which never calls it"
     return Survey(
         model, modules, {n: shape for n, m in modules.items() if (shape := linear_shape(m))},
-        _expert_weights(parts),
+        experts, {**modules, **experts},
         {_path(name, "out_proj"): inside for name, module in parts.items()
          if isinstance(module, nn.MultiheadAttention)},
         {**heads, **_heads_said(modules, head), **heads}, naming,
@@ -132,9 +128,11 @@ def _expert_weights(parts: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
         _path(name, own): parameter
         for name, module in parts.items()
         if not type(module).__module__.startswith("torch.nn")  # convolutions, attention
-        and not is_adapter(module)
         for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
+        if parameter.dim() == 3
+        and parameter.shape[0] > 1
+        and parameter.is_floating_point()
+        and not is_adapter(module)
     }
 
 

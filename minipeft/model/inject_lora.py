@@ -122,6 +122,8 @@ def plan_lora(
     settings = dict(lora)
     dora = bool(settings.pop("dora", False))
     found = adapter_targets(places, target, exclude, stack=stack)
+    ranks = per_name("rank", rank, found.chosen)
+    alphas = per_name("alpha", alpha, found.chosen)
     kinds: dict[str, LayerClass] = {}
     for name, module in found.chosen.items():
         if (kind := layer_class(module, dora=dora)) is None:
@@ -130,7 +132,6 @@ def plan_lora(
                 f"{'DoRA' if dora else 'LoRA'} layer (model/inject_lora.py lists those there are)"
             )
         kinds[name] = kind
-    ranks, alphas = per_name("rank", rank, kinds), per_name("alpha", alpha, kinds)
     return LoRAPlan(found, kinds, ranks, alphas, settings)
 
 

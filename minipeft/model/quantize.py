@@ -81,7 +81,10 @@ def quantizable(
     Modules by their names, and 3-D parameters by theirs.  Every weight of two or more axes is in
     one of the two.
     """
-    skipped = {} if skip == () else find(places, skip, caller="skip").chosen
+    others, skipped = other_weights(places), set()
+    if skip != ():
+        named = find(places, skip, caller="skip").chosen
+        skipped = {n for n in (*places.everything, *others) if is_within(n, named)}
     model, outside = places.model, {**places.in_attention, **places.heads}
     float32 = {
         part
@@ -92,7 +95,7 @@ def quantizable(
     left_out: dict[str, str] = {}
 
     def why_dense(name: str, layer: nn.Module | nn.Parameter) -> str | None:
-        if is_within(name, skipped):
+        if name in skipped:
             return "skipped"
         if not float32.isdisjoint(name.split(".")):
             return "kept in float32 (_keep_in_fp32_modules)"
@@ -110,9 +113,9 @@ def quantizable(
         else:
             chosen[name] = layer
     told = {*chosen, *left_out, *outside}
-    for name, reason in other_weights(places).items():
+    for name, reason in others.items():
         if not is_within(name, told):
-            left_out[name] = "skipped" if is_within(name, skipped) else reason
+            left_out[name] = "skipped" if name in skipped else reason
     return chosen, {**{n: w for n, w in outside.items() if n not in chosen}, **left_out}
 
 
@@ -202,10 +205,10 @@ def _make_codes(model: nn.Module, plan: CodesPlan, *, level: int = 3) -> dict[st
         if isinstance(module, nn.Embedding):
             table = {k: v for k, v in settings.items() if k != "compute_dtype"}
             layer = NF4Embedding.from_embedding(module, **table)
-        elif is_conv1d(module):
-            layer = NF4Conv1D.from_linear(module, **settings)
-        else:  # not from_linear: it refuses the classes that `also` admits
+        elif isinstance(module, nn.Linear):  # not from_linear: it refuses what `also` admits
             layer = NF4Linear.from_weight(module.weight, module.bias, **settings)
+        else:
+            layer = NF4Conv1D.from_linear(module, **settings)
         take_hooks(layer, module)
         return layer.train(module.training)
 
