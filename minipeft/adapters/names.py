@@ -1,7 +1,7 @@
-"""Which adapter of a model is called what: a label on each of its layers, read here alone.
+"""The names of a model's adapters: a label on each layer, which this file alone reads.
 
-No layer reads its label, and one without is of the adapter "default".  Adapters over the
-same module stack, the newest outermost.
+A layer without a label belongs to the adapter "default".  Adapters over the same module stack, the
+newest outermost.
 """
 
 from collections.abc import Iterable
@@ -49,7 +49,7 @@ def adapters_called(caller: str, model: nn.Module, name: str) -> dict[str, list[
     """The layers of one adapter by the names of their modules in the plain model.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no adapter has this name.
     """
     everything = named(model)
     if name not in everything:

@@ -5,9 +5,9 @@
     FSDP of version 1                   _fsdp_wrapped_module.layers.0._fsdp_wrapped_module.up
     checkpoint_wrapper                  layers.0._checkpoint_wrapped_module.up
 
-All of these are `layers.0.up`: that is what state dicts and files hold.  A module of one's own may
-really be called `module`, so this word counts as a wrapper's only where the wrapper is torch's; in
-the names of a file, which no wrapper comes with, the spelling that the model has decides.
+All of these are `layers.0.up`, as state dicts and files say.  A module of your own may be called
+`module`, so this word counts as a wrapper's only where the wrapper is torch's; in the names of a
+file, where no wrapper can be asked, the model's own spelling decides.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,7 +18,7 @@ from torch import nn
 from minipeft.adapters.protocol import is_adapter
 
 T = TypeVar("T")
-# no module of anyone's own has these names; "module" is for the spelling that exists to decide
+# nobody else calls a module so; whether "module" is a wrapper's depends on the model's spelling
 _CERTAIN = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _POSSIBLE = _CERTAIN | {"module"}
 _HOMES = ("torch.nn.parallel", "torch.distributed", "torch.optim")  # of classes that keep `module`
@@ -49,7 +49,7 @@ class PlainNames:
     def by_plain(self, found: Mapping[str, T]) -> dict[str, T]:
         """The same under plain names.
 
-        A wrapper and its content have one: an adapter comes first, then what is outermost.
+        A wrapper and its content have the same plain name: an adapter wins, then the outer one.
         """
         result: dict[str, T] = {}
         for name, value in found.items():
@@ -64,17 +64,17 @@ def _is_a_wrapper_of_torch(module: nn.Module) -> bool:
 
 
 class Spellings:
-    """Finds plain names by how a file spells them."""
+    """Finds the plain name that a file's spelling means."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = set(names)
-        self._loose: dict[str, str | None] = {}  # None: of more than one
+        self._loose: dict[str, str | None] = {}  # None: more than one name has this spelling
         for name in self._names:
             loose = without(name, _POSSIBLE)
             self._loose[loose] = name if loose not in self._loose else None
 
     def find(self, name: str) -> str | None:
-        """The plain name that this stands for: itself if there is such a one; None if none fits."""
+        """The plain name that this means: first the very same name; None if no name fits."""
         certain = without(name, _CERTAIN)
         loose = without(name, _POSSIBLE)
         for candidate in (name, certain, loose):
@@ -84,12 +84,12 @@ class Spellings:
 
 
 def without(name: str, parts: frozenset[str] = _CERTAIN) -> str:
-    """The name without these parts of it; those that only wrappers have, if not told otherwise."""
+    """The name without these parts: by default those that only wrappers have."""
     return ".".join(part for part in name.split(".") if part not in parts)
 
 
 def without_outer_wrappers(key: str, prefix: str) -> str:
-    """The key without wrappers' parts in front, if `prefix` comes after them."""
+    """The key without wrappers' parts in front of `prefix`; the key itself if it has no prefix."""
     rest = key
     while (first := rest.partition("."))[0] in _POSSIBLE:
         rest = first[2]

@@ -1,11 +1,11 @@
 """What an adapter layer offers, so that whole-model functions need to know no class.
 
-`state.py`, `model/merge.py`, `model/memory.py` and `io` use these names and nothing else of a
-layer: a layer of your own that has them joins fully.  An adapter is recognised by its method
-`adapter_parameters`; one that wraps a module has `base`, and can be merged if it has `merge`.
+`state.py`, `model/merge.py`, `model/memory.py` and `io` use these names alone, so a layer of your
+own that has them takes part.  A module with a method `adapter_parameters` is an adapter; if it
+wraps a module, that is its `base`, and if it has `merge`, it can be merged.
 
-Also here: what counts as a linear layer, in which layout it keeps its weight, the question whether
-a module may be replaced or folded into, and the check of a size that a caller gives.
+Also here: what a linear layer is and in which layout it keeps its weight, the question whether a
+module may be replaced or folded into, and the check of a size that a caller gives.
 """
 
 from collections.abc import Callable
@@ -31,14 +31,14 @@ class Adapter(Protocol):
 class AdapterLayer(Adapter, Protocol):
     """An adapter that wraps one module, its `base`, and can fold into that module's parameters.
 
-    wrapper.py has a class with all of it but `exact_parameters`.
+    The class in wrapper.py has all of this but `exact_parameters`.
     """
 
     base: nn.Module  # may be an adapter layer itself: layers stack
     merged_module: nn.Module | None  # set while merged: what forward calls
 
     def exact_parameters(self) -> dict[str, Tensor]:
-        """The innermost module's parameters that change, as the layers make them, not rounded."""
+        """The parameters of the innermost module that the layers change, not rounded."""
         ...
 
     def effective_parameters(self) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def is_packed(module: object) -> TypeGuard[PackedLayer]:
 
 
 class LinearShape(NamedTuple):
-    """Sizes of a linear layer; `transposed` if its weight is (in_features, out_features)."""
+    """Sizes of a linear layer; `transposed`: its weight is (in_features, out_features)."""
 
     in_features: int
     out_features: int
@@ -173,13 +173,13 @@ def whole(owner: str, name: str, value: object, *, least: int = 1) -> int:
     return value
 
 
-# linearity.py, which tries modules, puts its functions here when the package is imported
+# linearity.py, which tries modules, adds its functions when the package is imported
 trials: dict[str, Callable[[nn.Module], str | None]] = {}
 
 
 def why_not(what: str, module: nn.Module) -> str | None:
-    """Why this module must not be changed in this way, or None where it may be: it is tried.
+    """Why this module must not be changed in this way; None if it may be.  The module is tried.
 
-    `what` is "replace" (a 4-bit layer takes its place) or "fold" (its weight takes a product in).
+    `what` is "replace" (a 4-bit layer takes its place) or "fold" (its weight is added to).
     """
     return trials[what](module)

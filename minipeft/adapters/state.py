@@ -42,8 +42,8 @@ def named_tensors(
     (torch.compile, DDP).  Few adapters have statistics: those with a method `adapter_buffers`.
 
     Raises:
-        ValueError: no such adapter, or one that has two layers of one kind over the same module
-            (stacked by hand), whose parameters have one name.
+        ValueError: no such adapter, or an adapter with two layers over one module (stacked by
+            hand), whose parameters would have one name.
     """
     if name is None:
         every = named_adapters(model)
@@ -92,9 +92,9 @@ def adapter_parameters(model: nn.Module, *, name: str | None = None) -> Iterator
 def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str, Tensor]:
     """The adapters' parameters, detached and not copied: '<module name>.lora_a', and so on.
 
-    With the running statistics of modules that train whole.  Of the adapter called `name` under
-    the modules' names in the plain model, so that they fit a model in which it is alone; without
-    `name` of all, under the names of the layers.
+    Running statistics of modules that train as a whole are there too.  With `name`, the parameters
+    of that adapter under its modules' names in the plain model: they fit a model that has no other
+    adapter.  Without `name`, the parameters of all adapters under the names of their layers.
     """
     parameters, buffers = named_tensors("adapter_state_dict", model, name)
     return {key: value.detach() for key, value in {**parameters, **buffers}.items()}
@@ -112,9 +112,9 @@ def load_adapter_state_dict(
 ) -> tuple[list[str], list[str]]:
     """Copy adapter tensors into the model's adapters; all are checked before the first is copied.
 
-    `name` chooses one adapter, as in `adapter_state_dict`.  Names that hold what torch wraps around
-    modules (`_orig_mod.`, `module.`) are understood.  Returns (missing, unexpected) keys, which are
-    empty if `strict`.  Running statistics may be missing.
+    `name` chooses one adapter, as in `adapter_state_dict`.  Names may have the parts that torch's
+    wrappers add (`_orig_mod.`, `module.`).  Returns (missing, unexpected) keys, which are empty if
+    `strict`.  Running statistics may be missing.
 
     Raises:
         ValueError: a missing or unexpected name (if strict), another shape, no floating-point
@@ -177,10 +177,10 @@ def copy_state(
 def understood(
     caller: str, state: Mapping[str, Tensor], own: Mapping[str, object]
 ) -> dict[str, Tensor]:
-    """The state under the model's `own` plain names; what fits none keeps its name.
+    """The state under the model's `own` plain names; a name that fits none of these is kept.
 
     Raises:
-        ValueError: two names in the state that mean the same tensor.
+        ValueError: two names in the state mean the same tensor.
     """
     spellings, found = Spellings(own), {}
     for key, value in state.items():
@@ -195,7 +195,7 @@ def understood(
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within this context the model computes as its base does, merged or not.
 
-    Nests, and restores each adapter's own state, also after an exception.
+    Contexts may be nested; each puts back what was on and off, also after an exception.
 
     Raises:
         ValueError: the model has no adapter.
@@ -211,12 +211,12 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def scale_adapters(model: nn.Module, factor: float, *, name: str | None = None) -> list[str]:
-    """Multiply what every adapter adds by `factor`, or the one called `name`.
+    """Multiply what every adapter adds by `factor`, or what the adapter called `name` adds.
 
-    Absolute, not cumulative: 1.0 is as trained.  Returns the names of the layers.
+    The factor is absolute, not cumulative: 1.0 is as trained.  Returns the names of the layers.
 
     Raises:
-        ValueError: no adapter, a merged one, one that cannot be scaled (a prefix), or a factor
+        ValueError: no adapter, a merged adapter, one that cannot be scaled (a prefix), or a factor
             that is not finite; every adapter keeps its strength then.
     """
     adapters = require_adapters("scale_adapters", model)

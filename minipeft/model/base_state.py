@@ -30,17 +30,17 @@ def load_base_state_dict(
 ) -> tuple[list[str], list[str]]:
     """Copy a plain model's state dict into the bases of a model with adapters.
 
-    The inverse of `base_state_dict`: names are those of the plain model, and those that torch's
-    wrappers give (`_orig_mod.`, `module.`) are understood.  Everything is checked before the first
+    The inverse of `base_state_dict`.  Names are those of the plain model; they may have the parts
+    that torch's wrappers add (`_orig_mod.`, `module.`).  Everything is checked before the first
     tensor is copied.  Floating-point values take the model's dtype.  A tensor that the model has
     under two names (tied embeddings) may be given under one.  Returns (missing, unexpected) keys,
     which are empty if `strict`.  Adapters stay as they are.
 
     Raises:
         ValueError: a missing or unexpected name (if strict), another shape or kind of numbers, two
-            values for one tensor; a dense weight for a 4-bit layer (also if not strict: codes come
-            from the state of a model that was quantised alike, or load before you quantise); a
-            merged adapter, or a tensor on the meta device.  Nothing has been copied then.
+            values for one tensor; a dense weight for a 4-bit layer, strict or not (load it before
+            you quantise, or load the state of a model with the same 4-bit layers); a merged
+            adapter, or a tensor on the meta device.  Nothing has been copied then.
 
     >>> from minipeft import inject_lora
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())

@@ -1,12 +1,12 @@
-"""A frozen base keeps its buffers too: running statistics stand still, other changes are told.
+"""A frozen base keeps its buffers: running statistics stand still, other changes are reported.
 
-A normalisation in train mode moves its running mean and variance, so that a base with frozen
-parameters would change while an adapter trains, and the saved adapter fit a base that nobody has.
+A normalisation in train mode moves its running mean and variance.  So a base with frozen parameters
+would change while an adapter trains, and no file would hold the base that the adapter fits.
 
     statistics of norms     their module stays in eval mode while the model has adapters
-    any other buffer        what a forward changed is found afterwards, by name
+    any other buffer        `changed_buffers` names what a forward changed
 
-Statistics become part of the adapter by `train_modules`, which trains a copy.
+`train_modules` trains a copy of a module, whose statistics are then part of the adapter.
 """
 
 import functools
@@ -24,7 +24,7 @@ _RECORD = "_minipeft_buffers"  # in the __dict__ of the model whose buffers were
 
 
 def _train_held(module: nn.Module, mode: bool = True) -> nn.Module:
-    """In the place of `module.train`: its children take the mode, itself only if it trains."""
+    """Takes the place of `module.train`: a module with frozen parameters stays in eval mode."""
     type(module).train(module, mode)
     vars(module)[HELD_MODE] = mode
     if not any(p.requires_grad for p in module.parameters(recurse=False)):
@@ -51,10 +51,10 @@ def _split(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 
 
 def hold(model: nn.Module) -> None:
-    """Let the base's buffers stand still, if the model has adapters, and note the others.
+    """If the model has adapters, let statistics of its base stand still, and note other buffers.
 
-    The mode of norms is told to them again and again by `train()`, so their `train` is replaced,
-    on the instance; a norm whose own parameters train (somebody thawed them) follows as usual.
+    Every `model.train()` sets the mode of norms, so their `train` is replaced on the instance.  A
+    norm whose own parameters train follows the mode as usual.
     """
     base, parts = _split(model)
     for part in parts:
@@ -79,7 +79,7 @@ def release(model: nn.Module) -> None:
 
 
 def _watched(base: list[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """The base's buffers that files hold, but caches, which are made to change."""
+    """The base's buffers that files hold, without caches, which are made to change."""
     for module in base:
         for name, buffer in module._buffers.items():
             cache = "cache" in f"{type(module).__name__} {name}".lower()
@@ -88,9 +88,9 @@ def _watched(base: list[nn.Module]) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def _evidence(base: list[nn.Module]) -> tuple[float, ...]:
-    """Other numbers once frozen parameters were loaded or rounded: the first value of some.
+    """The first values of some frozen parameters: others once weights were loaded or rounded.
 
-    Not of shards: reading one asks the other processes, which may not be here (one alone saves).
+    Shards are left out: reading one waits for the other processes, and one alone may be saving.
     """
     frozen = [p for m in base for p in m.parameters(recurse=False) if not p.requires_grad]
     frozen = [p for p in frozen if type(p) is nn.Parameter and p.numel() and not p.is_meta]
@@ -99,7 +99,7 @@ def _evidence(base: list[nn.Module]) -> tuple[float, ...]:
 
 
 def _summary(buffer: Tensor) -> tuple[float, float]:
-    """What changes with the values, for a comparison later; on the CPU, which has float64."""
+    """Two sums over the values, to compare with later ones; on the CPU, which has float64."""
     buffer = torch.view_as_real(buffer) if buffer.is_complex() else buffer
     values = buffer.detach().cpu().double().nan_to_num().flatten()
     weights = torch.arange(1, values.numel() + 1, dtype=torch.float64)
@@ -107,7 +107,7 @@ def _summary(buffer: Tensor) -> tuple[float, float]:
 
 
 def _note(model: nn.Module, base: list[nn.Module]) -> None:
-    """Note the buffers as they are; those noted before, over the same base, as they were then."""
+    """Note the buffers' values; a buffer noted before over the same base keeps its older note."""
     try:
         evidence = _evidence(base)
         then, noted = vars(model).get(_RECORD, (None, []))
@@ -122,10 +122,9 @@ def _note(model: nn.Module, base: list[nn.Module]) -> None:
 
 
 def changed_buffers(model: nn.Module) -> list[str]:
-    """The buffers of the base that have changed, by themselves, since adapters were put in.
+    """The buffers of the base that a forward has changed since adapters were put in.
 
-    By themselves: the frozen parameters stayed what they are.  Where others were loaded since, or a
-    buffer was cast, it is taken to be as somebody wanted it.
+    After other weights were loaded, or for a buffer that was cast, the change counts as wanted.
     """
     names = {id(module): name for name, module in model.named_modules()}
     found = []
@@ -148,7 +147,7 @@ def changed_buffers(model: nn.Module) -> list[str]:
 
 
 def complaint(names: list[str]) -> str:
-    """What to say of changed buffers, and what to do."""
+    """The message about changed buffers: what is wrong, and what to do."""
     return (
         f"buffers of the frozen base changed in forward: {names[:3]} ({len(names)} in all); an "
         "adapter saved now fits a base that no file holds.  Name their module in train_modules, "

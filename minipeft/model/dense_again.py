@@ -1,7 +1,7 @@
-"""What says "4-bit" about a model besides its layers, and goes with the last of them.
+"""A model whose last 4-bit layer is gone no longer says that it is 4-bit.
 
-A Hugging Face model keeps `quantization_config` in its configuration, and attributes that
-transformers' loader sets.  Left behind, `save_pretrained` writes a folder of dense weights that
+A Hugging Face model says so by `quantization_config` in its configuration, and by attributes that
+transformers' loader sets.  If they stayed, `save_pretrained` would write dense weights that
 `from_pretrained` takes for codes.
 """
 
@@ -16,10 +16,10 @@ _OF_THE_LOADER = (
 
 
 def forget_codes(model: nn.Module) -> None:
-    """Drop it where a module that has a configuration holds no codes any more.
+    """Drop these marks from modules that have a configuration and hold no codes any more.
 
-    Only what says 4-bit of bitsandbytes' kind; a configuration that another module shares, which
-    still has codes, stays.  The last step of what makes a model dense: it cannot fail.
+    Only the marks of bitsandbytes' 4-bit layers are dropped, and none from a configuration shared
+    with a module that still has codes.  This is a last step: it cannot fail.
     """
     owners = [module for module in model.modules() if _configuration(module) is not None]
     coded = {id(module): _holds_codes(module) for module in owners}
@@ -43,7 +43,7 @@ def _configuration(module: nn.Module) -> Any:
 
 
 def _holds_codes(module: nn.Module) -> bool:
-    """Whether any parameter is no float: ours, or those of another library."""
+    """Whether any parameter holds other numbers than floats: codes, ours or another library's."""
     return any(not parameter.is_floating_point() for parameter in module.parameters())
 
 

@@ -1,4 +1,4 @@
-"""Fold adapters into weights, or take them off: finished for the whole model, or not begun.
+"""Fold adapters into weights, or take them off; an error leaves the whole model as it was.
 
 merge(model)                keeps the layers; each stack computes with one plain module
 unmerge(model)              drops those modules; the base was never changed
@@ -42,9 +42,9 @@ def _layer_stacks(caller: str, model: nn.Module) -> dict[str, list[AdapterLayer]
 def merge(model: nn.Module) -> list[str]:
     """Let every stack of adapter layers compute with its effective weights, rounded once.
 
-    They are summed in float32 or better, over the adapters that are on, and lie beside the
-    untouched base in no state dict.  Training while merged raises.  Merging again recomputes.
-    Returns the names of the modules.
+    The weights are summed in float32 or better, over the adapters that are on.  They lie beside the
+    untouched base, and no state dict holds them.  Training while merged raises.  Merging again
+    recomputes.  Returns the names of the modules.
 
     Raises:
         ValueError: nothing to merge, a weight that is not finite, a module below an adapter that
@@ -69,9 +69,9 @@ def merge(model: nn.Module) -> list[str]:
 
 
 def _refuse_unfoldable(caller: str, layers: Mapping[str, AdapterLayer]) -> None:
-    """Raise unless the module below each of these computes the formula of its kind.
+    """Raise unless the module below each layer computes the formula of its kind.
 
-    A layer of somebody's own that has no `why_not_foldable` is taken at its word.
+    A layer without a method `why_not_foldable`, of somebody else's, is not asked.
     """
     for place, layer in layers.items():
         ask = getattr(layer, "why_not_foldable", None)
@@ -104,14 +104,13 @@ def unmerge(model: nn.Module) -> list[str]:
 def remove(
     model: nn.Module, *, merge: bool = False, requantize: bool = False, name: str | None = None
 ) -> list[str]:
-    """Take adapter layers off, in place: what is left are the bases, or their merged copies.
+    """Take adapters off, in place: all of them, or with `name` one.
 
-    All of them, or with `name` those of one adapter.  With `merge`, a dense base's weights are
-    overwritten by the merged ones (of the adapters that are on), layer by layer, and an NF4 base
-    becomes dense; `requantize` keeps NF4 and warns of the error that this adds.  Prefixes and
-    prompts go too, with the heads that came with them, but with `merge` they stay: they are no
-    weights (their `bake` is what drops a network).  A model that has no 4-bit layer left no longer
-    says that it is one.  Returns the names of the modules.
+    With `merge`, the merged weights (of the adapters that are on) overwrite the weights of dense
+    bases, one layer after the other, and NF4 bases become dense; `requantize` keeps NF4 and warns
+    of the error that this adds.  Prefixes and prompts are taken off too, with the heads that came
+    with them; with `merge` they stay, since no weight could hold them (`bake` drops their network).
+    A model without 4-bit layers no longer says that it is 4-bit.  Returns the names of the modules.
 
     Raises:
         ValueError: nothing to remove; a module below an adapter that is not proved to compute the

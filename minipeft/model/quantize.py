@@ -1,6 +1,6 @@
 """4-bit layers in any model, and dense ones again; QLoRA in one call.
 
-    names = quantize_model(model)                        NF4, frozen; .left_out says what is not
+    names = quantize_model(model)                        NF4, frozen; .left_out: what stays dense
     names = inject_qlora(model, "all-linear", rank=8)    the same, with LoRA on top
     names = dequantize_model(model)                      plain layers with the rounded weights
 
@@ -76,10 +76,9 @@ def quantizable(
     embeddings: bool = False,
     experts: bool = False,
 ) -> tuple[dict[str, nn.Module | nn.Parameter], dict[str, str]]:
-    """What `quantize_model` would quantise, and why it leaves out the others.
+    """What `quantize_model` would quantise, and why it leaves out the others, by name.
 
-    Modules by their names, and 3-D parameters by theirs.  Every weight of two or more axes is in
-    one of the two.
+    Every weight of two or more axes is in one of the two, a 3-D one under its own name.
     """
     others, skipped = other_weights(places), set()
     if skip != ():
@@ -120,10 +119,10 @@ def quantizable(
 
 
 def other_weights(places: Survey) -> dict[str, str]:
-    """Weights of two or more axes that no kind of 4-bit layer holds, and where they are.
+    """Weights of two or more axes that no kind of 4-bit layer can hold, and why.
 
-    A module of torch's, or a convolution, comes once, under its own name; parameters that a module
-    of your own or an attention holds by itself under theirs.
+    A module of torch's own comes under its name; parameters of an attention, or of a module of your
+    own, come under theirs.
     """
     found: dict[str, str] = {}
     for name, module in {"": places.model, **places.modules}.items():
@@ -232,17 +231,17 @@ def quantize_model(
     head: Head = None,
     **nf4: object,
 ) -> Names:
-    """Replace every linear layer it may by a 4-bit one, in place; all codes first, then the swap.
+    """Replace linear layers by 4-bit ones, in place.
 
-    nn.Linear becomes NF4Linear, transformers' Conv1D NF4Conv1D.  `embeddings` also makes
-    nn.Embedding an NF4Embedding, `experts` makes 3-D weights of mixtures of experts NF4Experts,
-    which models that index one expert at a time read like the tensor.  Left dense: the output
-    head, tied weights, `_keep_in_fp32_modules`, new heads, what `skip` names, and, with a warning,
-    subclasses that, tried with a small batch, compute something else than nn.Linear (nn.Embedding);
-    `also` admits such classes if you know better.  `head` names the output head of a model of your
-    own (a name, a module, a list of them; () if there is none); not said, a layer that looks like
-    one gives a HeadWarning.  Keywords: block_size, double_quant, compute_dtype.  Returns the names;
-    `.left_out` says what stayed dense and why, every weight of two or more axes.
+    nn.Linear becomes NF4Linear, transformers' Conv1D becomes NF4Conv1D.  With `embeddings`,
+    nn.Embedding becomes NF4Embedding; with `experts`, 3-D weights of mixtures of experts become
+    NF4Experts, for models that index one expert at a time.  These stay dense: the output head, tied
+    weights, `_keep_in_fp32_modules`, new heads, what `skip` names, and, with a warning, subclasses
+    that compute something else than nn.Linear (nn.Embedding) for a small batch; `also` admits such
+    classes.  `head` names the output head of a model of your own (a name, a module, a list of them;
+    () if there is none); without it, a layer that looks like a head gives a HeadWarning.  Keywords:
+    block_size, double_quant, compute_dtype.  Returns the names; `.left_out` says of every other
+    weight of two or more axes why it stayed dense.
 
     Raises:
         ValueError: nothing to quantise, weights that are not finite, `embeddings` of a model
@@ -259,9 +258,9 @@ def quantize_model(
 def dequantize_model(model: nn.Module) -> list[str]:
     """Replace every 4-bit layer by the dense one it stands for, in place, under adapters too.
 
-    The weights are the rounded ones, in the dtype that the dense layers had, and frozen: what the
-    model computes is the same but for the order of sums.  A Hugging Face model no longer says that
-    it is 4-bit, so that `save_pretrained` writes what `from_pretrained` loads.  Returns the names.
+    The weights are the rounded ones, in the dtype that the dense layers had, and frozen; outputs
+    change by the order of sums only.  A Hugging Face model no longer says that it is 4-bit, so that
+    `from_pretrained` can load what `save_pretrained` writes.  Returns the names.
 
     Raises:
         ValueError: the model has no 4-bit layer.
@@ -303,11 +302,11 @@ def inject_qlora(
 ) -> Names:
     """QLoRA in place: quantise every layer that `quantize_model` would, wrap the targets in LoRA.
 
-    Arguments as of `quantize_model` and `inject_lora`.  A target that stays dense is wrapped all
-    the same.  Returns the wrapped names; `.left_out` says what stayed dense, and why.
+    The arguments are those of `quantize_model` and `inject_lora`.  A target that stays dense is
+    wrapped too.  Returns the wrapped names; `.left_out` says what stayed dense, and why.
 
     Raises:
-        ValueError: as either; the model is then as it was.
+        ValueError: as these two; the model is then as it was.
     """
     nf4 = {
         "block_size": block_size, "double_quant": double_quant, "compute_dtype": compute_dtype

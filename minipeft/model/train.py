@@ -5,7 +5,7 @@
     train_tokens(model, tokenizer.convert_tokens_to_ids(new))
     tie_lora(model)                             heads that share an embedding's weight follow it
 
-The base stays as it is: all of it is adapters, saved and taken off like the others.
+The base stays as it is: all of these are adapters, saved and taken off like the others.
 """
 
 import warnings
@@ -44,9 +44,9 @@ def _wrap(model: nn.Module, name: str, modules: dict[str, Any], make: Any) -> No
 def train_biases(model: nn.Module, mode: str = "lora_only", *, name: str = DEFAULT) -> Names:
     """Train biases of the model, each by a delta beside the frozen one.
 
-    `mode` "lora_only": of the modules under the LoRA layers of the adapter called `name`; "all":
-    every bias that a module adds to its output.  Returns the names of the modules; `.left_out`
-    says which have a bias that cannot be reached (attention and recurrent layers use theirs
+    With `mode` "lora_only", the biases of modules that have LoRA of the adapter called `name`; with
+    "all", every bias that a module adds to its output.  Returns the names of the modules;
+    `.left_out` names those whose bias is out of reach (attention and recurrent layers use it
     inside).
 
     Raises:
@@ -91,9 +91,9 @@ def train_modules(
     """Train the modules that `target` names as a whole: a classification head, new embeddings.
 
     Each gets a trainable copy; the original stays frozen below it.  Copies of 16-bit modules are
-    float32, unless `dtype` asks for something else.  Modules that share a weight
-    share it in their copies too, if both are named; one of two that is named alone is untied, with
-    a warning.  Returns the names.
+    float32, unless `dtype` says something else.  If two modules that share a weight are both named,
+    their copies share it too; if only one of them is named, a warning says that its copy does not
+    follow the other.  Returns the names.
 
     Raises:
         ValueError: nothing matches, a module without parameters, with 4-bit codes or adapters.
@@ -129,12 +129,12 @@ def train_tokens(
 ) -> Names:
     """Train the embedding rows of these tokens, and of no others.
 
-    `target` names the embedding; None: what `get_input_embeddings()` gives.  A head that shares
-    the table's weight gives logits by the trained rows too, below a LoRA of its own.  Returns the
-    names of the modules.
+    `target` names the embedding; None means what `get_input_embeddings()` returns.  A head that
+    shares the table's weight multiplies by the trained rows too; a LoRA of its own lies above that.
+    Returns the names of the modules.
 
     Raises:
-        ValueError: no embedding, ids that are no rows; a table whose rows train already.
+        ValueError: no embedding; ids outside the table; a table whose rows train already.
     """
     check_model("train_tokens", model)
     places = survey(model)
@@ -174,7 +174,7 @@ def train_tokens(
 
 
 def _below_lora(place: str, module: nn.Module) -> tuple[str, nn.Module]:
-    """The module under the LoRA and biases of its own, with its name: rows are of its weight."""
+    """The module below a head's own LoRA and biases, with its name."""
     while (
         isinstance(module, LowRank | LoRABias | TrainedBias)
         and "magnitude" not in module._parameters  # DoRA's norms are of the weight below
