@@ -28,7 +28,7 @@ On a model that has any adapter, until the last is removed
     save_pretrained                                 writes adapters (io/save_pretrained.py); a model
                                                     with 4-bit layers keeps it
     train, _minipeft_mode, _minipeft_buffers        the base's statistics stand still
-                                                    (adapters/buffers.py)
+                                                    (model/buffers.py)
 For the time of a call, or with the object they are on
     _minipeft_covered, _minipeft_plain              on masks and caches: whose columns they have
     _minipeft_prompts                               on a cache: the prompts' keys it was filled with
