@@ -335,7 +335,7 @@ def adapter_targets(
             raise ValueError(
                 f"target: {name!r} is {places.in_attention[name]}; name the attention itself"
             )
-    return Targets(settled("target", places, chosen), left_out, notes)
+    return Targets(chosen, left_out, notes)
 
 
 def settled(caller: str, places: Survey, chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from minipeft.adapters.targets import (
     Targets,
     adapter_targets,
     per_name,
+    settled,
     survey,
 )
 from minipeft.inject import build, freeze, restoring, swap
@@ -122,17 +123,18 @@ def plan_lora(
     settings = dict(lora)
     dora = bool(settings.pop("dora", False))
     found = adapter_targets(places, target, exclude, stack=stack)
-    ranks = per_name("rank", rank, found.chosen)
-    alphas = per_name("alpha", alpha, found.chosen)
-    kinds: dict[str, LayerClass] = {}
+    kinds: dict[int, LayerClass] = {}
     for name, module in found.chosen.items():
         if (kind := layer_class(module, dora=dora)) is None:
             raise ValueError(
                 f"target: {name!r} is a {type(module).__name__}, for which there is no "
                 f"{'DoRA' if dora else 'LoRA'} layer (model/inject_lora.py lists those there are)"
             )
-        kinds[name] = kind
-    return LoRAPlan(found, kinds, ranks, alphas, settings)
+        kinds[id(module)] = kind
+    modules = settled("inject_lora", places, found.chosen)
+    ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
+    kind_of = {name: kinds[id(module)] for name, module in modules.items()}
+    return LoRAPlan(found._replace(chosen=modules), kind_of, ranks, alphas, settings)
 
 
 def wrap_in_lora(model: nn.Module, plan: LoRAPlan, quantized: Mapping[str, nn.Module]) -> Names:
