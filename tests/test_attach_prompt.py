@@ -50,11 +50,10 @@ def test_a_prompt_from_the_ids_of_a_text_equals_the_text(family):
     assert difference(case.logits(), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["lstm", "mlp"])
-def test_p_tuning_trains_its_network_and_bakes_it_away(kind):
+def test_p_tuning_trains_its_network_and_bakes_it_away():
     case = Case("LLaMA")
     case.model.train()
-    prefix = mp.attach_prompt(case.model, P, kind=kind, hidden=12)
+    prefix = mp.attach_prompt(case.model, P, kind="mlp", hidden=12)
     optimizer = torch.optim.AdamW(mp.adapter_parameters(case.model), lr=1e-2)
     losses = []
     for _ in range(20):
@@ -137,7 +136,7 @@ def test_a_copy_keeps_its_own_prompt():
     [
         ("BERT", lambda m: mp.attach_prompt(m, P), "is no decoder"),
         ("T5", lambda m: mp.attach_prompt(m, P), "is no decoder"),
-        ("LLaMA", lambda m: mp.attach_prompt(m, P, kind="gru"), "kind='gru'"),
+        ("LLaMA", lambda m: mp.attach_prompt(m, P, kind="lstm"), "kind='lstm'"),
         ("LLaMA", lambda m: mp.attach_prompt(m, P, init="text"), "init='text'"),
         ("LLaMA", lambda m: mp.attach_prompt(m, P, init=torch.randn(3)), "token ids"),
         ("LLaMA", lambda m: mp.attach_prompt(m, 0), "prompt_length=0"),

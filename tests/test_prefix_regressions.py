@@ -155,8 +155,8 @@ def test_packed_texts_and_a_window_that_leaves_the_prefix_behind():
 
 
 def test_baking_a_prompt_in_training_mode_bakes_no_dropout():
-    case = Case("LLaMA")
-    prefix = mp.attach_prompt(case.model, 3, kind="lstm", dropout=0.5)
+    case = Case("GPT-2", resid_pdrop=0.5)
+    prefix = mp.attach_prompt(case.model, 3, kind="mlp")
     before = case.logits()
     case.model.train()
     prefix.bake()

@@ -6,10 +6,9 @@ Prompt tuning puts P trained rows in front of the embedded tokens, once, at the 
            trained            embedded
 
     PromptEmbedding   a table                               Lester et al. 2021
-    PromptEncoder     a table through an LSTM or an MLP     P-tuning, Liu et al. 2021
+    PromptEncoder     a table through an MLP                P-tuning, Liu et al. 2021
 """
 
-import copy
 import itertools
 import math
 from collections.abc import Sequence
@@ -159,83 +158,45 @@ class PromptEncoder(_Prompt):
 
     `embedding` (prompt_length, embedding_dim), drawn from N(0, 1), goes through
 
-        "mlp"   Linear(embedding_dim, hidden), ReLU, Linear(hidden, hidden), ReLU,
-                Linear(hidden, embedding_dim)
-        "lstm"  an LSTM over the prompt's positions, both ways, `hidden` each way, then
-                Linear(2 hidden, 2 hidden), ReLU, Linear(2 hidden, embedding_dim)
+        Linear(embedding_dim, hidden), ReLU, Linear(hidden, hidden), ReLU,
+        Linear(hidden, embedding_dim)
 
-    the layers, and their order, of PEFT's P_TUNING.  `hidden` is `embedding_dim` unless given.
-    `dropout` acts between the layers of the LSTM while training, and nowhere else.  While
-    `enabled` is False the prompt has length 0.  `bake` keeps the rows and drops the network.
-    torch.compile breaks its graph at an LSTM; an MLP and a baked prompt compile whole.
+    the layers, and their order, of PEFT's P_TUNING with an MLP.  The paper's other network, an
+    LSTM, is not here: torch.compile breaks its graph at one.  `hidden` is `embedding_dim` unless
+    given.  While `enabled` is False the prompt has length 0.  `bake` keeps the rows and drops the
+    network.
 
     Raises:
-        ValueError: a size below 1, another kind, dropout outside [0, 1), settings of the LSTM for
-            an MLP, dropout with nothing between layers to act on.
+        ValueError: a size below 1.
 
-    >>> PromptEncoder(5, 16, kind="lstm", hidden=8).bake()
+    >>> PromptEncoder(5, 16, hidden=8).bake()
     PromptEmbedding(prompt_length=5, embedding_dim=16)
     """
 
     def __init__(
-        self,
-        prompt_length: int,
-        embedding_dim: int,
-        *,
-        hidden: int | None = None,
-        kind: str = "mlp",
-        lstm_layers: int = 2,
-        dropout: float = 0.0,
+        self, prompt_length: int, embedding_dim: int, *, hidden: int | None = None
     ) -> None:
         super().__init__(prompt_length, embedding_dim)
         hidden = embedding_dim if hidden is None else hidden
-        whole("PromptEncoder", "hidden", hidden)
-        whole("PromptEncoder", "lstm_layers", lstm_layers)
-        if kind not in ("mlp", "lstm"):
-            raise ValueError(f"PromptEncoder: kind={kind!r}; expected 'mlp' or 'lstm'")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"PromptEncoder: dropout={dropout!r}; expected 0 <= dropout < 1")
-        if kind == "mlp" and lstm_layers != 2:
-            raise ValueError(f"PromptEncoder: lstm_layers={lstm_layers} needs kind='lstm'")
-        if dropout and (kind == "mlp" or lstm_layers == 1):
-            raise ValueError(
-                f"PromptEncoder: dropout={dropout} acts between the layers of an LSTM; expected "
-                "kind='lstm' with 2 or more lstm_layers, or no dropout"
-            )
-        self.kind, self.hidden = kind, hidden
+        self.hidden = whole("PromptEncoder", "hidden", hidden)
         rows = torch.randn(prompt_length, embedding_dim, dtype=torch.float32)
         self.embedding = nn.Parameter(rows)
-        sizes = [embedding_dim, hidden, hidden, embedding_dim]
-        if kind == "lstm":
-            self.lstm = nn.LSTM(
-                embedding_dim, hidden, lstm_layers,
-                dropout=dropout, bidirectional=True, dtype=torch.float32,
-            )  # fmt: skip
-            sizes = [2 * hidden, 2 * hidden, embedding_dim]
         layers: list[nn.Module] = []
-        for size_in, size_out in itertools.pairwise(sizes):
-            layers += [nn.Linear(size_in, size_out, dtype=torch.float32), nn.ReLU()]
+        for sizes in itertools.pairwise([embedding_dim, hidden, hidden, embedding_dim]):
+            layers += [nn.Linear(*sizes, dtype=torch.float32), nn.ReLU()]
         self.mlp = nn.Sequential(*layers[:-1])
 
-    def _rows(self) -> Float[Tensor, "prompt embedding_dim"]:
-        rows: Tensor = self.embedding
-        if self.kind == "lstm":
-            rows = self.lstm(rows)[0]  # (prompt, 2 hidden): forwards, backwards
-        out: Tensor = self.mlp(rows)
-        return out
-
     def forward(self) -> Float[Tensor, "prompt embedding_dim"]:
-        rows = self._rows()
+        rows: Tensor = self.mlp(self.embedding)
         return rows if self.enabled else rows[:0]
 
     def bake(self) -> PromptEmbedding:
-        """The same prompt, without dropout, as a plain table: what to keep after training."""
+        """The same prompt as a plain table: what to keep after training."""
         baked = PromptEmbedding(self.prompt_length, self.embedding_dim)
         baked.to(self.embedding.device).train(self.training)
         baked.enabled = self.enabled
-        # not under no_grad: CPUs have another LSTM there, which rounds differently
-        baked.load_table(copy.deepcopy(self).eval()._rows())
+        baked.load_table(self.mlp(self.embedding))
         return baked
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, hidden={self.hidden}, {self.kind}"
+        return f"{super().extra_repr()}, hidden={self.hidden}"

@@ -11,7 +11,7 @@ from minipeft.integrations.transformers.prefixes import Prefix
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 
-KINDS = ("table", "lstm", "mlp")
+KINDS = ("table", "mlp")
 
 
 def attach_prompt(
@@ -21,7 +21,6 @@ def attach_prompt(
     name: str = DEFAULT,
     kind: str = "table",
     hidden: int | None = None,
-    dropout: float = 0.0,
     init: str | Tensor = "random",
     init_std: float = 0.02,
     position: str | None = None,
@@ -31,8 +30,8 @@ def attach_prompt(
     """Put trainable embeddings before the text of a decoder.
 
     `kind` "table" is prompt tuning (Lester et al. 2021): the embeddings are trained as they are.
-    "lstm" and "mlp" are P-tuning v1 (Liu et al. 2021): a network of that kind makes them, whose
-    inner size is `hidden` (None: that of the embeddings); `bake` drops it after training.  A table
+    "mlp" is P-tuning v1 (Liu et al. 2021): an MLP makes them, whose inner size is `hidden` (None:
+    that of the embeddings); `bake` drops it after training.  A table
     starts from N(0, init_std) (`init` "random"), from embeddings of tokens drawn from the
     vocabulary ("vocabulary"), or from those of a text: `init` is then a tensor of token ids, which
     are repeated or cut to the length.
@@ -61,9 +60,7 @@ def attach_prompt(
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         size = int(table.embedding_dim)
         if kind != "table":
-            return RunPrompt(
-                PromptEncoder(prompt_length, size, hidden=hidden, kind=kind, dropout=dropout)
-            )
+            return RunPrompt(PromptEncoder(prompt_length, size, hidden=hidden))
         source = PromptEmbedding(prompt_length, size, init_std=init_std)
         if isinstance(init, Tensor):
             source.load_table(_embedded(table, init.reshape(-1), prompt_length))

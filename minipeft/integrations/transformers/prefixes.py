@@ -73,12 +73,10 @@ class Prefix(nn.Module):
             raise ValueError(f"prefix {off[0]!r} is off, and rows use it; call use_adapters again")
         return list(found.values())
 
-    def names(self) -> tuple[Any, ...]:
-        """Which prefixes take part, and which run of those that draw random numbers."""
-        part = self.taking_part()
-        by_id = {id(encoder): name for name, encoder in self.encoders.items()}
-        runs = (e.run_number() if isinstance(e, RunPrompt) else 0 for e in part)
-        return tuple((by_id[id(e)], run) for e, run in zip(part, runs, strict=True))
+    def names(self) -> tuple[str, ...]:
+        """Which prefixes take part."""
+        part = {id(encoder) for encoder in self.taking_part()}
+        return tuple(name for name, encoder in self.encoders.items() if id(encoder) in part)
 
     def is_on(self) -> bool:
         """Whether any prefix takes part."""

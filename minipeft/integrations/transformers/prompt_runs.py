@@ -6,7 +6,6 @@ rows of a batch at once, and from there on the prompt is a prefix.  Caches, mask
 those of the text, and a prompt can be on in one row and off in another.
 """
 
-import itertools
 import threading
 import uuid
 import weakref
@@ -24,14 +23,13 @@ from minipeft.prefix import PrefixEncoder
 
 KEPT = "_minipeft_prompts"  # on a cache: the keys and values of the prompts it was filled with
 Pairs = list[tuple[Tensor, Tensor]]
-_numbers = itertools.count(1)
 
 
 class Run:
-    """What one run over a prompt gave, and its number among all runs."""
+    """What one run over a prompt gave; a class, since a list cannot be held by a weak reference."""
 
-    def __init__(self, pairs: Pairs, number: int) -> None:
-        self.pairs, self.number = pairs, number
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
 
 
 class LastRun:
@@ -104,22 +102,15 @@ class RunPrompt(nn.Module):
         A conversation that goes on without gradients keeps what its first turn ran, which its
         cache was computed with: the pairs stay with the cache.
         """
-        keeps = cache is not None and not torch.is_grad_enabled() and not _compiling()
+        compiling = torch.compiler.is_compiling()
+        keeps = cache is not None and not torch.is_grad_enabled() and not compiling
         kept = cache.__dict__.setdefault(KEPT, {}) if keeps else {}
         run = kept.get(self.key) if keeps and cache.get_seq_length() else None
         if run is None:
             _refuse_reentrant(holder)
-            pairs = run_prompt(holder, self.source(), by_attention=by_attention)
-            run = kept[self.key] = Run(pairs, 0 if _compiling() else next(_numbers))
+            run = Run(run_prompt(holder, self.source(), by_attention=by_attention))
+            kept[self.key] = run
         self.last.set(run)
-
-    def run_number(self) -> int:
-        """Another number after each run of a network with dropout."""
-        lstm = getattr(self.source, "lstm", None)
-        if lstm is None or not lstm.dropout or not lstm.training:
-            return 0
-        run = self.last.get()
-        return 0 if run is None else run.number
 
     def part(self, layer: int) -> Part:
         """The keys and values of the last run, in one layer."""
@@ -133,10 +124,9 @@ class RunPrompt(nn.Module):
         """The keys and values that the prompt has now, as a prefix."""
         encoder = PrefixEncoder(prefix.kv_shapes, self.prefix_length)
         holder = prefix.hooks.holders[0]
-        with positions.quietly(holder), positions.quietly(self.source):
-            encoder.load_kv(
-                run_prompt(holder, self.source(), by_attention=prefix.route == "attention")
-            )
+        with positions.quietly(holder):
+            pairs = run_prompt(holder, self.source(), by_attention=prefix.route == "attention")
+        encoder.load_kv(pairs)
         encoder.to(next(self.parameters()).device).train(self.training)
         encoder.enabled = self.enabled
         return encoder
@@ -165,10 +155,6 @@ def run_prompt(holder: Any, rows: Tensor, *, by_attention: bool) -> Pairs:
     with _as_plain_run(holder):
         holder(**given, past_key_values=cache, use_cache=True)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-
-
-def _compiling() -> bool:
-    return torch.compiler.is_compiling()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """PEFT's prompt-learning adapters: prefix tuning, prompt tuning and P-tuning, both ways.
 
 Source: PEFT 0.21.  All three store one tensor `prompt_embeddings`: prefix tuning the flat table
-(tokens, layers * 2 * token_dim), the others (tokens, token_dim); networks are folded into it.
+(tokens, layers * 2 * token_dim), the others (tokens, token_dim).  PEFT folds networks (an MLP, or
+P-tuning's LSTM) into it, so a P-tuning file is read as the table of a prompt.
 PEFT counts a prefix as tokens: it shifts positions, and a sliding window leaves it behind.
 """
 
@@ -253,12 +254,10 @@ def describe_prompts(
         "token_dim": source.embedding_dim, "num_attention_heads": text.num_attention_heads,
     }  # fmt: skip
     if isinstance(source, PromptEncoder):
-        lstm = getattr(source, "lstm", None)
         config |= {
             "peft_type": "P_TUNING", "encoder_hidden_size": source.hidden,
-            "encoder_reparameterization_type": source.kind.upper(),
-            "encoder_num_layers": 2 if lstm is None else lstm.num_layers,
-            "encoder_dropout": 0.0 if lstm is None else lstm.dropout,
+            "encoder_reparameterization_type": "MLP",
+            "encoder_num_layers": 2, "encoder_dropout": 0.0,
         }  # fmt: skip
         source = source.bake()
     else:

@@ -9,7 +9,7 @@ from minipeft.io.replace import current
 
 CONFIG_NAME, WEIGHTS_NAME = "prefix_config.json", "prefix.safetensors"
 _LARGEST_SIZE, _MOST_LAYERS = 2**24, 2**12
-_SIZE, _LAYERS = whole(0, _LARGEST_SIZE), whole(0, _MOST_LAYERS)
+_SIZE = whole(0, _LARGEST_SIZE)
 
 
 def _are_shapes(value: object) -> bool:
@@ -27,7 +27,6 @@ _FIELDS = {
     "hidden": optional(_SIZE),
     "embedding_dim": optional(_SIZE),
     "frozen": optional(_SIZE),
-    "lstm_layers": optional(_LAYERS),
     "kv_shapes": Kind(f"three sizes for each of at most {_MOST_LAYERS} layers", _are_shapes),
     "locations": NAMES,
     "heads": NAMES,
@@ -37,7 +36,11 @@ _FIELDS = {
     "gated": fields.TRUTH,
     "model": TEXT,
     "model_type": TEXT,
-    "network": TEXT,
+    "network": Kind(
+        "'mlp'; of an LSTM only the table can be read: save it with reparametrization=False where "
+        "it was trained",
+        lambda value: value == "mlp",
+    ),
 }
 _NEEDED = ("format", "kind", "prefix_length", "kv_shapes", "locations", "position", "window")
 _NEEDED_SIZES = {

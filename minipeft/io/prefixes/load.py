@@ -215,10 +215,7 @@ def _prompt(config: Mapping[str, Any]) -> nn.Module:
     size = config["embedding_dim"]
     if kind == "prompt":
         return PromptEmbedding(length, size)
-    return PromptEncoder(
-        length, size, hidden=config.get("hidden"), kind=config.get("network", "mlp"),
-        lstm_layers=config.get("lstm_layers", 2), dropout=config.get("dropout", 0.0),
-    )  # fmt: skip
+    return PromptEncoder(length, size, hidden=config.get("hidden"))
 
 
 def _check_state(

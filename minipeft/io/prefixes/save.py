@@ -170,12 +170,7 @@ def _described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], d
     if isinstance(source, PromptEncoder):
         if not reparametrization:
             return {**settings, "kind": "prompt"}, {"encoder.table": source.bake().table.detach()}
-        lstm = getattr(source, "lstm", None)
-        more = {
-            "kind": "prompt_encoder", "hidden": source.hidden, "network": source.kind,
-            "lstm_layers": 2 if lstm is None else lstm.num_layers,
-            "dropout": 0.0 if lstm is None else lstm.dropout,
-        }  # fmt: skip
+        more = {"kind": "prompt_encoder", "hidden": source.hidden, "network": "mlp"}
         return {**settings, **more}, _encoder_tensors(source)
     return {**settings, "kind": "prompt"}, _encoder_tensors(source)
 
