@@ -40,7 +40,7 @@ Predicate = Callable[[torch.device, torch.dtype, tuple[int, ...]], bool]
 LIBRARY: Any = torch.library.Library("minipeft", "DEF")  # type: ignore[no-untyped-call]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity: fast, and each row is made once
 class Implementation:
     """One row of the table: what computes `operator`, and when it may.
 
@@ -76,6 +76,10 @@ def _on_gpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
     return device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
+def _on_cpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return device.type == "cpu" and dtype.is_floating_point
+
+
 KERNELS = (
     Implementation(
         "dequantize_nf4", "triton", _on_gpu, "minipeft_kernels.triton.nf4", "dequantize"
@@ -89,6 +93,7 @@ FAST = (
     Implementation(
         "nf4_linear_input_gradient", "pytorch", _always, "minipeft.fast.linear", "input_gradient"
     ),
+    Implementation("prefix_attention", "pytorch", _on_cpu, "minipeft.fast.prefix", "attention"),
 )
 
 OPERATORS: dict[str, Operator] = {}
@@ -125,6 +130,18 @@ def remove_implementation(row: Implementation) -> None:
     _loaded.pop(row, None)
 
 
+def plain_row(name: str) -> Callable[[F], F]:
+    """Decorator: this is the last row of `name`, which need not be an operator of torch."""
+
+    def register(plain: F) -> F:
+        last = Implementation(name, "plain", _always, plain.__module__, plain.__name__)
+        _table[name] = [row for row in (*KERNELS, *FAST) if row.operator == name] + [last]
+        _loaded[last] = plain
+        return plain
+
+    return register
+
+
 def operator(
     name: str,
     schema: str,
@@ -143,9 +160,7 @@ def operator(
     """
 
     def register(plain: F) -> F:
-        last = Implementation(name, "plain", _always, plain.__module__, plain.__name__)
-        _table[name] = [row for row in (*KERNELS, *FAST) if row.operator == name] + [last]
-        _loaded[last] = plain
+        plain_row(name)(plain)
         # torch's helper `custom_op` imports dynamo at its first call (a second); these do not
         LIBRARY.define(name + schema)
         LIBRARY.impl(name, _body(name), "CompositeExplicitAutograd")
@@ -225,11 +240,12 @@ def backend(
     """
     device = torch.device(device)
     report = {}
-    for name, defined in OPERATORS.items():
+    for name in _table:
         _, reasons = choose(name, device, dtype, shape)
         rejected = "; ".join(reasons[:-1])
         report[name] = reasons[-1] + (f" (not {rejected})" if rejected else "")
-        if defined.gradients and reasons[-1] == "pytorch" and is_slow(dtype, device):
+        products = name in OPERATORS and OPERATORS[name].gradients
+        if products and reasons[-1] == "pytorch" and is_slow(dtype, device):
             kind = str(dtype).removeprefix("torch.")
             report[name] += f", products in float32 (this CPU has none of {kind})"
     return report

@@ -1,8 +1,8 @@
 """Prefix attention without joining keys: two attentions, merged through their log-sum-exp.
 
-The softmax over prefix and tokens together is a mean of the softmax over each, weighted by the
-sums of exponentials (lse: the logarithm of such a sum; Dao et al. 2022, FlashAttention, merges its
-blocks so):
+The softmax over prefix and tokens together is a weighted mean of the softmax over each.  Its
+weights are the sums of exponentials; lse is the logarithm of such a sum.  FlashAttention (Dao et
+al. 2022) merges its blocks in the same way:
 
     q --+-- attention over the tokens, causal kernel --> y_x, lse_x --+
         |                                                             +--> y, lse
@@ -11,7 +11,7 @@ blocks so):
     y = y_x + sigmoid(lse_p - lse_x) (y_p - y_x)          lse = log(exp(lse_x) + exp(lse_p))
 
 Joining copies all keys and values and needs a mask, and with a mask the kernel cannot skip the half
-of the scores that causality forbids.  Read next: prefix.py, `prefix_attention`.
+of the scores that causality forbids.  Here no key is copied.
 """
 
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from minipeft.ops import autocast_is_on, without_autocast
+from minipeft.prefix import check_prefix, check_tokens, joined_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,14 +39,11 @@ def why_not_merge(
     is_causal: bool = True,
     dropout: float = 0.0,
 ) -> str | None:
-    """What keeps `merged_prefix_attention` from taking these arguments; None if nothing does.
+    """Why `merged_prefix_attention` cannot take these arguments; None if it can.
 
-    Every reason is one for attention over joined keys, none is an error of the caller; shapes that
-    do not belong together are not looked for.
+    Attention over joined keys can.  Shapes are taken to belong together.
     """
     tensors = (q, k, v, prefix_k, prefix_v)
-    if torch.compiler.is_compiling():
-        return "torch.compile traces the plain form"
     if mask is not None:
         return "there is a mask"
     if dropout:
@@ -104,7 +102,7 @@ def merge_is_faster(
     return k.numel() * k.itemsize + v.numel() * v.itemsize >= least
 
 
-def merged_if_better(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -115,24 +113,14 @@ def merged_if_better(
     is_causal: bool,
     scale: float | None,
     dropout: float,
-    always: bool,
-) -> Tensor | None:
-    """`merged_prefix_attention` where it can be and is faster, or wherever it can be if `always`.
-
-    None: use attention over joined keys.
-
-    Raises:
-        ValueError: `always`, and a case that `why_not_merge` names.
-    """
+) -> Tensor:
+    """`prefix_attention`, merged where it can be and is faster; over joined keys otherwise."""
     tensors = (q, k, v, prefix_k, prefix_v)
-    if not (always or merge_is_faster(*tensors, is_causal=is_causal)):
-        return None
-    reason = why_not_merge(*tensors, mask=mask, is_causal=is_causal, dropout=dropout)
-    if reason is None:
+    if merge_is_faster(*tensors, is_causal=is_causal) and not why_not_merge(
+        *tensors, mask=mask, is_causal=is_causal, dropout=dropout
+    ):
         return merged_prefix_attention(*tensors, is_causal=is_causal, scale=scale)
-    if always:
-        raise ValueError(f"prefix_attention: method='merge', but {reason}; leave it 'auto'")
-    return None
+    return joined_attention(*tensors, mask=mask, is_causal=is_causal, scale=scale, dropout=dropout)
 
 
 def merged_prefix_attention(
@@ -164,21 +152,8 @@ def merged_prefix_attention(
     >>> y[0, 0, 0]  # six equal scores: the mean of three zeros and three ones
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
-    (batch, heads, _, size), (_, groups, s, _) = q.shape, k.shape
-    lengths = prefix_k.shape[-2:-1]
-    if (
-        k.shape != (batch, groups, s, size)
-        or v.shape[:3] != k.shape[:3]
-        or heads % groups
-        or any(x.shape[-3:] != (groups, *lengths, size) for x in (prefix_k, prefix_v))
-        or any(x.shape[:-3] not in ((), (1,), (batch,)) for x in (prefix_k, prefix_v))
-    ):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, prefix_k, prefix_v))
-        raise ValueError(
-            f"merged_prefix_attention: q, k, v, prefix_k, prefix_v are {shapes}; expected "
-            "(b, h, t, d), (b, g, s, d) twice, (g, p, d) or (b, g, p, d) twice, with h a multiple "
-            "of g"
-        )
+    check_tokens(q, k, v, None, is_causal=is_causal)
+    check_prefix(k, v, prefix_k, prefix_v)
     reason = why_not_merge(q, k, v, prefix_k, prefix_v, is_causal=is_causal)
     if reason is not None:
         raise ValueError(f"merged_prefix_attention: {reason}; use prefix_attention")

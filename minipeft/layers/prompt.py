@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.on_off import OnOff
-from minipeft.adapters.sizes import whole
+from minipeft.adapters.sizes import expect, whole
 
 
 class _Prompt(OnOff):
@@ -52,8 +52,8 @@ class PromptEmbedding(_Prompt):
 
     def __init__(self, prompt_length: int, embedding_dim: int, *, init_std: float = 0.02) -> None:
         super().__init__(prompt_length, embedding_dim)
-        if not 0 < init_std < math.inf:
-            raise ValueError(f"PromptEmbedding: init_std={init_std!r}; expected a number above 0")
+        fits = 0 < init_std < math.inf
+        expect("PromptEmbedding", "init_std", init_std, fits, "a number above 0")
         rows = torch.randn(prompt_length, embedding_dim, dtype=torch.float32)
         self.table = nn.Parameter(rows * init_std)
 
