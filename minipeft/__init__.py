@@ -23,12 +23,7 @@ from minipeft.layers.conv import LoRAConv
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.layers.fused import LoRAFusedLinear
 from minipeft.layers.mixture import LoRAExperts
-from minipeft.layers.prompt import (
-    PromptEmbedding,
-    PromptEncoder,
-    rows_from_tokens,
-    rows_from_vocabulary,
-)
+from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 from minipeft.layers.tied import LoRATiedLinear
 from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
 from minipeft.model.base_state import base_state_dict, load_base_state_dict
@@ -181,8 +176,6 @@ __all__ = [
     "quantize_model",
     "quantize_nf4",
     "remove",
-    "rows_from_tokens",
-    "rows_from_vocabulary",
     "save_peft",
     "scale_adapters",
     "swap_adapter",

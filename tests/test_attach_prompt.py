@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import types
 
 import pytest
 import torch
@@ -48,6 +49,36 @@ def test_a_prompt_from_the_ids_of_a_text_equals_the_text(family):
         expected = case.model(whole).logits[:, P:]
     mp.attach_prompt(case.model, P, init=case.prompt, window=case.window())
     assert difference(case.logits(), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("n_tokens", [1, 3, 7, 8, 20])
+def test_rows_of_a_text_are_pefts(n_tokens, monkeypatch):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    ids = [(5 * i) % 30 for i in range(n_tokens)]
+    monkeypatch.setattr(  # a tokenizer that needs no download
+        transformers,
+        "AutoTokenizer",
+        types.SimpleNamespace(
+            from_pretrained=lambda *a, **k: lambda text: {"input_ids": list(ids)}
+        ),
+    )
+    case = Case("LLaMA")
+    words = case.model.get_input_embeddings()
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=7, token_dim=32, num_transformer_submodules=1,
+        prompt_tuning_init="TEXT", prompt_tuning_init_text="any", tokenizer_name_or_path="any",
+    )  # fmt: skip
+    theirs = peft.PromptEmbedding(config, words).embedding.weight
+    prefix = mp.attach_prompt(case.model, 7, init=torch.tensor(ids))
+    assert torch.equal(prefix.encoder.source.table, theirs)
+
+
+def test_rows_of_the_vocabulary_are_embeddings_of_different_tokens():
+    case = Case("LLaMA")
+    words = case.model.get_input_embeddings().weight.detach().clone()
+    table = mp.attach_prompt(case.model, 40, init="vocabulary").encoder.source.table
+    ids = [torch.nonzero((words == row).all(1)).item() for row in table]
+    assert len(set(ids)) == 40
 
 
 def test_p_tuning_trains_its_network_and_bakes_it_away():

@@ -1,21 +1,13 @@
 """Prompts at the input: against loops in float64, and PEFT's modules."""
 
 import math
-import types
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import minipeft as mp
-from minipeft.layers.prompt import (
-    PromptEmbedding,
-    PromptEncoder,
-    rows_from_tokens,
-    rows_from_vocabulary,
-)
+from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 
 MAKERS = {
     "embedding": lambda: PromptEmbedding(5, 12),
@@ -117,70 +109,6 @@ def test_a_bad_load_changes_nothing(rows, message):
     assert torch.equal(prompt(), before)
 
 
-@given(vocabulary=st.integers(1, 40), data=st.data(), seed=st.integers(0, 99))
-def test_sampled_rows_are_different_rows_of_the_first_ids(vocabulary, data, seed):
-    among = data.draw(st.none() | st.integers(1, vocabulary))
-    length = data.draw(st.integers(1, among or vocabulary))
-    weight = torch.arange(vocabulary, dtype=torch.bfloat16)[:, None].expand(-1, 3)
-    rows, again = (
-        rows_from_vocabulary(
-            weight, length, generator=torch.Generator().manual_seed(seed), among=among
-        )
-        for _ in range(2)
-    )
-    assert rows.dtype == torch.float32 and rows.shape == (length, 3)
-    ids = {int(row[0]) for row in rows}
-    assert len(ids) == length and max(ids) < (among or vocabulary)
-    assert torch.equal(rows, again)
-
-
-def test_every_token_is_sampled_as_often_as_any():
-    counts = torch.zeros(10)
-    weight = torch.eye(10, requires_grad=True)
-    for _ in range(3000):
-        rows = rows_from_vocabulary(weight, 3)
-        counts += rows.sum(0)
-    assert not rows.requires_grad
-    # 3,000 trials of 3 in 10: mean 900, deviation 25
-    assert (counts - 900).abs().max() < 5 * 25
-
-
-@given(ids=st.lists(st.integers(0, 8), min_size=1, max_size=12), length=st.integers(1, 30))
-def test_rows_of_a_text_are_cut_or_repeated(ids, length):
-    weight = torch.randn(9, 4, requires_grad=True)
-    rows = rows_from_tokens(weight, ids, length)
-    assert not rows.requires_grad and rows.shape == (length, 4)
-    for position, row in enumerate(rows):
-        assert torch.equal(row, weight[ids[position % len(ids)]])
-    assert torch.equal(rows_from_tokens(weight, torch.tensor(ids), length), rows)
-    rows.zero_()
-    assert weight.all()  # a copy, also where the text is as long as the prompt
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda w: rows_from_vocabulary(w, 10), "prompt_length=10 of 9 tokens"),
-        (lambda w: rows_from_vocabulary(w, 4, among=3), "prompt_length=4 of 3 tokens"),
-        (lambda w: rows_from_vocabulary(w, 4, among=10), "among=10; the weight has 9 rows"),
-        (lambda w: rows_from_vocabulary(w, 4, among=0), "among=0"),
-        (lambda w: rows_from_vocabulary(w, 0), "prompt_length=0"),
-        (lambda w: rows_from_vocabulary(w[0], 1), "floating-point weight"),
-        (lambda w: rows_from_vocabulary(w.to(torch.uint8), 1), "floating-point weight"),
-        (lambda w: rows_from_tokens(w.to(torch.uint8), [1], 1), "floating-point weight"),
-        (lambda w: rows_from_tokens(w, [], 3), "at least one"),
-        (lambda w: rows_from_tokens(w, torch.tensor([[1, 2]]), 3), "ids of one text"),
-        (lambda w: rows_from_tokens(w, torch.tensor([1.0]), 3), "whole numbers"),
-        (lambda w: rows_from_tokens(w, [3, 9], 3), "ids from 3 to 9; the weight has rows 0 to 8"),
-        (lambda w: rows_from_tokens(w, [-1, 2], 3), "ids from -1"),
-        (lambda w: rows_from_tokens(w, [1], 0), "prompt_length=0"),
-    ],
-)
-def test_rows_that_cannot_be_taken(call, message):
-    with pytest.raises(ValueError, match=message):
-        call(torch.randn(9, 4))
-
-
 @pytest.mark.parametrize("keywords", ENCODERS, ids=str)
 def test_the_encoder_equals_a_float64_loop(keywords):
     encoder = PromptEncoder(5, 9, **keywords)
@@ -234,23 +162,3 @@ def test_weights_of_pefts_prompt_encoder_compute_the_same():
     ours.load_state_dict(state)
     # the same float32 sums; a batch of one row of positions may be summed in another order
     torch.testing.assert_close(ours(), theirs(torch.arange(5)[None])[0], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("n_tokens", [1, 3, 7, 8, 20])
-def test_rows_of_a_text_are_pefts(n_tokens, monkeypatch):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    ids = [(5 * i) % 30 for i in range(n_tokens)]
-    monkeypatch.setattr(  # a tokenizer that needs no download
-        transformers,
-        "AutoTokenizer",
-        types.SimpleNamespace(
-            from_pretrained=lambda *a, **k: lambda text: {"input_ids": list(ids)}
-        ),
-    )
-    words = nn.Embedding(30, 12)
-    config = peft.PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=7, token_dim=12, num_transformer_submodules=1,
-        prompt_tuning_init="TEXT", prompt_tuning_init_text="any", tokenizer_name_or_path="any",
-    )  # fmt: skip
-    theirs = peft.PromptEmbedding(config, words).embedding.weight
-    assert torch.equal(rows_from_tokens(words.weight, ids, 7), theirs)

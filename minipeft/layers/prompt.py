@@ -11,7 +11,6 @@ Prompt tuning puts P trained rows in front of the embedded tokens, once, at the 
 
 import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -38,14 +37,15 @@ class PromptEmbedding(_Prompt):
     """Prompt tuning's table: `table` (prompt_length, embedding_dim), float32, from N(0, init_std).
 
     `forward()` returns it; the caller casts it to the dtype of the embedded tokens and puts it in
-    front of them.  While `enabled` is False it has length 0.  Rows of real tokens are often the
-    better start (Lester et al. 2021): see `rows_from_vocabulary`, `rows_from_tokens`.
+    front of them.  While `enabled` is False it has length 0.  Embeddings of real tokens are often
+    the better start (Lester et al. 2021): give them to `load_table`.
 
     Raises:
         ValueError: a size below 1, init_std not above 0.
 
     >>> prompt = PromptEmbedding(5, 16)
-    >>> prompt.load_table(rows_from_tokens(torch.randn(100, 16), [7, 3], 5))
+    >>> embedding = nn.Embedding(100, 16)
+    >>> prompt.load_table(embedding.weight[[7, 3, 7, 3, 7]])
     >>> prompt().shape
     torch.Size([5, 16])
     """
@@ -76,81 +76,6 @@ class PromptEmbedding(_Prompt):
             raise ValueError("PromptEmbedding: the rows hold NaN or Inf")
         with torch.no_grad():
             self.table.copy_(rows)
-
-
-def _check_weight(owner: str, weight: Tensor) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"{owner}: weight of shape {tuple(weight.shape)} and {weight.dtype}; expected the "
-            "floating-point weight (vocabulary, embedding_dim) of an embedding"
-        )
-
-
-def rows_from_vocabulary(
-    weight: Tensor,
-    prompt_length: int,
-    *,
-    generator: torch.Generator | None = None,
-    among: int | None = None,
-) -> Float[Tensor, "prompt embedding_dim"]:
-    """Embeddings of random tokens, each at most once, as float32: a start for a prompt.
-
-    `weight` (vocabulary, embedding_dim) is the model's embedding.  `among` takes them from the
-    first ids alone, which many tokenizers give to frequent tokens; it also keeps out rows past the
-    tokenizer's length, which some models pad their embedding with.  Drawn on the generator's
-    device, without one on the CPU.
-
-    Raises:
-        ValueError: not a weight, `among` above the vocabulary, fewer tokens than prompt_length.
-    """
-    _check_weight("rows_from_vocabulary", weight)
-    whole("rows_from_vocabulary", "prompt_length", prompt_length)
-    vocabulary = len(weight)
-    if among is not None:
-        whole("rows_from_vocabulary", "among", among)
-        if among > vocabulary:
-            raise ValueError(
-                f"rows_from_vocabulary: among={among}; the weight has {vocabulary} rows"
-            )
-        vocabulary = among
-    if prompt_length > vocabulary:
-        raise ValueError(
-            f"rows_from_vocabulary: prompt_length={prompt_length} of {vocabulary} tokens; each is "
-            "taken at most once, so expected no more than that"
-        )
-    device = "cpu" if generator is None else generator.device
-    ids = torch.randperm(vocabulary, generator=generator, device=device)[:prompt_length]
-    return weight.detach()[ids.to(weight.device)].to(torch.float32)
-
-
-def rows_from_tokens(
-    weight: Tensor, ids: Sequence[int] | Tensor, prompt_length: int
-) -> Float[Tensor, "prompt embedding_dim"]:
-    """Embeddings of a text's token ids as float32: the first ones, or all again and again.
-
-    A text longer than the prompt is cut, a shorter one is repeated and its last repetition cut;
-    special tokens among the ids count as any other (PEFT's rule, init "TEXT").
-
-    Raises:
-        ValueError: not a weight, no ids, ids in more than one dimension or outside the vocabulary.
-    """
-    _check_weight("rows_from_tokens", weight)
-    whole("rows_from_tokens", "prompt_length", prompt_length)
-    tokens = torch.as_tensor(ids)
-    if tokens.dim() != 1 or not len(tokens) or tokens.is_floating_point():
-        raise ValueError(
-            f"rows_from_tokens: ids of shape {tuple(tokens.shape)} and {tokens.dtype}; expected a "
-            "list of whole numbers, the ids of one text, and at least one"
-        )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= len(weight):
-        raise ValueError(
-            f"rows_from_tokens: ids from {low} to {high}; the weight has rows 0 to "
-            f"{len(weight) - 1}"
-        )
-    tokens = tokens.to(weight.device, torch.int64)
-    chosen = tokens[torch.arange(prompt_length, device=weight.device) % len(tokens)]
-    return weight.detach()[chosen].to(torch.float32)
 
 
 class PromptEncoder(_Prompt):
