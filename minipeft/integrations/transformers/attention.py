@@ -137,31 +137,6 @@ def own_implementation(name: str) -> str:
     return MARK.sub("", name, count=1) if MARK.match(name) else name
 
 
-def bind(module: nn.Module, owner: nn.Module, layer: int) -> None:
-    """Let `module` attend to that layer of `owner`; in its __dict__, not as a submodule."""
-    module.__dict__[ATTRIBUTE] = (owner, layer)
-
-
-def unbind(module: nn.Module) -> None:
-    """Take the prefix off."""
-    module.__dict__.pop(ATTRIBUTE, None)
-
-
-def check_implementation(name: str) -> None:
-    """Raise ValueError where masks are built in a form that no prefix can be put in front of."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    if name != "eager" and (
-        any(kind in name for kind in ("flash", "flex", "paged"))
-        or name not in AttentionInterface._global_mapping
-        or name not in AttentionMaskInterface._global_mapping
-    ):
-        raise ValueError(
-            f"attention implementation {name!r}; a prefix works with 'sdpa' and "
-            "'eager': call model.set_attn_implementation('sdpa') first"
-        )
-
-
 def register(name: str, owner: nn.Module | None, number: int | None = None) -> str:
     """Make "minipeft<number>_<name>" known to transformers for one prefix, and return that.
 
@@ -173,7 +148,15 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    check_implementation(name)
+    if name != "eager" and (
+        any(kind in name for kind in ("flash", "flex", "paged"))
+        or name not in AttentionInterface._global_mapping
+        or name not in AttentionMaskInterface._global_mapping
+    ):
+        raise ValueError(
+            f"attention implementation {name!r}; a prefix works with 'sdpa' and "
+            "'eager': call model.set_attn_implementation('sdpa') first"
+        )
     known = f"minipeft{next(_numbers) if number is None else number}_{name}"
     if known in AttentionInterface._global_mapping:
         return known

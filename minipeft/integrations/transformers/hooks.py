@@ -39,16 +39,12 @@ For the time of a call, or with the object they are on
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.integrations.transformers import attention, positions
 from minipeft.integrations.transformers.cache import PrefixedCache
-from minipeft.integrations.transformers.masks import (
-    Query,
-    before_tokens,
-    pad_front,
-    put_in_front,
-)
+from minipeft.integrations.transformers.masks import Query, before_tokens, put_in_front
 from minipeft.integrations.transformers.positions import Arguments, names_of
 from minipeft.integrations.transformers.probe import Reach
 
@@ -69,7 +65,7 @@ class Hooks:
             holder.__dict__[attention.HELD] = True
         self.allowed: list[nn.Module] = []
         for layer, module in enumerate(reach.modules):
-            attention.bind(module, prefix, layer)
+            module.__dict__[attention.ATTRIBUTE] = (prefix, layer)  # not as a submodule
         self.handles = []
         for index, holder in enumerate(reach.holders):
             before = _Before(self, index)
@@ -92,7 +88,7 @@ class Hooks:
         for handle in self.handles:
             handle.remove()
         for module in self.modules:
-            attention.unbind(module)
+            module.__dict__.pop(attention.ATTRIBUTE, None)
         for holder in self.holders:
             holder.__dict__.pop(attention.HELD, None)
         for module in self.allowed:
@@ -258,7 +254,7 @@ def _view_cache(given: Arguments, hooks: Hooks, holder: Any, batch: int) -> None
                 visible = torch.ones(batch, 1, 1, columns, dtype=torch.bool, device=device)
             mask, order = before_tokens(mask, visible[:, 0, 0])
         elif visible is None:
-            mask = pad_front(mask, columns)
+            mask = F.pad(mask, (columns, 0), value=1)
         else:
             mask = torch.cat([visible[:, 0, 0].to(mask.dtype), mask], dim=1)
     given["attention_mask"] = mask

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -53,12 +52,12 @@ def of_rows(rows: Bool[Tensor, "rows columns"], batch: int) -> Bool[Tensor, "bat
     """The rows' columns for a batch that repeats each row: beams, several answers to one prompt.
 
     Raises:
-        ValueError: the batch is no multiple of the rows.
+        ValueError: the batch is not a multiple of the rows.
     """
     if batch % len(rows):
         raise ValueError(
-            f"a batch of {batch} rows, but prefixes were chosen for {len(rows)} (use_adapters with "
-            "rows=, or Prefix.use with a list)"
+            f"a batch of {batch} rows, but prefixes were chosen for {len(rows)} "
+            "(use_adapters with rows=)"
         )
     return rows.repeat_interleave(batch // len(rows), 0)
 
@@ -121,8 +120,3 @@ def reorder(x: Tensor, order: Int[Tensor, "batch slots"]) -> Tensor:
         order = torch.cat([order, more.expand(len(order), -1)], 1)
     index = order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return x.gather(2, index)
-
-
-def pad_front(mask: Tensor, columns: int) -> Tensor:
-    """A 2-D mask with ones for the prefix in front."""
-    return F.pad(mask, (columns, 0), value=1)
