@@ -75,12 +75,7 @@ def prefix_attention(
     attend = joined_attention
     if not torch.compiler.is_compiling():
         attend, _ = ops.choose("prefix_attention", q.device, q.dtype, q.shape)
-    settings: dict[str, Any] = {
-        "mask": mask,
-        "is_causal": is_causal,
-        "scale": scale,
-        "dropout": dropout,
-    }
+    settings: Any = {"mask": mask, "is_causal": is_causal, "scale": scale, "dropout": dropout}
     joined: Tensor = attend(q, k, v, prefix_k, prefix_v, **settings)
     if gate is None:
         return joined
@@ -183,7 +178,7 @@ def check_prefix(k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> No
 
 
 class KVShape(NamedTuple):
-    """What one layer's attention takes: its key/value heads and their sizes."""
+    """The key/value heads of one layer's attention, and the sizes of their keys and values."""
 
     kv_heads: int
     key_dim: int
@@ -211,20 +206,19 @@ def join_kv(k: Float[Tensor, "h p dk"], v: Float[Tensor, "h p dv"]) -> Float[Ten
 class PrefixEncoder(OnOff):
     """The trainable prefix of every layer: a table, or an MLP that produces it.
 
-    `kv_shapes` has (kv_heads, key_dim, value_dim) per layer, as attention gets them (grouped
+    `kv_shapes` has (kv_heads, key_dim, value_dim) for each layer, as attention gets them (grouped
     heads once, not repeated).  Everything is float32.  Without `hidden` each layer has a table
-    (prefix_length, width), drawn from N(0, init_std).  With it, an embedding (prefix_length,
-    embedding_dim) goes through Linear(embedding_dim, hidden), tanh, and one Linear(hidden, width)
-    per layer, scaled so that the prefix starts near N(0, init_std) too; `embedding_dim` is
+    (prefix_length, width), drawn from N(0, init_std).  With `hidden`, an embedding (prefix_length,
+    embedding_dim) goes through Linear(embedding_dim, hidden), tanh, and a Linear(hidden, width) for
+    each layer, scaled so that the prefix starts near N(0, init_std) too; `embedding_dim` is
     `hidden` unless given.  `dropout` acts on the prefix while training.
 
-    The first `frozen` positions are not trained: an attention sink, say, from load_kv.  With
-    `gated` each layer has a gate per key/value head, which starts at 0: attention without the
-    prefix, and on the way to it with tanh(gate) (see `gated_attention`); then the model starts
-    exactly where it was.
+    The first `frozen` positions are not trained: an attention sink from load_kv, for example.  With
+    `gated` each layer has a gate for each key/value head, which scales the weight of the prefix by
+    tanh(gate) (see `gated_attention`).  Gates start at 0, so the model starts exactly where it was.
 
-    `forward()` returns (k, v) per layer, each (kv_heads, prefix_length, dim).  Set `enabled` to
-    False, or use minipeft.disable_adapters, and they have length 0: attention as without prefix.
+    `forward()` returns (k, v) for each layer, each (kv_heads, prefix_length, dim).  While `enabled`
+    is False (minipeft.disable_adapters) they have length 0: attention without prefix.
 
     Raises:
         ValueError: no layers, sizes or prefix_length below 1, dropout outside [0, 1), init_std
@@ -294,8 +288,8 @@ class PrefixEncoder(OnOff):
         if self.hidden is None:
             rows: Tensor = self.tables[layer]
         else:
-            # recomputed for each layer: graphs of layers share nothing, as re-entrant
-            # checkpointing needs, and the inner product is small
+            # computed again for each layer, which is cheap: re-entrant checkpointing needs graphs
+            # of layers that share nothing
             rows = self.outer[layer](torch.tanh(self.inner(self.embedding)))
         if dropout:
             rows = F.dropout(rows, dropout)
@@ -331,10 +325,11 @@ class PrefixEncoder(OnOff):
         return baked
 
     def load_flat(self, flat: Tensor) -> None:
-        """Copy a flat table (prefix_length, total) into a prefix without an MLP, all or nothing.
+        """Copy a flat table (prefix_length, total) into a prefix without an MLP.
 
         Raises:
-            ValueError: another shape, a value that is not finite, or an encoder with an MLP.
+            ValueError: another shape, a value that is not finite, or an encoder with an MLP;
+                nothing has changed then.
         """
         widths = [shape.width for shape in self.kv_shapes]
         if self.hidden is not None:
@@ -355,10 +350,10 @@ class PrefixEncoder(OnOff):
                 self.tables[layer].copy_(columns[self.frozen :])
 
     def load_kv(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Copy keys and values per layer, each (kv_heads, prefix_length, dim): a cache's content.
+        """Copy keys and values of each layer, each (kv_heads, prefix_length, dim), as caches hold.
 
-        Keys are taken as attention multiplies by them (after rotary embedding, in most models).
-        A leading dimension of 1 is dropped.
+        Keys are those that attention multiplies by (in most models after rotary embedding).  A
+        leading dimension of 1 is dropped.
 
         Raises:
             ValueError: another number of layers or other shapes, values that are not finite, or

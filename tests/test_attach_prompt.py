@@ -165,8 +165,8 @@ def test_a_copy_keeps_its_own_prompt():
 @pytest.mark.parametrize(
     ("family", "call", "message"),
     [
-        ("BERT", lambda m: mp.attach_prompt(m, P), "is no decoder"),
-        ("T5", lambda m: mp.attach_prompt(m, P), "is no decoder"),
+        ("BERT", lambda m: mp.attach_prompt(m, P), "is not a decoder"),
+        ("T5", lambda m: mp.attach_prompt(m, P), "is not a decoder"),
         ("LLaMA", lambda m: mp.attach_prompt(m, P, kind="lstm"), "kind='lstm'"),
         ("LLaMA", lambda m: mp.attach_prompt(m, P, init="text"), "init='text'"),
         ("LLaMA", lambda m: mp.attach_prompt(m, P, init=torch.randn(3)), "token ids"),

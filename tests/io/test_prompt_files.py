@@ -472,8 +472,8 @@ def test_gathered_values_are_what_is_written(kind, tmp_path):
 @pytest.mark.parametrize(
     ("made_on", "attach", "family", "message"),
     [
-        ("GPT-2", lambda m: mp.attach_prompt(m, P), "BERT", "is no decoder"),
-        ("GPT-2", lambda m: mp.attach_prompt(m, P), "T5", "is no decoder"),
+        ("GPT-2", lambda m: mp.attach_prompt(m, P), "BERT", "is not a decoder"),
+        ("GPT-2", lambda m: mp.attach_prompt(m, P), "T5", "is not a decoder"),
         ("GPT-2", lambda m: mp.attach_prefix(m, P, gated=True), "CodeGen", "takes none"),
     ],
 )

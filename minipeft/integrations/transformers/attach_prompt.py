@@ -36,13 +36,13 @@ def attach_prompt(
     vocabulary ("vocabulary"), or from those of a text: `init` is then a tensor of token ids, which
     are repeated or cut to the length.
 
-    The prompt is run through the model once a forward, for all rows of the batch; its keys and
-    values come before those of the text, as of a deep prefix.  So caches, masks and outputs are
-    those of the text, and all that is said of `attach_prefix` holds: names, rows, `position`,
-    `window`, heads.  `bake` makes it a deep prefix, for which nothing is run.
+    The prompt runs through the model once in each forward, for all rows of the batch.  Its keys and
+    values come before those of the text, as in a deep prefix, so caches, masks and outputs are
+    those of the text.  Names, rows, `position`, `window` and heads are as in `attach_prefix`.
+    `bake` makes the prompt a deep prefix, which needs no run.
 
     Raises:
-        TypeError: no transformers model.
+        TypeError: not a transformers model.
         ValueError: an encoder or encoder-decoder, whose text and prompt see each other; another
             kind or init; otherwise as `attach_prefix`.
     """
@@ -89,6 +89,6 @@ def check_decoder(caller: str, model: nn.Module, prefix: Prefix) -> None:
     """Raise ValueError unless text never looks ahead: a prompt's keys then do not depend on it."""
     if set(prefix.locations) != {"self"} or not prefix.causal:
         raise ValueError(
-            f"{caller}: {type(model).__name__} is no decoder: its text and a prompt would see each "
-            "other; use attach_prefix"
+            f"{caller}: {type(model).__name__} is not a decoder: its text and a prompt would see "
+            "each other; use attach_prefix"
         )

@@ -1,9 +1,9 @@
 """Input-level prompts on a Hugging Face model, by the machinery of deep prefixes.
 
 Tokens of a causal model never look ahead.  So the keys and values of P prompt embeddings before
-the text do not depend on the text: one run of the model over the prompt alone gives them, for all
-rows of a batch at once, and from there on the prompt is a prefix.  Caches, masks and outputs stay
-those of the text, and a prompt can be on in one row and off in another.
+the text do not depend on the text: one run of the model over the prompt alone gives them for all
+rows of a batch.  From there on the prompt is a prefix: caches, masks and outputs are those of the
+text, and a prompt can be on in one row and off in another.
 """
 
 import threading
@@ -35,10 +35,10 @@ class Run:
 class LastRun:
     """The last run of each thread, for as long as the thread lives.
 
-    Backward may compute a layer again in a thread of its own, which has run nothing: that one gets
-    the last run of any thread, while the thread that made it lives.  Compiled code, which cannot
-    ask for its thread, keeps one run for all.  A copy has run nothing: tensors of a graph cannot
-    be copied.
+    Backward may compute a layer again in a thread of its own, which has run nothing.  That thread
+    gets the last run of any thread, while the thread that made it lives.  Compiled code cannot ask
+    for its thread and keeps one run for all.  A copy starts without a run: tensors of a graph
+    cannot be copied.
     """
 
     def __init__(self) -> None:
@@ -99,8 +99,8 @@ class RunPrompt(nn.Module):
     def before_forward(self, holder: nn.Module, cache: Any, *, by_attention: bool) -> None:
         """Run the prompt, before each forward in which it takes part.
 
-        A conversation that goes on without gradients keeps what its first turn ran, which its
-        cache was computed with: the pairs stay with the cache.
+        Without gradients the run stays with the cache, so that the later turns of a conversation
+        use the keys with which the cache was filled.
         """
         compiling = torch.compiler.is_compiling()
         keeps = cache is not None and not torch.is_grad_enabled() and not compiling
@@ -135,8 +135,7 @@ class RunPrompt(nn.Module):
 def run_prompt(holder: Any, rows: Tensor, *, by_attention: bool) -> Pairs:
     """Keys and values per layer, (kv_heads, prompt, dim), of embeddings (prompt, dim).
 
-    Gradients flow.  No prefix takes part, which a mark on the mask (or on the cache, where the
-    model is reached through that) says.
+    Gradients flow.  No prefix takes part: a mark says so, on the mask or (route A) on the cache.
     """
     from transformers import DynamicCache
 
