@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import named, stacks
-from minipeft.adapters.protocol import Adapter, innermost
+from minipeft.adapters.protocol import Adapter, holds_prefixes, innermost
 from minipeft.adapters.state import refuse_merged, require_adapters
 from minipeft.adapters.targets import visible_modules
 from minipeft.inject import swap
@@ -54,8 +54,7 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
     Called again with as many rows it changes tensors in place.  Factors and scales are taken over
     as they are at the call, or later: call it again after changing them.  The first axis of what
     the layers get must be the batch, flattened with later axes at most; embeddings get (batch,
-    tokens).  A module that has `serve_rows` of its own (the prefixes of a model) is told of its
-    adapters.  Returns the names of the modules.
+    tokens).  The prefixes of a model are told of theirs.  Returns the names of the modules.
 
     Raises:
         ValueError: no rows, no such adapter, a merged model, NaN or Inf in LoRA on a linear layer,
@@ -72,8 +71,8 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
         raise ValueError(
             f"use_adapters: the model has no adapter {unknown}; it has {sorted(everything)}"
         )
-    owners: list[Any] = [module for module in model.modules() if _serves_rows(module)]
-    own = {id(part) for owner in owners for part in owner.modules()}
+    owners = [module for module in model.modules() if holds_prefixes(module)]
+    own = {id(part) for owner in owners for part in owner.modules()}  # type: ignore[attr-defined]
     names = list(everything)  # all of them: other rows may want others
     places = _places(model, everything, used, own)
     prompts = {name for owner in owners for name in owner.run_by_the_model()}
@@ -94,10 +93,6 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
             _fill(layers[name], place, names, wanted, lengths[name])
     found = [place for name in used for place in everything[name]]
     return list(dict.fromkeys([*places, *found]))
-
-
-def _serves_rows(module: nn.Module) -> bool:
-    return callable(getattr(type(module), "serve_rows", None))
 
 
 def _places(
@@ -267,8 +262,8 @@ def stop_rows(model: nn.Module) -> None:
     if layers:
         swap(model, layers)
     for module in model.modules():
-        if _serves_rows(module):
-            module.stop_rows()  # type: ignore[operator]
+        if holds_prefixes(module):
+            module.stop_rows()
 
 
 def refuse_rows(caller: str, model: nn.Module) -> None:
