@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from minipeft.ops import autocast_is_on, without_autocast
+from minipeft.ops import product_dtype, without_autocast
 from minipeft.prefix import check_prefix, check_tokens, joined_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -140,9 +140,9 @@ def merged_prefix_attention(
     that their gradients are summed in it.  With `is_causal` t must be s or 1.  `scale` None:
     1 / sqrt(d).  The result has q's dtype; under autocast, autocast's.
 
-    Backward keeps its inputs, the result and one float32 number a query and head.  Where neither
-    q, k nor v need a gradient (the first layer of a frozen model), only the prefix's is computed.
-    A second derivative raises a RuntimeError.
+    Backward keeps its inputs, the result and one float32 number for each query and head.  Where
+    neither q, k nor v need a gradient (the first layer of a frozen model), only the prefix's is
+    computed.  A second derivative raises a RuntimeError.
 
     Raises:
         ValueError: shapes that do not belong together, or a case `why_not_merge` names.
@@ -158,8 +158,8 @@ def merged_prefix_attention(
     if reason is not None:
         raise ValueError(f"merged_prefix_attention: {reason}; use prefix_attention")
     is_causal = is_causal and q.shape[2] > 1
-    if autocast_is_on(q.device) and q.dtype != torch.float64:  # as autocast treats attention
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    dtype = product_dtype(q)  # as autocast treats attention
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with without_autocast(q.device):
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, prefix_k, prefix_v)):
             return _Merged.apply(q, k, v, prefix_k, prefix_v, is_causal, scale)  # type: ignore[no-any-return, no-untyped-call]
@@ -184,9 +184,9 @@ class _Merged(torch.autograd.Function):
     """`_forward`, and the gradients of each part under the common softmax.
 
     A softmax over all keys has probabilities exp(score - lse), and the gradient of the scores is
-    probability * (dy . v - dy . y).  Both take what is common, y and lse, and else one key and
-    value at a time: the flash kernel's backward, given the merged y and lse, is exact on any part
-    of the keys.  dq is the sum of the parts.
+    probability * (dy . v - dy . y).  Both need y and lse, which all keys share, and otherwise one
+    key and value at a time.  So the flash kernel's backward is exact on any part of the keys, if
+    it is given the merged y and lse.  dq is the sum of the parts.
     """
 
     @staticmethod
@@ -210,7 +210,7 @@ class _Merged(torch.autograd.Function):
 class _Gradients(torch.autograd.Function):
     """`_gradients`, not to be differentiated.
 
-    torch's once_differentiable does not do: where dy is a constant it hands out gradients without
+    torch's once_differentiable is not enough: where dy is a constant it returns gradients without
     a graph, and a penalty on them would train nothing, silently.
     """
 
@@ -230,7 +230,7 @@ def _gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, y: Tensor, lse: Tensor,
     needed: tuple[bool, ...], is_causal: bool, scale: float | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of q, k, v, prefix_k, prefix_v, those of a part only where one is needed."""
+    """Gradients of q, k, v, prefix_k, prefix_v; a part of which none is needed gets none."""
     dq = dk = dv = None
     dpk, dpv = (torch.zeros_like(x) for x in (pk, pv))
     with without_autocast(q.device):
