@@ -23,9 +23,9 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from minipeft import nf4, ops
+from minipeft.ops import Packed
 
 ABSMAX_BLOCK_SIZE = 256  # scales in a block: QLoRA's
-_SUM_CHUNK = 2**16  # scales converted to float64 at a time; the order of the sum depends on it
 
 
 @functools.cache
@@ -54,28 +54,22 @@ def dynamic_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return values, (values[1:] + values[:-1]) / 2
 
 
-def _halving_sum(x: Tensor) -> Tensor:
-    """Sum over the last axis by adding its upper half to its lower half until one is left.
-
-    Only elementwise additions, so the order is the same on every device and number of threads.
-    """
-    while x.shape[-1] > 1:
-        half = (x.shape[-1] + 1) // 2
-        upper = x[..., half:]
-        x = torch.cat([x[..., : upper.shape[-1]] + upper, x[..., upper.shape[-1] : half]], dim=-1)
-    return x.sum(-1)
-
-
 def ordered_mean(x: Float32[Tensor, " n"]) -> Float32[Tensor, " one"]:
-    """The mean, summed in float64 in an order that depends on nothing but n, as one float32."""
-    if x.numel() == 0:
-        return x.new_zeros(1)
-    chunks = [_halving_sum(chunk.double()) for chunk in torch.split(x, _SUM_CHUNK)]
-    return (_halving_sum(torch.stack(chunks)) / x.numel()).float().view(1)
+    """The mean, summed in float64: the upper half is added to the lower half until one is left.
+
+    Only elementwise additions, so that the sum is the same on every device and number of threads.
+    """
+    sums = x.double()
+    while sums.numel() > 1:
+        lower, upper = sums.chunk(2)  # an odd one is the lower half's
+        lower[: upper.numel()] += upper
+        sums = lower
+    return (sums.sum() / max(1, x.numel())).float().view(1)
 
 
 def _encoded_shapes(given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    absmax, groups = given.absmax, ops.ceil_div(given.absmax.numel(), given.block_size)
+    absmax, size = given.absmax, given.block_size
+    groups = (absmax.numel() + size - 1) // size  # may be symbolic
     code = absmax.new_empty(absmax.shape, dtype=torch.uint8)
     return code, absmax.new_empty((groups,)), absmax.new_empty((1,))
 
@@ -112,37 +106,29 @@ def decode(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tens
     return rest.mul_(scales).add_(offset).view(code.shape)
 
 
-def decoded_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
-    """float32 scales, from float32 scales (`scale` None) or from their 8-bit codes."""
-    if scale is None or offset is None:
-        return absmax
-    out: Tensor = torch.ops.minipeft.dequantize_absmax(absmax, scale, offset, ABSMAX_BLOCK_SIZE)
-    return out
+def decoded_absmax(weight: Packed) -> Tensor:
+    """The float32 scales of a 4-bit weight, decoded if they are 8-bit codes."""
+    if weight.scale is None or weight.offset is None:
+        return weight.absmax
+    return ops.call(
+        "dequantize_absmax", weight.absmax, weight.scale, weight.offset, ABSMAX_BLOCK_SIZE
+    )
 
 
 def _weights_shape(given: Any) -> Any:
-    return given.packed.new_empty(given.shape, dtype=given.dtype)
+    return given.weight.packed.new_empty(given.shape, dtype=given.dtype)
 
 
 @ops.operator(
     "dequantize_nf4",
-    "(Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, SymInt[] shape, "
-    "int block_size, ScalarType dtype, Tensor? codebook=None) -> Tensor",
+    "(Packed weight, SymInt[] shape, ScalarType dtype) -> Tensor",
     shapes=_weights_shape,
 )
-def decode_weights(
-    packed: Tensor,
-    absmax: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    block_size: int,
-    dtype: torch.dtype,
-    codebook: Tensor | None = None,
-) -> Tensor:
-    """NF4 with scales in either form: first the scales, then nf4.py's `decode`."""
-    scales = decoded_absmax(absmax, scale, offset)
-    return nf4.decode(packed, scales, shape, block_size, dtype, codebook)
+def decode_weights(weight: Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """First the scales, then the weights, by nf4.py's `decode`."""
+    return nf4.decode(
+        weight.packed, decoded_absmax(weight), shape, weight.block_size, dtype, weight.codebook
+    )
 
 
 def quantize_absmax(
@@ -187,5 +173,4 @@ def dequantize_absmax(
             f"dequantize_absmax: {code.numel()} codes take {groups} scales and 1 offset; got "
             f"{scale.numel()} and {offset.numel()}"
         )
-    out: Tensor = torch.ops.minipeft.dequantize_absmax(code, scale, offset, block_size)
-    return out
+    return ops.call("dequantize_absmax", code, scale, offset, block_size)

@@ -101,9 +101,9 @@ def unpack_pairs(packed: UInt8[Tensor, "*shape"]) -> UInt8[Tensor, " two_n"]:
 
 
 def _encoded_shapes(given: Any) -> tuple[Tensor, Tensor]:
-    n, empty = given.w.numel(), given.w.new_empty
-    absmax = empty((ops.ceil_div(n, given.block_size),), dtype=torch.float32)
-    return empty((ops.ceil_div(n, 2),), dtype=torch.uint8), absmax
+    n, size, empty = given.w.numel(), given.block_size, given.w.new_empty
+    absmax = empty(((n + size - 1) // size,), dtype=torch.float32)  # n may be symbolic
+    return empty(((n + 1) // 2,), dtype=torch.uint8), absmax
 
 
 @ops.operator(
@@ -229,7 +229,5 @@ def dequantize_nf4(
         )
     if not dtype.is_floating_point:
         raise ValueError(f"dequantize_nf4: dtype={dtype}; expected a floating-point dtype")
-    out: Tensor = torch.ops.minipeft.dequantize_nf4(
-        packed, absmax, None, None, list(shape), block_size, dtype
-    )
-    return out
+    weight = ops.Packed(packed, absmax, block_size)
+    return ops.call("dequantize_nf4", *weight, list(shape), dtype)

@@ -24,7 +24,7 @@ embedding's too.  Read next: prefix.py.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, TypedDict, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,36 +32,20 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from minipeft import nf4, ops
+from minipeft.adapters import products
 from minipeft.adapters.protocol import why_not
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE, decoded_absmax, quantize_absmax
+from minipeft.ops import Packed
 
 
-class Packed(NamedTuple):
-    """One weight as the operators take it: codes, scales, and whose values the codes stand for.
-
-    `absmax` is float32, or 8-bit codes with their float32 `scale` and `offset`.  `codebook` is
-    sixteen float32 values, or None for NF4's.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    scale: Tensor | None = None
-    offset: Tensor | None = None
-    codebook: Tensor | None = None
-
-
-def decode(state: Packed, shape: list[int], block_size: int, dtype: torch.dtype) -> Tensor:
+def decode(weight: Packed, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The dense weight, of this shape."""
-    *codes, codebook = state
-    return ops.call("dequantize_nf4", *codes, shape, block_size, dtype, codebook)
+    return ops.call("dequantize_nf4", *weight, list(shape), dtype)
 
 
-def multiply(
-    x: Tensor, state: Packed, bias: Tensor | None, out_features: int, block_size: int
-) -> Tensor:
+def multiply(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) -> Tensor:
     """x W^T + bias, with derivatives by x and bias in every mode of PyTorch."""
-    *codes, codebook = state
-    return ops.call("nf4_linear", x, *codes, bias, out_features, block_size, codebook)
+    return ops.call("nf4_linear", x, *weight, bias, out_features)
 
 
 def _product_shape(given: Any) -> Any:
@@ -70,10 +54,7 @@ def _product_shape(given: Any) -> Any:
 
 def _gradient_of_x(grad: Tensor, given: Any) -> Tensor:
     """dL/dx = dL/dy W.  W is decoded again: keeping it for backward would cost what 4 bits save."""
-    return ops.call(
-        "nf4_linear_input_gradient", grad, given.packed, given.absmax, given.scale, given.offset,
-        given.x[-1], given.block_size, given.codebook,
-    )  # fmt: skip
+    return ops.call("nf4_linear_input_gradient", grad, *given.weight, given.x[-1])
 
 
 def _gradient_of_bias(grad: Tensor, given: Any) -> Tensor:
@@ -82,20 +63,14 @@ def _gradient_of_bias(grad: Tensor, given: Any) -> Tensor:
 
 @ops.operator(
     "nf4_linear",
-    "(Tensor x, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, Tensor? bias, "
-    "SymInt out_features, int block_size, Tensor? codebook=None) -> Tensor",
+    "(Tensor x, Packed weight, Tensor? bias, SymInt out_features) -> Tensor",
     shapes=_product_shape,
     gradients={"x": _gradient_of_x, "bias": _gradient_of_bias},
     row_arguments=1,
 )
-def linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None,
-    bias: Tensor | None, out_features: int, block_size: int, codebook: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) -> Tensor:
     """Decode the weight, then multiply."""
-    state = Packed(packed, absmax, scale, offset, codebook)
-    weight = decode(state, [out_features, x.shape[-1]], block_size, x.dtype)
-    return F.linear(x, weight, bias)
+    return F.linear(x, decode(weight, [out_features, x.shape[-1]], x.dtype), bias)
 
 
 def _input_gradient_shape(given: Any) -> Any:
@@ -103,27 +78,19 @@ def _input_gradient_shape(given: Any) -> Any:
 
 
 def _gradient_of_grad(grad: Tensor, given: Any) -> Tensor:
-    return ops.call(
-        "nf4_linear", grad, given.packed, given.absmax, given.scale, given.offset, None,
-        given.grad[-1], given.block_size, given.codebook,
-    )  # fmt: skip
+    return ops.call("nf4_linear", grad, *given.weight, None, given.grad[-1])
 
 
 @ops.operator(
     "nf4_linear_input_gradient",
-    "(Tensor grad, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
-    "SymInt in_features, int block_size, Tensor? codebook=None) -> Tensor",
+    "(Tensor grad, Packed weight, SymInt in_features) -> Tensor",
     shapes=_input_gradient_shape,
     gradients={"grad": _gradient_of_grad},
     row_arguments=1,
 )
-def input_gradient(
-    grad: Tensor, packed: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None,
-    in_features: int, block_size: int, codebook: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def input_gradient(grad: Tensor, weight: Packed, in_features: int) -> Tensor:
     """Decode the weight, then multiply by it untransposed."""
-    state = Packed(packed, absmax, scale, offset, codebook)
-    return grad @ decode(state, [grad.shape[-1], in_features], block_size, grad.dtype)
+    return grad @ decode(weight, [grad.shape[-1], in_features], grad.dtype)
 
 
 def as_bytes(scales: Tensor) -> Tensor:
@@ -161,12 +128,32 @@ def encoded(weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Te
     }  # fmt: skip
 
 
+class Quantized(TypedDict, total=False):
+    """Keywords that say how a weight is quantised: by default in blocks of 64, scales too."""
+
+    block_size: int
+    double_quant: bool
+
+
+class Stored(Quantized, total=False):
+    """Keywords of a layer's constructor, which leaves the codes empty.
+
+    `codebook`: the codes' values where they are not NF4's.  `dtype`: the dense weight's.
+    """
+
+    codebook: Sequence[float] | None
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+
+
 class PackedModule(nn.Module):
     """What 4-bit layers share: the bytes of one weight of `shape`, and reading them.
 
     `weight` is the dequantised weight in `weight_dtype`, the dtype that the dense layer had,
     computed on read; casting the module changes that dtype and no code.
     """
+
+    from_weight: ClassVar[Callable[..., Any]]  # of each kind of layer
 
     def __init__(
         self,
@@ -194,9 +181,8 @@ class PackedModule(nn.Module):
         else:
             sizes["absmax_bytes"] = (*blocks[:-1], 4 * blocks[-1])
         for name, size in sizes.items():
-            self.register_parameter(
-                name, frozen(torch.empty(size, dtype=torch.uint8, device=device))
-            )
+            empty = torch.empty(size, dtype=torch.uint8, device=device)
+            self.register_parameter(name, frozen(empty))
         if codebook is not None:
             values = torch.tensor(codebook, dtype=torch.float32, device=device)
             self.register_parameter("codebook_bytes", frozen(as_bytes(values)))
@@ -248,12 +234,13 @@ class PackedModule(nn.Module):
                 f"{type(self).__name__}: torch.jit.trace cannot hold 4-bit layers; use "
                 "torch.export or torch.compile, or minipeft.dequantize_model before"
             )
-        stored = cast(dict[str, Tensor], self._parameters)
-        if not self.double_quant:
+        stored, scale, offset = cast(dict[str, Tensor], self._parameters), None, None
+        if self.double_quant:
+            absmax = stored["absmax_code"]
+            scale, offset = as_float32(stored["absmax_scale"]), as_float32(stored["absmax_offset"])
+        else:
             absmax = as_float32(stored["absmax_bytes"])
-            return Packed(stored["packed"], absmax, codebook=self.codebook)
-        scale, offset = as_float32(stored["absmax_scale"]), as_float32(stored["absmax_offset"])
-        return Packed(stored["packed"], stored["absmax_code"], scale, offset, self.codebook)
+        return Packed(stored["packed"], absmax, self.block_size, scale, offset, self.codebook)
 
     @property
     def codebook(self) -> Float32[Tensor, " 16"] | None:
@@ -264,12 +251,11 @@ class PackedModule(nn.Module):
     @property
     def absmax(self) -> Float32[Tensor, "*blocks"]:
         """The decoded scales, float32; (*rows, blocks) where rows hold whole blocks."""
-        state = self.state()
-        return decoded_absmax(state.absmax, state.scale, state.offset)
+        return decoded_absmax(self.state())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "*shape"]:
         """The dense weight, in `dtype` or the dtype that the dense layer had."""
-        return decode(self.state(), list(self.shape), self.block_size, dtype or self.weight_dtype)
+        return decode(self.state(), self.shape, dtype or self.weight_dtype)
 
     @property
     def weight(self) -> Float[Tensor, "*shape"]:
@@ -295,6 +281,16 @@ class PackedModule(nn.Module):
         device = cast(Tensor, self._parameters["packed"]).device
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=device)).dtype
         return self
+
+    def settings(self) -> dict[str, Any]:
+        """The keywords with which `from_weight` makes a layer like this one."""
+        return {"block_size": self.block_size, "double_quant": self.double_quant}
+
+    def requantized(self, weight: Tensor) -> "PackedModule":
+        """A layer like this one with the codes of another weight, in NF4."""
+        layer: PackedModule = self.from_weight(weight.float(), **self.settings())
+        layer.weight_dtype = self.weight_dtype
+        return layer.train(self.training)
 
     def logical_parameters(self) -> int:
         """The number of weights that the codes stand for."""
@@ -333,22 +329,15 @@ class NF4Linear(PackedModule):
         out_features: int,
         bias: bool = True,
         *,
-        block_size: int = 64,
-        double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
-        codebook: Sequence[float] | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        **stored: Unpack[Stored],
     ) -> None:
-        super().__init__(
-            (out_features, in_features), block_size=block_size, double_quant=double_quant,
-            codebook=codebook, dtype=dtype, device=device,
-        )  # fmt: skip
+        super().__init__((out_features, in_features), **stored)
         if compute_dtype is not None and not compute_dtype.is_floating_point:
             raise ValueError(f"NF4Linear: compute_dtype={compute_dtype}; expected a float dtype")
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = compute_dtype
-        empty = torch.empty(out_features, dtype=self.weight_dtype, device=device)
+        empty = torch.empty(out_features, dtype=self.weight_dtype, device=stored.get("device"))
         self.register_parameter("bias", frozen(empty) if bias else None)
 
     @classmethod
@@ -356,9 +345,8 @@ class NF4Linear(PackedModule):
         cls,
         linear: nn.Module,
         *,
-        block_size: int = 64,
-        double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        **nf4: Unpack[Quantized],
     ) -> "NF4Linear":
         """The same layer with its weight rounded to NF4; the bias is shared, and frozen.
 
@@ -368,10 +356,7 @@ class NF4Linear(PackedModule):
                 x W^T + b (it would be lost; LoRA can wrap it); weights that cannot be quantised.
         """
         weight, bias = check_quantizable(linear)
-        layer = cls.from_weight(
-            weight, bias, block_size=block_size, double_quant=double_quant,
-            compute_dtype=compute_dtype,
-        )  # fmt: skip
+        layer = cls.from_weight(weight, bias, compute_dtype=compute_dtype, **nf4)
         return layer.train(linear.training)
 
     @classmethod
@@ -381,44 +366,33 @@ class NF4Linear(PackedModule):
         weight: Tensor,
         bias: Tensor | None = None,
         *,
-        block_size: int = 64,
-        double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        **nf4: Unpack[Quantized],
     ) -> "NF4Linear":
         """A layer that computes x W^T + bias with `weight`, (out_features, in_features), in NF4."""
-        state = encoded(weight, block_size, double_quant)
         out_features, in_features = weight.shape
         layer = cls(
-            in_features, out_features, bias=False, block_size=block_size,
-            double_quant=double_quant, compute_dtype=compute_dtype, dtype=weight.dtype,
-            device="meta",
+            in_features, out_features, bias=False, compute_dtype=compute_dtype,
+            dtype=weight.dtype, device="meta", **nf4,
         )  # fmt: skip
         if bias is not None:
             layer.bias = frozen(bias.detach())
-        layer.fill(state)
+        layer.fill(encoded(weight, layer.block_size, layer.double_quant))
         return layer
+
+    def settings(self) -> dict[str, Any]:
+        """The keywords with which `from_weight` makes a layer like this one; the bias is shared."""
+        return super().settings() | {"bias": self.bias, "compute_dtype": self.compute_dtype}
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"NF4Linear: input of shape {tuple(x.shape)}; expected (*, {self.in_features})"
             )
-        dtype = ops.product_dtype(x)
+        dtype = products.product_dtype(x)
         compute_dtype = self.compute_dtype or dtype
         bias = None if self.bias is None else self.bias.to(compute_dtype)
-        product = multiply(
-            x.to(compute_dtype), self.state(), bias, self.out_features, self.block_size
-        )
-        return product.to(dtype)
-
-    def requantized(self, weight: Tensor) -> "NF4Linear":
-        """A layer with this one's settings and bias and the codes of another weight, in NF4."""
-        layer = self.from_weight(
-            weight.float(), self.bias, block_size=self.block_size,
-            double_quant=self.double_quant, compute_dtype=self.compute_dtype,
-        )  # fmt: skip
-        layer.weight_dtype = self.weight_dtype
-        return layer.train(self.training)
+        return multiply(x.to(compute_dtype), self.state(), bias, self.out_features).to(dtype)
 
     def dense(self, weight: Tensor | None = None) -> nn.Module:
         """A plain nn.Linear with this layer's weight, or with another one; frozen."""

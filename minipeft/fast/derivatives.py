@@ -136,17 +136,16 @@ def _register(name: str) -> None:
     torch.library.register_vmap(f"minipeft::{name}", vmap_rule, lib=LIBRARY)
     if not defined.gradients:
         return
-    names = defined.arguments
+    names = [argument.name for argument in operator._schema.arguments]
     linear = {names.index(argument): rule for argument, rule in defined.gradients.items()}
     backward, everywhere = _functions(name, linear, vmap_rule)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         given = [x for place in linear if (x := args[place]) is not None]
-        filled = (*args, *[None] * (len(names) - len(args)))  # torch leaves defaults out
         if any(unpack_dual(x).tangent is not None for x in given):  # type: ignore[no-untyped-call]
-            return everywhere.apply(*filled)
+            return everywhere.apply(*args)
         if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-            return backward.apply(*filled, keyset)
+            return backward.apply(*args, keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

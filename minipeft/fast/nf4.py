@@ -1,8 +1,7 @@
 """NF4 by tables, a chunk at a time: the bits of nf4.py in a quarter of the time.
 
 Encoding looks a weight up instead of searching among 15 midpoints, decoding looks up a whole byte
-instead of two codes, and both work on chunks whose float32 temporaries are small.  `decode_at` and
-`absmax_of_blocks` decode chosen weights and scales; the others stay codes.
+instead of two codes, and both work on chunks whose float32 temporaries are small.
 """
 
 import functools
@@ -12,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minipeft.double_quant import ABSMAX_BLOCK_SIZE, decoded_absmax, dynamic_tables
+from minipeft.double_quant import decoded_absmax
 from minipeft.nf4 import NF4_CODEBOOK, check_finite, codebook_on, pack_pairs, scaled_blocks
+from minipeft.ops import Packed
 
 _BINS = 4096  # of the encoding table; the narrowest gap between midpoints is 334 bins wide
 
@@ -45,6 +45,12 @@ def _pair_table(values: Tensor) -> Tensor:
 @functools.cache
 def _nf4_pairs(device: torch.device) -> Tensor:
     return _pair_table(codebook_on(device))
+
+
+def pairs_of(weight: Packed) -> Tensor:
+    """The table of pairs for the values of this weight."""
+    own = weight.codebook
+    return _nf4_pairs(weight.packed.device) if own is None else _pair_table(own)
 
 
 def chunk_elements(device: torch.device) -> int:
@@ -106,32 +112,17 @@ def _flat_range(w: Tensor, first: int, last: int) -> Tensor:
     return w.reshape(-1)[first:last]
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    block_size: int,
-    dtype: torch.dtype,
-    codebook: Tensor | None = None,
-) -> Tensor:
+def dequantize(weight: Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
     """The operator dequantize_nf4."""
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    decode_into(out, packed, decoded_absmax(absmax, scale, offset), block_size, codebook)
+    out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
+    decode_into(out, weight)
     return out
 
 
-def decode_into(
-    out: Tensor, packed: Tensor, absmax: Tensor, block_size: int, codebook: Tensor | None = None
-) -> None:
-    """Write code * absmax into `out` (contiguous, any float dtype), rounding each product once.
-
-    `packed` and `absmax` hold the blocks of `out` from its first element on; `codebook` is sixteen
-    float32 values, NF4's if None.
-    """
-    flat, packed, absmax = out.view(-1), packed.reshape(-1), absmax.reshape(-1)
-    table = _nf4_pairs(out.device) if codebook is None else _pair_table(codebook)
+def decode_into(out: Tensor, weight: Packed) -> None:
+    """Write code * absmax into `out` (contiguous, any float dtype), rounding each product once."""
+    flat, packed, block_size = out.view(-1), weight.packed.reshape(-1), weight.block_size
+    absmax, table = decoded_absmax(weight).reshape(-1), pairs_of(weight)
     n, step = flat.numel(), max(1, chunk_elements(out.device) // block_size) * block_size
     whole = n - n % block_size
     for first in range(0, whole, step):
@@ -143,24 +134,3 @@ def decode_into(
     if whole < n:
         pairs = table.index_select(0, packed[whole // 2 :].int()).view(torch.float32)
         flat[whole:] = pairs[: n - whole] * absmax[-1]
-
-
-def decode_at(packed: Tensor, index: Tensor, codebook: Tensor | None = None) -> Tensor:
-    """The float32 codebook values, before scaling, of the weights with these flat numbers."""
-    table = _nf4_pairs(packed.device) if codebook is None else _pair_table(codebook)
-    byte = packed.reshape(-1).index_select(0, (index // 2).reshape(-1)).int()
-    pairs = table.index_select(0, byte).view(torch.float32).view(-1, 2)
-    return pairs.gather(1, (index % 2).view(-1, 1)).view(index.shape)
-
-
-def absmax_of_blocks(
-    absmax: Tensor, scale: Tensor | None, offset: Tensor | None, blocks: Tensor
-) -> Tensor:
-    """float32 scales of the blocks with these numbers, in their shape; the others stay codes."""
-    wanted = blocks.reshape(-1)
-    chosen = absmax.reshape(-1).index_select(0, wanted)
-    if scale is not None and offset is not None:
-        values, _ = dynamic_tables(absmax.device)
-        chosen = values.index_select(0, chosen.int())
-        chosen.mul_(scale.index_select(0, wanted // ABSMAX_BLOCK_SIZE)).add_(offset)
-    return chosen.view(blocks.shape)

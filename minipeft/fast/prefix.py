@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from minipeft.ops import autocast_is_on, without_autocast
+from minipeft.adapters.products import autocast_is_on, without_autocast
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

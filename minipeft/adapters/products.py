@@ -1,14 +1,15 @@
-"""Matrix products of 16-bit numbers on processors that have none.
+"""Matrix products, and the dtype in which they are computed.
 
-A CPU with AVX2 alone multiplies neither bfloat16 nor float16.  torch then takes a plain loop, which
-at 128 rows needs 16 to 290 times the time of float32.  On such a CPU the products here convert to
-float32, multiply, and round the result once: the numbers are those of other machines, up to the
-order of sums.  Elsewhere they are torch's own products.
-
-Backward then keeps float32 copies of what it multiplies.
+Under autocast a product has autocast's dtype.  A CPU with AVX2 alone multiplies neither bfloat16
+nor float16: torch then takes a plain loop, which at 128 rows needs 16 to 290 times the time of
+float32.  On such a CPU the products here convert to float32, multiply, and round the result once:
+the numbers are those of other machines, up to the order of sums.  Backward then keeps float32
+copies of what it multiplies.  Elsewhere they are torch's own products.
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,37 @@ class SlowProductsWarning(UserWarning):
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch multiplies matrices of this dtype by a plain loop there."""
     return dtype in SLOW_ON_CPU and device.type == "cpu"
+
+
+# asked once: a layer's forward is short
+_HAS_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta")}
+
+
+@contextmanager
+def _autocast_off(device_type: str) -> Iterator[None]:
+    with torch.autocast(device_type, enabled=False):
+        yield
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast would cast inputs of operations on this device."""
+    kind = device.type
+    known = _HAS_AUTOCAST.get(kind)
+    if known is None:
+        known = torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: x's own, or autocast's where that is on (not for float64)."""
+    if x.dtype == torch.float64 or not autocast_is_on(x.device):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which autocast casts nothing; it costs nothing where autocast is off."""
+    return _autocast_off(device.type) if autocast_is_on(device) else nullcontext()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
