@@ -89,14 +89,10 @@ def encode(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return nearest[: flat.numel()].to(torch.uint8).view(absmax.shape), scale, offset
 
 
-def _decoded_shape(given: Any) -> Any:
-    return given.code.new_empty(given.code.shape, dtype=torch.float32)
-
-
 @ops.operator(
     "dequantize_absmax",
     "(Tensor code, Tensor scale, Tensor offset, int block_size) -> Tensor",
-    shapes=_decoded_shape,
+    shapes=lambda given: torch.empty_like(given.code, dtype=torch.float32),
 )
 def decode(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tensor:
     """The scales of weights: value[code] * scale + offset."""
@@ -115,14 +111,10 @@ def decoded_absmax(weight: Packed) -> Tensor:
     )
 
 
-def _weights_shape(given: Any) -> Any:
-    return given.weight.packed.new_empty(given.shape, dtype=given.dtype)
-
-
 @ops.operator(
     "dequantize_nf4",
     "(Packed weight, SymInt[] shape, ScalarType dtype) -> Tensor",
-    shapes=_weights_shape,
+    shapes=lambda given: given.weight.packed.new_empty(given.shape, dtype=given.dtype),
 )
 def decode_weights(weight: Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
     """First the scales, then the weights, by nf4.py's `decode`."""

@@ -17,6 +17,7 @@ import that fails strikes the row out, and `backend()` tells the reason.
 Read next: kernels/README.md, how to add a row.
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -74,14 +75,17 @@ class Implementation:
     function: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class Operator:
-    """What torch has to know of an operator beside what it computes; see `operator`."""
+    """An operator's functions, and what torch has to know of it beside; see `operator`."""
 
+    plain: Callable[..., Any]
+    rows: list[Implementation]  # tried before it
     arguments: tuple[str, ...]
     weight: int | None  # the place of its 4-bit weight
     gradients: dict[str, Gradient]
     row_arguments: int
+    in_transforms: Callable[..., Any] | None = None  # the same in torch.func; see `call`
 
     def grouped(self, args: Sequence[Any]) -> Sequence[Any]:
         """torch's arguments as functions take them: those of a 4-bit weight are one Packed."""
@@ -93,6 +97,9 @@ class Operator:
     def named(self, args: Sequence[Any]) -> SimpleNamespace:
         """The same by their names in the schema."""
         return SimpleNamespace(**dict(zip(self.arguments, self.grouped(args), strict=True)))
+
+
+OPERATORS: dict[str, Operator] = {}
 
 
 def _always(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
@@ -118,11 +125,6 @@ ROWS = (
     _fast("nf4_embedding", "gathered", "embedding"),
     _fast("nf4_experts", "gathered", "experts"),
 )  # fmt: skip
-
-OPERATORS: dict[str, Operator] = {}
-_table: dict[str, list[Implementation]] = {}
-_loaded: dict[Implementation, Callable[..., Any] | str] = {}  # the function, or why there is none
-IN_TRANSFORMS: dict[str, Callable[..., Any]] = {}  # see `call`
 
 Kernels = bool | Literal["plain"]
 _SETTINGS: dict[str, Kernels] = {"1": True, "0": False, "plain": "plain"}
@@ -151,9 +153,6 @@ def operator(
     """
 
     def register(plain: F) -> F:
-        last = Implementation(name, "plain", _always, plain.__module__, plain.__name__)
-        _table[name] = [row for row in ROWS if row.operator == name] + [last]
-        _loaded[last] = plain
         # torch's helper `custom_op` imports dynamo at its first call (a second); these do not
         LIBRARY.define(name + schema.replace("Packed weight", _FIELDS))
         LIBRARY.impl(name, _body(name), "CompositeExplicitAutograd")
@@ -162,7 +161,10 @@ def operator(
         if "packed" in names:
             place = names.index("packed")
             names[place : place + len(Packed._fields)] = ["weight"]
-        made = OPERATORS[name] = Operator(tuple(names), place, gradients or {}, row_arguments)
+        rows = [row for row in ROWS if row.operator == name]
+        made = OPERATORS[name] = Operator(
+            plain, rows, tuple(names), place, gradients or {}, row_arguments
+        )
         fake = lambda *args: shapes(made.named(args))  # noqa: E731
         torch.library.register_fake(f"minipeft::{name}", fake, lib=LIBRARY)
         return plain
@@ -187,11 +189,10 @@ def call(name: str, *args: Any) -> Tensor:
     torch.func takes autograd functions and no operators; torch.compile the other way round.
     fast/derivatives.py makes these functions.
     """
-    function = None
+    run = None
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        function = IN_TRANSFORMS.get(name)
-    run = getattr(torch.ops.minipeft, name) if function is None else function
-    out: Tensor = run(*args)
+        run = OPERATORS[name].in_transforms
+    out: Tensor = (run or getattr(torch.ops.minipeft, name))(*args)
     return out
 
 
@@ -202,11 +203,11 @@ def choose(
 
     The last entry of the list names the row that was chosen.
     """
-    reasons, setting = [], _kernels.get()
-    for row in _table[operator]:
-        if setting == "plain" and row.name != "plain":
+    defined, reasons, setting = OPERATORS[operator], [], _kernels.get()
+    for row in defined.rows:
+        if setting == "plain":
             reasons.append(f"{row.name}: only plain rows are on")
-        elif not setting and row.name not in ("pytorch", "plain"):
+        elif not setting and row.name != "pytorch":
             reasons.append(f"{row.name}: kernels are off")
         elif not row.when(device, dtype, shape):
             reasons.append(f"{row.name}: not for {dtype} {shape} on {device.type}")
@@ -214,35 +215,28 @@ def choose(
             reasons.append(f"{row.name}: {function}")
         else:
             return function, [*reasons, row.name]
-    raise RuntimeError(f"minipeft::{operator} has no implementation; tried {reasons}")
+    return defined.plain, [*reasons, "plain"]
 
 
+@functools.cache
 def _load(row: Implementation) -> Callable[..., Any] | str:
-    if row not in _loaded:
-        try:
-            _loaded[row] = getattr(importlib.import_module(row.module), row.function)
-        except (ImportError, AttributeError, OSError, RuntimeError) as error:
-            _loaded[row] = f"{type(error).__name__}: {error}"
-    return _loaded[row]
+    """The row's function, or why there is none."""
+    try:
+        function: Callable[..., Any] = getattr(importlib.import_module(row.module), row.function)
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return function
 
 
-def add_implementation(row: Implementation) -> None:
-    """Put a row before those that `row.operator` already has, so that the newest is tried first.
-
-    Raises:
-        ValueError: the operator does not exist.
-    """
-    if row.operator not in OPERATORS:
-        raise ValueError(
-            f"add_implementation: no operator {row.operator!r}; there are {sorted(OPERATORS)}"
-        )
-    _table[row.operator].insert(0, row)
-
-
-def remove_implementation(row: Implementation) -> None:
-    """Take a row out of the table again (a test's or an experiment's kernel)."""
-    _table[row.operator].remove(row)
-    _loaded.pop(row, None)
+@contextmanager
+def tried_first(row: Implementation) -> Iterator[None]:
+    """Within this context, a row more, before those that its operator has (a kernel on trial)."""
+    rows = OPERATORS[row.operator].rows
+    rows.insert(0, row)
+    try:
+        yield
+    finally:
+        rows.remove(row)
 
 
 @contextmanager

@@ -48,33 +48,24 @@ def multiply(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) 
     return ops.call("nf4_linear", x, *weight, bias, out_features)
 
 
-def _product_shape(given: Any) -> Any:
-    return given.x.new_empty((*given.x.shape[:-1], given.out_features))
-
-
 def _gradient_of_x(grad: Tensor, given: Any) -> Tensor:
     """dL/dx = dL/dy W.  W is decoded again: keeping it for backward would cost what 4 bits save."""
     return ops.call("nf4_linear_input_gradient", grad, *given.weight, given.x[-1])
 
 
-def _gradient_of_bias(grad: Tensor, given: Any) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
-
-
 @ops.operator(
     "nf4_linear",
     "(Tensor x, Packed weight, Tensor? bias, SymInt out_features) -> Tensor",
-    shapes=_product_shape,
-    gradients={"x": _gradient_of_x, "bias": _gradient_of_bias},
+    shapes=lambda given: given.x.new_empty((*given.x.shape[:-1], given.out_features)),
+    gradients={
+        "x": _gradient_of_x,
+        "bias": lambda grad, given: grad.reshape(-1, grad.shape[-1]).sum(0),
+    },
     row_arguments=1,
 )
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) -> Tensor:
     """Decode the weight, then multiply."""
     return F.linear(x, decode(weight, [out_features, x.shape[-1]], x.dtype), bias)
-
-
-def _input_gradient_shape(given: Any) -> Any:
-    return given.grad.new_empty((*given.grad.shape[:-1], given.in_features))
 
 
 def _gradient_of_grad(grad: Tensor, given: Any) -> Tensor:
@@ -84,7 +75,7 @@ def _gradient_of_grad(grad: Tensor, given: Any) -> Tensor:
 @ops.operator(
     "nf4_linear_input_gradient",
     "(Tensor grad, Packed weight, SymInt in_features) -> Tensor",
-    shapes=_input_gradient_shape,
+    shapes=lambda given: given.grad.new_empty((*given.grad.shape[:-1], given.in_features)),
     gradients={"grad": _gradient_of_grad},
     row_arguments=1,
 )
@@ -355,8 +346,17 @@ class NF4Linear(PackedModule):
             ValueError: not an nn.Linear, or a subclass that computes something else than
                 x W^T + b (it would be lost; LoRA can wrap it); weights that cannot be quantised.
         """
-        weight, bias = check_quantizable(linear)
-        layer = cls.from_weight(weight, bias, compute_dtype=compute_dtype, **nf4)
+        if not isinstance(linear, nn.Module):
+            raise TypeError(f"NF4Linear: expected a module, got {type(linear).__name__}")
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"NF4Linear: {type(linear).__name__} is no nn.Linear")
+        if reason := why_not("replace", linear):  # tried by adapters/linearity.py
+            raise ValueError(
+                f"NF4Linear: {reason}, and NF4Linear would replace it by that; leave it dense "
+                "(LoRA can wrap it), or name the class in quantize_model(also=...) if you know "
+                "better"
+            )
+        layer = cls.from_weight(linear.weight, linear.bias, compute_dtype=compute_dtype, **nf4)
         return layer.train(linear.training)
 
     @classmethod
@@ -406,17 +406,3 @@ class NF4Linear(PackedModule):
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, {self.settings_repr()}"
-
-
-def check_quantizable(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of an nn.Linear that computes x W^T + b (linearity.py); or raises."""
-    if not isinstance(linear, nn.Module):
-        raise TypeError(f"NF4Linear: expected a module, got {type(linear).__name__}")
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(f"NF4Linear: {type(linear).__name__} is no nn.Linear")
-    if reason := why_not("replace", linear):
-        raise ValueError(
-            f"NF4Linear: {reason}, and NF4Linear would replace it by that; leave it dense (LoRA "
-            "can wrap it), or name the class in quantize_model(also=...) if you know better"
-        )
-    return linear.weight, linear.bias

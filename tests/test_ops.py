@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import types
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -121,15 +122,8 @@ def row(name, module, when=lambda *_: True):
 
 @pytest.fixture
 def added():
-    rows = []
-
-    def add(implementation):
-        ops.add_implementation(implementation)
-        rows.append(implementation)
-
-    yield add
-    for implementation in rows:
-        ops.remove_implementation(implementation)
+    with ExitStack() as rows:
+        yield lambda row: rows.enter_context(ops.tried_first(row))
 
 
 def decode():
@@ -140,9 +134,7 @@ def decode():
 def test_a_row_is_used_where_its_predicate_holds_and_loaded_at_its_first_use(added, monkeypatch):
     module = types.ModuleType("a_kernel")
     module.run = lambda weight, shape, dtype: torch.full(shape, 42, dtype=dtype)
-    kernel = row("fast", "a_kernel", lambda device, dtype, shape: dtype is torch.bfloat16)
-    added(kernel)
-    assert kernel not in ops._loaded
+    added(row("fast", "a_kernel", lambda device, dtype, shape: dtype is torch.bfloat16))
     monkeypatch.setitem(sys.modules, "a_kernel", module)
     assert (decode() == 42).all()
     assert mp.backend()["dequantize_nf4"] == "fast"
@@ -163,8 +155,9 @@ def test_the_environment_turns_kernels_off(plain_python):
     script = """
 import minipeft as mp
 from minipeft import ops
-ops.add_implementation(ops.Implementation("nf4_linear", "k", lambda *_: True, "math", "sqrt"))
-print(mp.backend()["nf4_linear"])
+kernel = ops.Implementation("nf4_linear", "k", lambda *_: True, "math", "sqrt")
+with ops.tried_first(kernel):
+    print(mp.backend()["nf4_linear"])
 """
     assert plain_python(script).strip() == "k"
     assert "kernels are off" in plain_python(script, MINIPEFT_KERNELS="0")
@@ -198,17 +191,14 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nf4", "double_quant", "qlora", "prefix", "layers/test_layers"])
+@pytest.mark.parametrize(
+    "name", ["test_nf4", "test_double_quant", "test_qlora", "test_prefix", "layers/test_layers"]
+)
 def test_all_holds_with_the_plain_rows_alone(name):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
-         f"tests/{name if '/' in name else f'test_{name}'}.py"],
+         f"tests/{name}.py"],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False,
         env={**os.environ, "MINIPEFT_KERNELS": "plain"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_an_unknown_operator_raises():
-    with pytest.raises(ValueError, match="no operator"):
-        ops.add_implementation(ops.Implementation("nothing", "k", lambda *_: True, "m", "f"))

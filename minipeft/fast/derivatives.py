@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from minipeft.ops import IN_TRANSFORMS, LIBRARY, OPERATORS, call
+from minipeft.ops import LIBRARY, OPERATORS, call
 
 Arguments = tuple[Any, ...]
 
@@ -150,7 +150,7 @@ def _register(name: str) -> None:
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-    IN_TRANSFORMS[name] = everywhere.apply
+    defined.in_transforms = everywhere.apply
 
 
 def register() -> None:

@@ -6,7 +6,6 @@ instead of two codes, and both work on chunks whose float32 temporaries are smal
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from minipeft.nf4 import NF4_CODEBOOK, check_finite, codebook_on, pack_pairs, sc
 from minipeft.ops import Packed
 
 _BINS = 4096  # of the encoding table; the narrowest gap between midpoints is 334 bins wide
-
-Encode = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 @functools.cache
@@ -64,41 +61,27 @@ def chunk_elements(device: torch.device) -> int:
 
 def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """The operator quantize_nf4."""
-    return quantize_in_chunks("quantize_nf4", w, block_size, _encode)
+    w, n = w.detach(), w.numel()
+    packed = torch.empty(math.ceil(n / 2), dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32, device=w.device)
+    step = max(block_size, chunk_elements(w.device))  # powers of two: whole blocks
+    for first in range(0, n, step):
+        part, scales = _encode(_flat_range(w, first, min(first + step, n)), block_size)
+        absmax[first // block_size :][: scales.numel()] = scales
+        rest = packed[first // 2 :]
+        rest[: part.numel()] = part[: rest.numel()]
+    check_finite("quantize_nf4", w, absmax)
+    return packed, absmax
 
 
 def _encode(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Bytes and absmax of a chunk."""
+    """Bytes and absmax of a chunk, as whole blocks."""
     lower, above = _encoding_table(x.device)
     blocks, absmax = scaled_blocks(x, block_size)
     scaled = blocks.flatten()
     bins = ((scaled + 1) * (_BINS / 2)).int().clamp_(0, _BINS - 1)
     step_up = scaled > above.index_select(0, bins)
     return pack_pairs(lower.index_select(0, bins) + step_up.view(torch.uint8)), absmax
-
-
-def quantize_in_chunks(
-    caller: str, w: Tensor, block_size: int, encode: Encode
-) -> tuple[Tensor, Tensor]:
-    """Codes as bytes and absmax of `w` over its flattened blocks, a chunk of them at a time.
-
-    `encode` turns flat weights into the bytes of whole blocks and absmax; how many weights share a
-    byte is seen from it.
-    """
-    w = w.detach()
-    n, n_blocks = w.numel(), math.ceil(w.numel() / block_size)
-    in_byte = block_size // encode(w.new_zeros(block_size), block_size)[0].numel()
-    codes = torch.empty(math.ceil(n / in_byte), dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(n_blocks, dtype=torch.float32, device=w.device)
-    step = max(1, chunk_elements(w.device) // block_size)
-    for first in range(0, n_blocks, step):
-        last = min(first + step, n_blocks)
-        chunk = _flat_range(w, first * block_size, min(last * block_size, n))
-        block_codes, absmax[first:last] = encode(chunk, block_size)
-        part = codes[first * block_size // in_byte :][: block_codes.numel()]
-        part.copy_(block_codes[: part.numel()])
-    check_finite(caller, w, absmax)
-    return codes, absmax
 
 
 def _flat_range(w: Tensor, first: int, last: int) -> Tensor:
@@ -123,7 +106,7 @@ def decode_into(out: Tensor, weight: Packed) -> None:
     """Write code * absmax into `out` (contiguous, any float dtype), rounding each product once."""
     flat, packed, block_size = out.view(-1), weight.packed.reshape(-1), weight.block_size
     absmax, table = decoded_absmax(weight).reshape(-1), pairs_of(weight)
-    n, step = flat.numel(), max(1, chunk_elements(out.device) // block_size) * block_size
+    n, step = flat.numel(), max(block_size, chunk_elements(out.device))
     whole = n - n % block_size
     for first in range(0, whole, step):
         last = min(first + step, whole)

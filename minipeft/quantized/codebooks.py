@@ -2,7 +2,7 @@
 
 A data type is its codebook: 2 to 256 numbers in [-1, 1], which a block's absmax scales.  With at
 most 16 of them two codes share a byte.  These are the types that the QLoRA paper compares
-(Dettmers et al. 2023); NF4 has a faster path in fast/nf4.py with equal bytes.
+(Dettmers et al. 2023), here to be measured: quantising a layer gives NF4 (nf4.py).
 
     NF4       quantiles of a normal distribution        normal_float_codebook(4)
     FP4       a sign, 2 bits of exponent, 1 of mantissa FP4_CODEBOOK, in bitsandbytes' order
@@ -18,10 +18,14 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from minipeft.fast.nf4 import quantize_in_chunks
-from minipeft.nf4 import check_block_size, check_weights, pack_pairs, scaled_blocks
-
-_CHUNK = 2**17  # weights decoded at a time
+from minipeft.nf4 import (
+    check_block_size,
+    check_finite,
+    check_weights,
+    pack_pairs,
+    scaled_blocks,
+    unpack_pairs,
+)
 
 
 def _signed(magnitudes: Sequence[float]) -> tuple[float, ...]:
@@ -85,12 +89,13 @@ def quantize_blockwise(
 
     The code is that of the value nearest to weight / absmax, the lower of two at a tie; the rules
     of `quantize_nf4` otherwise.  Up to 16 values: (ceil(n/2),) bytes with two codes each, the
-    first one high; more: (n,) bytes.  An odd count is padded with the code nearest to zero.
+    first one high; more: (n,) bytes.  An odd count is padded with the code nearest to zero.  Works
+    on the whole tensor at once, for which it needs about 20 bytes a weight.
 
     Raises:
         TypeError: `w` is no tensor.
-        ValueError: `w` holds integers, NaN or Inf; a codebook that is none; block_size is no
-            power of two in 32..4096.
+        ValueError: `w` holds integers, NaN or Inf; the codebook is not 2 to 256 numbers in [-1, 1]
+            of which one has magnitude 1; block_size is no power of two in 32..4096.
 
     >>> codes, absmax = quantize_blockwise(torch.tensor([7.0, -3.0, 1.0]), int_codebook(4))
     >>> [hex(code) for code in codes], absmax
@@ -100,13 +105,12 @@ def quantize_blockwise(
     check_block_size("quantize_blockwise", block_size)
     values = check_codebook("quantize_blockwise", codebook)
     midpoints, code_of = _encoder(values, w.device)
-
-    def encode(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        scaled, absmax = scaled_blocks(x, block_size)
-        codes = code_of[torch.bucketize(scaled.flatten(), midpoints)]
-        return (pack_pairs(codes) if len(values) <= 16 else codes), absmax
-
-    return quantize_in_chunks("quantize_blockwise", w, block_size, encode)
+    scaled, absmax = scaled_blocks(w.detach().flatten(), block_size)
+    check_finite("quantize_blockwise", w, absmax)
+    codes = code_of[torch.bucketize(scaled.flatten(), midpoints, out_int32=True)]
+    if len(values) > 16:
+        return codes[: w.numel()], absmax
+    return pack_pairs(codes)[: math.ceil(w.numel() / 2)], absmax
 
 
 def dequantize_blockwise(
@@ -121,7 +125,8 @@ def dequantize_blockwise(
     """codebook[code] * absmax, of `shape`, in float32 and rounded once to `dtype`.
 
     Raises:
-        ValueError: sizes that do not belong together, a code beyond the codebook.
+        ValueError: the sizes of codes, absmax and shape do not belong together, or a code is
+            beyond the codebook.
     """
     values = check_codebook("dequantize_blockwise", codebook)
     check_block_size("dequantize_blockwise", block_size)
@@ -132,18 +137,9 @@ def dequantize_blockwise(
             f"dequantize_blockwise: shape {tuple(shape)} takes {expected[0]} bytes and "
             f"{expected[1]} scales; got {codes.numel()} and {absmax.numel()}"
         )
+    numbers = (unpack_pairs(codes) if in_byte == 2 else codes)[:n].int()
+    if n and (largest := int(numbers.max())) >= len(values):
+        raise ValueError(f"dequantize_blockwise: code {largest} in a codebook of {len(values)}")
     table = torch.tensor(values, dtype=torch.float32, device=codes.device)
-    out = torch.empty(n, dtype=dtype, device=codes.device)
-    for first in range(0, n, _CHUNK):  # a multiple of every block size
-        last = min(first + _CHUNK, n)
-        part = codes[first // in_byte : math.ceil(last / in_byte)]
-        if in_byte == 2:
-            part = torch.stack([part >> 4, part & 15], dim=1).flatten()[: last - first]
-        if part.numel() and int(part.max()) >= len(values):
-            raise ValueError(
-                f"dequantize_blockwise: code {int(part.max())} in a codebook of {len(values)}"
-            )
-        scales = absmax[first // block_size : math.ceil(last / block_size)]
-        spread = scales.repeat_interleave(block_size)[: last - first]
-        out[first:last] = table[part.int()] * spread
-    return out.view(shape)
+    scales = absmax.repeat_interleave(block_size)[:n]
+    return (table[numbers] * scales).to(dtype).view(shape)

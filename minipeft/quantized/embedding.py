@@ -18,14 +18,12 @@ from minipeft.ops import Packed
 from minipeft.qlora import PackedModule, Quantized, Stored, decode, encoded, frozen
 
 
-def _embedding_shape(given: Any) -> Any:
-    return given.weight.packed.new_empty((*given.rows.shape, given.dim), dtype=given.dtype)
-
-
 @ops.operator(
     "nf4_embedding",
     "(Tensor rows, Packed weight, SymInt table_rows, SymInt dim, ScalarType dtype) -> Tensor",
-    shapes=_embedding_shape,
+    shapes=lambda given: given.weight.packed.new_empty(
+        (*given.rows.shape, given.dim), dtype=given.dtype
+    ),
     row_arguments=1,
 )
 def embedding(
@@ -69,8 +67,18 @@ class NF4Embedding(PackedModule):
                 table, one with `max_norm` (it rescales rows in forward); weights that cannot be
                 quantised.
         """
-        table = check_embedding(embedding)
-        layer = cls.from_weight(table.weight, table.padding_idx, **nf4)
+        if not isinstance(embedding, nn.Module):
+            raise TypeError(f"NF4Embedding: expected a module, got {type(embedding).__name__}")
+        if not isinstance(embedding, nn.Embedding):
+            raise ValueError(f"NF4Embedding: {type(embedding).__name__} is no nn.Embedding")
+        reason = why_not_replaceable(embedding)
+        if embedding.max_norm is not None:
+            reason = "max_norm rescales rows in forward"
+        if reason:
+            raise ValueError(
+                f"NF4Embedding: {reason}; leave it dense (codes give rows of the table, no more)"
+            )
+        layer = cls.from_weight(embedding.weight, embedding.padding_idx, **nf4)
         return layer.train(embedding.training)
 
     @classmethod
@@ -97,18 +105,3 @@ class NF4Embedding(PackedModule):
             table = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx)
         table.weight = frozen(self.dequantize() if weight is None else weight)
         return table.train(self.training)
-
-
-def check_embedding(embedding: object) -> nn.Embedding:
-    """The embedding, if NF4Embedding may take its place; raises if not."""
-    if not isinstance(embedding, nn.Module):
-        raise TypeError(f"NF4Embedding: expected a module, got {type(embedding).__name__}")
-    if not isinstance(embedding, nn.Embedding):
-        raise ValueError(f"NF4Embedding: {type(embedding).__name__} is no nn.Embedding")
-    if embedding.max_norm is not None:
-        raise ValueError(
-            "NF4Embedding: max_norm rescales rows in forward, which codes cannot; leave it dense"
-        )
-    if reason := why_not_replaceable(embedding):
-        raise ValueError(f"NF4Embedding: {reason}, and NF4Embedding gives no more; leave it dense")
-    return embedding

@@ -93,15 +93,12 @@ def test_chosen_through_the_table_for_a_layer_and_its_backward():
         return y, grad
 
     expected = run()
-    ops.add_implementation(row)
-    try:
+    with ops.tried_first(row):
         assert mp.backend()["dequantize_nf4"] == "triton"
         for got, wanted in zip(run(), expected, strict=True):
             assert torch.equal(got, wanted)
         with mp.use_kernels(False):
             assert mp.backend()["dequantize_nf4"].startswith("pytorch (not triton: kernels are off")
-    finally:
-        ops.remove_implementation(row)
 
 
 def test_the_interpreter_still_needs_its_repair():
