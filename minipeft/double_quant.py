@@ -1,15 +1,15 @@
 """Double quantisation: the scales of NF4, quantised too (QLoRA, Dettmers et al. 2023).
 
-One float32 absmax for 64 weights costs half a bit a weight.  Their mean (the offset) is taken off
-and what is left is quantised to 8 bits in blocks of 256, with a map that has 7 decades of
-magnitudes and more values in the larger ones.  The scales of a weight are positive and lie near
-each other: codes of their small differences from the mean are finer than codes of the scales.  The
-map is signed, since the differences go both ways.
+One float32 absmax for 64 weights costs half a bit a weight.  The absmax of a weight are all
+positive and lie near each other, so their mean (the offset) is subtracted first: 8 bits are finer
+for the small differences that are left.  Differences go both ways, so the map of 8-bit codes to
+values is signed; it has 7 decades of magnitudes, and more values in the larger ones.  A block of
+256 differences is divided by its largest magnitude (the scale), as nf4.py divides weights.
 
     absmax   0.081  0.074  0.079 ...     float32, one for 64 weights         32 / 64
     offset   0.076                       float32, one for the tensor
     scale    0.012                       float32, one for 256 absmax         32 / (64 * 256)
-    code       204     96    179         uint8, one for each absmax           8 / 64
+    code       213     59    201         uint8, one for each absmax           8 / 64
 
 8/64 + 32/(64*256) = 0.127 bits a weight instead of 0.5.  Read next: qlora.py.
 """
@@ -33,7 +33,7 @@ def dynamic_codebook() -> tuple[float, ...]:
     """The 256 values of the signed 8-bit dynamic map, ascending, from -0.99297 to 1.
 
     Decade i in 0..6 spans 10**(i-7) to 10**(i-6) and holds 2**i evenly spaced values of either
-    sign; zero and one are added.  Built in float32 as in bitsandbytes, whose map it equals.
+    sign; zero and one are added.  Built in float32, as bitsandbytes builds it, with equal bits.
 
     >>> values = dynamic_codebook()
     >>> len(values), values[127], values[-1]
@@ -57,7 +57,7 @@ def dynamic_tables(device: torch.device) -> tuple[Tensor, Tensor]:
 def ordered_mean(x: Float32[Tensor, " n"]) -> Float32[Tensor, " one"]:
     """The mean, summed in float64: the upper half is added to the lower half until one is left.
 
-    Only elementwise additions, so that the sum is the same on every device and number of threads.
+    These are elementwise additions, so the sum does not depend on the device or on threads.
     """
     sums = x.double()
     while sums.numel() > 1:
@@ -80,7 +80,7 @@ def _encoded_shapes(given: Any) -> tuple[Tensor, Tensor, Tensor]:
     shapes=_encoded_shapes,
 )
 def encode(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, their scales, and the offset: what nf4.py does to weights, less their mean."""
+    """Codes, their scales, and the offset."""
     flat = absmax.flatten()
     offset = ordered_mean(flat)
     scaled, scale = nf4.scaled_blocks(flat - offset, block_size)
@@ -98,8 +98,8 @@ def decode(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tens
     """The scales of weights: value[code] * scale + offset."""
     values, _ = dynamic_tables(code.device)
     scales = scale.repeat_interleave(block_size)[: code.numel()]
-    rest = values.index_select(0, code.flatten().int())
-    return rest.mul_(scales).add_(offset).view(code.shape)
+    rest = values.index_select(0, code.flatten().int()) * scales
+    return (rest + offset).view(code.shape)
 
 
 def decoded_absmax(weight: Packed) -> Tensor:
@@ -118,9 +118,7 @@ def decoded_absmax(weight: Packed) -> Tensor:
 )
 def decode_weights(weight: Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
     """First the scales, then the weights, by nf4.py's `decode`."""
-    return nf4.decode(
-        weight.packed, decoded_absmax(weight), shape, weight.block_size, dtype, weight.codebook
-    )
+    return nf4.decode(weight._replace(absmax=decoded_absmax(weight)), shape, dtype)
 
 
 def quantize_absmax(

@@ -12,13 +12,13 @@ weight of shape (*rows, n) whose last axis holds whole blocks:
     absmax_scale    (4 * groups,)          float32 bytes, one scale for 256 codes
     absmax_offset   (4,)                   float32 bytes
 
-or `absmax_bytes` (*rows, 4 * n/block_size) instead of the last three without double quantisation;
-flat where blocks run over the ends of rows.  `codebook_bytes` (64,) is there only if the values are
-not NF4's: sixteen float32 of a file that somebody else wrote.  No parameter is called as what is
-decoded from it (`absmax`, `codebook`): offloading reads parameters by name.
+Without double quantisation `absmax_bytes` (*rows, 4 * n/block_size) replaces the last three.  Where
+blocks run over the ends of rows, codes and scales are flat.  `codebook_bytes` (64,) is there only
+if a file came with sixteen float32 values that are not NF4's.  Parameters do not have the names of
+what is decoded from them (`absmax`, `codebook`), since offloading reads parameters by name.
 
-Which layers become 4-bit is the caller's choice.  minipeft.quantize_model leaves the output head
-dense: its errors go into every token's scores with no layer after it, and its weight is often the
+The caller chooses which layers become 4-bit.  minipeft.quantize_model leaves the output head dense:
+no layer comes after it to make up for errors in the scores of tokens, and its weight is often the
 embedding's too.  Read next: prefix.py.
 """
 
@@ -39,7 +39,7 @@ from minipeft.ops import Packed
 
 
 def decode(weight: Packed, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The dense weight, of this shape."""
+    """The dense weight, of this shape, in this dtype."""
     return ops.call("dequantize_nf4", *weight, list(shape), dtype)
 
 
@@ -69,6 +69,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) ->
 
 
 def _gradient_of_grad(grad: Tensor, given: Any) -> Tensor:
+    """For second derivatives: dy W is linear in dy, and its gradient is a product with W^T."""
     return ops.call("nf4_linear", grad, *given.weight, None, given.grad[-1])
 
 
@@ -80,7 +81,7 @@ def _gradient_of_grad(grad: Tensor, given: Any) -> Tensor:
     row_arguments=1,
 )
 def input_gradient(grad: Tensor, weight: Packed, in_features: int) -> Tensor:
-    """Decode the weight, then multiply by it untransposed."""
+    """Decode the weight, then multiply by it, not transposed."""
     return grad @ decode(weight, [grad.shape[-1], in_features], grad.dtype)
 
 
@@ -91,7 +92,7 @@ def as_bytes(scales: Tensor) -> Tensor:
 
 def as_float32(stored: Tensor) -> Tensor:
     """float32 values from their bytes, without a copy where the memory is aligned."""
-    # a slice of somebody's buffer: viewing needs alignment (a compiled layer owns its parameters)
+    # a view needs alignment, which a slice of a larger buffer may lack (no compiled layer has such)
     if not torch.compiler.is_compiling() and stored.storage_offset() % 4:
         stored = stored.clone()
     return stored.view(torch.float32)
@@ -106,7 +107,7 @@ def encoded(weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Te
     """NF4 codes and scales of a weight, by the names that layers keep them under.
 
     Raises:
-        ValueError: the weight has no values, or some that cannot be quantised.
+        ValueError: the weight is on the meta device, or has values that are not finite.
     """
     if weight.is_meta:
         raise ValueError("NF4: the weight is on the meta device and has no values yet")
@@ -120,16 +121,16 @@ def encoded(weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Te
 
 
 class Quantized(TypedDict, total=False):
-    """Keywords that say how a weight is quantised: by default in blocks of 64, scales too."""
+    """Keywords that say how a weight is quantised; by default 64 and True."""
 
     block_size: int
     double_quant: bool
 
 
 class Stored(Quantized, total=False):
-    """Keywords of a layer's constructor, which leaves the codes empty.
+    """Keywords of the constructors, which leave codes empty, to be filled by a state dict.
 
-    `codebook`: the codes' values where they are not NF4's.  `dtype`: the dense weight's.
+    `codebook` has the values of the codes where they are not NF4's; `dtype` is the dense weight's.
     """
 
     codebook: Sequence[float] | None
@@ -140,8 +141,7 @@ class Stored(Quantized, total=False):
 class PackedModule(nn.Module):
     """What 4-bit layers share: the bytes of one weight of `shape`, and reading them.
 
-    `weight` is the dequantised weight in `weight_dtype`, the dtype that the dense layer had,
-    computed on read; casting the module changes that dtype and no code.
+    Casting the module changes `weight_dtype`, the dtype of the dense weight, and no code.
     """
 
     from_weight: ClassVar[Callable[..., Any]]  # of each kind of layer
@@ -179,10 +179,10 @@ class PackedModule(nn.Module):
             self.register_parameter("codebook_bytes", frozen(as_bytes(values)))
 
     def fill(self, state: dict[str, Tensor]) -> None:
-        """Take codes and scales (float32 or bytes, any shape of the right size); no copies.
+        """Take codes and scales (float32 or bytes, any shape of the right size) without a copy.
 
-        By the names of the parameters; `absmax` is `absmax_bytes`.  `codebook`: values that are not
-        NF4's.
+        `state` has them by the names of the parameters, `absmax` for `absmax_bytes`, and may have
+        the values of the codes as `codebook`.
 
         Raises:
             ValueError: a tensor is missing, or has another size.
@@ -193,9 +193,9 @@ class PackedModule(nn.Module):
         names = [name for name in self.packed_parameters() if name != "codebook_bytes"]
         if missing := [name for name in names if name not in state]:
             raise ValueError(f"{type(self).__name__}.fill: {missing} missing")
-        stored = {name: as_bytes(state[name]) for name in names}
-        for name, value in stored.items():
-            expected = self._parameters[name].shape  # type: ignore[union-attr]
+        stored = {}
+        for name in names:
+            value, expected = as_bytes(state[name]), self.get_parameter(name).shape
             if value.numel() != expected.numel():
                 raise ValueError(
                     f"{type(self).__name__}.fill: {name} takes {expected.numel()} bytes, got "
@@ -218,12 +218,12 @@ class PackedModule(nn.Module):
         """The weight as the operators take it.
 
         Raises:
-            RuntimeError: within torch.jit.trace, which has no word for bytes viewed as float32.
+            RuntimeError: within torch.jit.trace, which cannot record bytes viewed as float32.
         """
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(
                 f"{type(self).__name__}: torch.jit.trace cannot hold 4-bit layers; use "
-                "torch.export or torch.compile, or minipeft.dequantize_model before"
+                "torch.export or torch.compile, or minipeft.dequantize_model first"
             )
         stored, scale, offset = cast(dict[str, Tensor], self._parameters), None, None
         if self.double_quant:
@@ -273,13 +273,13 @@ class PackedModule(nn.Module):
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=device)).dtype
         return self
 
-    def settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         """The keywords with which `from_weight` makes a layer like this one."""
         return {"block_size": self.block_size, "double_quant": self.double_quant}
 
     def requantized(self, weight: Tensor) -> "PackedModule":
         """A layer like this one with the codes of another weight, in NF4."""
-        layer: PackedModule = self.from_weight(weight.float(), **self.settings())
+        layer: PackedModule = self.from_weight(weight.float(), **self._settings())
         layer.weight_dtype = self.weight_dtype
         return layer.train(self.training)
 
@@ -304,10 +304,10 @@ class PackedModule(nn.Module):
 class NF4Linear(PackedModule):
     """A linear layer with a frozen NF4 weight, double-quantised unless told otherwise.
 
-    Made by `from_linear`; the constructor leaves the codes empty, to be filled by a state dict.
-    Output dtype = input dtype (autocast's under autocast); `compute_dtype` asks for another
-    dtype of the product inside.  `weight` is the dequantised weight in the dtype that the linear
-    layer had, computed on read; casting the module changes that dtype and no code.
+    Made by `from_linear` (keywords `block_size=64`, `double_quant=True`).  The output has the
+    input's dtype, or autocast's under autocast; `compute_dtype` is another one for the product
+    inside.  `weight` is the dequantised weight in the dtype that the linear layer had, computed on
+    read; casting the module changes that dtype and no code.
 
     Source of the format: QLoRA (Dettmers et al. 2023), section 3; the bytes are bitsandbytes'.
     """
@@ -337,14 +337,14 @@ class NF4Linear(PackedModule):
         linear: nn.Module,
         *,
         compute_dtype: torch.dtype | None = None,
-        **nf4: Unpack[Quantized],
+        **settings: Unpack[Quantized],
     ) -> "NF4Linear":
         """The same layer with its weight rounded to NF4; the bias is shared, and frozen.
 
         Raises:
             TypeError: not a module.
-            ValueError: not an nn.Linear, or a subclass that computes something else than
-                x W^T + b (it would be lost; LoRA can wrap it); weights that cannot be quantised.
+            ValueError: not an nn.Linear, a subclass that computes something else than x W^T + b,
+                which would be lost (LoRA can wrap it), or weights that cannot be quantised.
         """
         if not isinstance(linear, nn.Module):
             raise TypeError(f"NF4Linear: expected a module, got {type(linear).__name__}")
@@ -356,7 +356,7 @@ class NF4Linear(PackedModule):
                 "(LoRA can wrap it), or name the class in quantize_model(also=...) if you know "
                 "better"
             )
-        layer = cls.from_weight(linear.weight, linear.bias, compute_dtype=compute_dtype, **nf4)
+        layer = cls.from_weight(linear.weight, linear.bias, compute_dtype=compute_dtype, **settings)
         return layer.train(linear.training)
 
     @classmethod
@@ -367,22 +367,21 @@ class NF4Linear(PackedModule):
         bias: Tensor | None = None,
         *,
         compute_dtype: torch.dtype | None = None,
-        **nf4: Unpack[Quantized],
+        **settings: Unpack[Quantized],
     ) -> "NF4Linear":
         """A layer that computes x W^T + bias with `weight`, (out_features, in_features), in NF4."""
         out_features, in_features = weight.shape
         layer = cls(
             in_features, out_features, bias=False, compute_dtype=compute_dtype,
-            dtype=weight.dtype, device="meta", **nf4,
+            dtype=weight.dtype, device="meta", **settings,
         )  # fmt: skip
         if bias is not None:
             layer.bias = frozen(bias.detach())
         layer.fill(encoded(weight, layer.block_size, layer.double_quant))
         return layer
 
-    def settings(self) -> dict[str, Any]:
-        """The keywords with which `from_weight` makes a layer like this one; the bias is shared."""
-        return super().settings() | {"bias": self.bias, "compute_dtype": self.compute_dtype}
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"bias": self.bias, "compute_dtype": self.compute_dtype}
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:

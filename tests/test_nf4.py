@@ -157,8 +157,8 @@ def test_the_plain_functions_equal_the_fast_ones_in_every_bit(w, block_size, own
         assert torch.equal(plain, quick)
     codebook = torch.tensor(FP4_CODEBOOK) if own_codebook else None
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        plain = nf4.decode(packed, absmax, list(w.shape), block_size, dtype, codebook)
         weight = Packed(packed, absmax, block_size, codebook=codebook)
+        plain = nf4.decode(weight, list(w.shape), dtype)
         quick = fast.dequantize(weight, list(w.shape), dtype)
         # as bytes: minus zero is not zero
         assert torch.equal(plain.view(torch.uint8), quick.view(torch.uint8))

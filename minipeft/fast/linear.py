@@ -1,7 +1,7 @@
-"""The product with a 4-bit weight in panels: a part of the weight is decoded, and multiplied.
+"""The product with a 4-bit weight in panels: a part of the weight is decoded, then multiplied.
 
-The plain products of qlora.py decode the whole weight first.  Products of 16 bits are float32's on
-a CPU that has none (products.py).
+The plain products of qlora.py decode the whole weight first.  On a CPU without 16-bit products
+these compute in float32 (adapters/products.py).
 """
 
 import torch

@@ -19,11 +19,11 @@ _BINS = 4096  # of the encoding table; the narrowest gap between midpoints is 33
 
 @functools.cache
 def _encoding_table(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Per bin of [-1, 1]: the code at its lower edge, and the midpoint above that code.
+    """For each bin of [-1, 1]: the code at its lower edge, and the midpoint above that code.
 
     A bin is narrower than any gap between midpoints, so one comparison with that midpoint gives
-    the code.  The edge is taken 1e-6 lower, since computing a bin's number in float32 is off by
-    up to 2e-7 of [-1, 1]: a value is never in a bin whose lower code is already too high.
+    the code.  A bin's number is computed in float32 and off by up to 2e-7, so edges are taken 1e-6
+    lower: the code at the edge is then never above that of a value in the bin.
     """
     values = torch.tensor(NF4_CODEBOOK, dtype=torch.float32)
     midpoints = (values[1:] + values[:-1]) / 2
@@ -51,10 +51,10 @@ def pairs_of(weight: Packed) -> Tensor:
 
 
 def chunk_elements(device: torch.device) -> int:
-    """Weights to work on at a time.
+    """How many weights to work on at a time.
 
-    On a CPU the float32 temporaries of a chunk stay in a core's cache; elsewhere launches are
-    few and temporaries below 64 MiB.
+    On a CPU the float32 temporaries of a chunk stay in a core's cache.  On other devices chunks are
+    larger, for few launches, and temporaries still below 64 MiB.
     """
     return 2**17 if device.type == "cpu" else 2**21
 
@@ -85,7 +85,7 @@ def _encode(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _flat_range(w: Tensor, first: int, last: int) -> Tensor:
-    """w.flatten()[first:last]; of a tensor that is not contiguous only the rows it takes."""
+    """w.flatten()[first:last]; if w is not contiguous, only the rows in this range are copied."""
     while w.dim() > 1 and not w.is_contiguous():
         row = w[0].numel()
         top, bottom = first // row, max(first // row + 1, math.ceil(last / row))

@@ -32,7 +32,7 @@ class NF4Conv1D(NF4Linear):
         linear: nn.Module,
         *,
         compute_dtype: torch.dtype | None = None,
-        **nf4: Unpack[Quantized],
+        **settings: Unpack[Quantized],
     ) -> "NF4Conv1D":
         """The same layer with its transposed weight rounded to NF4; the bias is shared, frozen."""
         if not is_conv1d(linear) or type(linear).__name__ != "Conv1D":
@@ -41,7 +41,7 @@ class NF4Conv1D(NF4Linear):
                 "nn.Linear"
             )
         weight, bias = cast(Tensor, linear.weight), cast(Tensor | None, linear.bias)
-        made = cls.from_weight(weight.T, bias, compute_dtype=compute_dtype, **nf4)
+        made = cls.from_weight(weight.T, bias, compute_dtype=compute_dtype, **settings)
         layer = cast(NF4Conv1D, made)
         layer.dense_class = type(linear)
         return layer.train(linear.training)

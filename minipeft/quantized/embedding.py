@@ -38,9 +38,9 @@ def embedding(
 class NF4Embedding(PackedModule):
     """An embedding table with frozen NF4 codes, double-quantised unless told otherwise.
 
-    Made by `from_embedding`; the constructor leaves the codes empty, to be filled by a state
-    dict.  Takes row numbers of any shape, gives (*shape, embedding_dim) in `weight_dtype`, the
-    dtype that the table had (it follows `.half()` and `.to(dtype)` as the table's would).
+    Made by `from_embedding` (keywords `block_size=64`, `double_quant=True`).  Takes row numbers of
+    any shape, gives (*shape, embedding_dim) in `weight_dtype`, the dtype that the table had (it
+    follows `.half()` and `.to(dtype)` as the table's would).
 
     Raises:
         IndexError: a row number below 0 or beyond the table (on a CPU; elsewhere as nn.Embedding).
@@ -58,13 +58,13 @@ class NF4Embedding(PackedModule):
         self.padding_idx = padding_idx
 
     @classmethod
-    def from_embedding(cls, embedding: nn.Module, **nf4: Unpack[Quantized]) -> "NF4Embedding":
+    def from_embedding(cls, embedding: nn.Module, **settings: Unpack[Quantized]) -> "NF4Embedding":
         """The same table rounded to NF4.
 
         Raises:
             TypeError: not a module.
-            ValueError: no nn.Embedding, a subclass that gives something else than rows of its
-                table, one with `max_norm` (it rescales rows in forward); weights that cannot be
+            ValueError: not an nn.Embedding, a subclass that gives something else than rows of its
+                table, one with `max_norm` (it rescales rows in forward), or weights that cannot be
                 quantised.
         """
         if not isinstance(embedding, nn.Module):
@@ -78,23 +78,22 @@ class NF4Embedding(PackedModule):
             raise ValueError(
                 f"NF4Embedding: {reason}; leave it dense (codes give rows of the table, no more)"
             )
-        layer = cls.from_weight(embedding.weight, embedding.padding_idx, **nf4)
+        layer = cls.from_weight(embedding.weight, embedding.padding_idx, **settings)
         return layer.train(embedding.training)
 
     @classmethod
     @torch.inference_mode(False)
     def from_weight(
-        cls, weight: Tensor, padding_idx: int | None = None, **nf4: Unpack[Quantized]
+        cls, weight: Tensor, padding_idx: int | None = None, **settings: Unpack[Quantized]
     ) -> "NF4Embedding":
         """An embedding whose table is `weight`, (num_embeddings, embedding_dim), in NF4."""
         rows, dim = weight.shape
-        layer = cls(rows, dim, padding_idx, dtype=weight.dtype, device="meta", **nf4)
+        layer = cls(rows, dim, padding_idx, dtype=weight.dtype, device="meta", **settings)
         layer.fill(encoded(weight, layer.block_size, layer.double_quant))
         return layer
 
-    def settings(self) -> dict[str, Any]:
-        """The keywords with which `from_weight` makes a layer like this one."""
-        return super().settings() | {"padding_idx": self.padding_idx}
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"padding_idx": self.padding_idx}
 
     def forward(self, rows: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape embedding_dim"]:
         return ops.call("nf4_embedding", rows, *self.state(), *self.shape, self.weight_dtype)

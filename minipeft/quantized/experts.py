@@ -84,7 +84,7 @@ class NF4Experts(PackedModule):
         weight: Float[Tensor, "n_experts out_features in_features"],
         *,
         compute_dtype: torch.dtype | None = None,
-        **nf4: Unpack[Quantized],
+        **settings: Unpack[Quantized],
     ) -> "NF4Experts":
         """The experts of a 3-D weight, rounded to NF4.
 
@@ -95,14 +95,13 @@ class NF4Experts(PackedModule):
         n_experts, out_features, in_features = weight.shape
         layer = cls(
             n_experts, out_features, in_features, compute_dtype=compute_dtype,
-            dtype=weight.dtype, device="meta", **nf4,
+            dtype=weight.dtype, device="meta", **settings,
         )  # fmt: skip
         layer.fill(encoded(weight, layer.block_size, layer.double_quant))
         return layer
 
-    def settings(self) -> dict[str, Any]:
-        """The keywords with which `from_weight` makes a layer like this one."""
-        return super().settings() | {"compute_dtype": self.compute_dtype}
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"compute_dtype": self.compute_dtype}
 
     def __getitem__(
         self, expert: int | Int[Tensor, ""]
