@@ -8,8 +8,7 @@ copies of what it multiplies.  Elsewhere they are torch's own products.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 
 def _multiplied_by(name: str) -> bool:
-    """What oneDNN says of this CPU; False where this build of torch cannot be asked."""
+    """Whether oneDNN multiplies this dtype on this CPU; False if this build of torch cannot say."""
     try:
         return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
     except (AttributeError, RuntimeError):
@@ -38,18 +37,12 @@ class SlowProductsWarning(UserWarning):
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch multiplies matrices of this dtype by a plain loop there."""
+    """Whether torch multiplies matrices of this dtype on this device by a plain loop."""
     return dtype in SLOW_ON_CPU and device.type == "cpu"
 
 
 # asked once: a layer's forward is short
 _HAS_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta")}
-
-
-@contextmanager
-def _autocast_off(device_type: str) -> Iterator[None]:
-    with torch.autocast(device_type, enabled=False):
-        yield
 
 
 def autocast_is_on(device: torch.device) -> bool:
@@ -70,7 +63,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A context in which autocast casts nothing; it costs nothing where autocast is off."""
-    return _autocast_off(device.type) if autocast_is_on(device) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -98,8 +91,8 @@ def addmm(out: Tensor, x: Tensor, y: Tensor, scaling: float) -> Tensor:
 def warn_of_dense(layer: nn.Module) -> None:
     """Warn, once in a process, if the products of this layer are slow and will stay so.
 
-    A table multiplies nothing, and codes are multiplied here.  Where there is an accelerator the
-    model may be about to move there: no warning then.
+    There is no warning of an embedding, which multiplies nothing, of codes, whose products are
+    computed here, and where there is an accelerator, to which the model may be about to move.
     """
     global _warned
     weight = next(layer.parameters())

@@ -46,7 +46,7 @@ def embedding(
     wanted = rows.reshape(-1).long()
     if wanted.device.type == "cpu":  # elsewhere it would wait for the device
         check_numbers(ROW, wanted, table_rows)
-    out = torch.empty(wanted.numel(), dim, dtype=dtype, device=wanted.device)
+    out = torch.empty(wanted.numel(), dim, dtype=dtype, device=weight.packed.device)
     if dim % weight.block_size == 0:  # rows of whole blocks
         per_row = dim // weight.block_size
         blocks = wanted[:, None] * per_row + torch.arange(per_row, device=wanted.device)
