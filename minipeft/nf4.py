@@ -19,6 +19,7 @@ Read next: double_quant.py.
 
 import functools
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -155,6 +156,20 @@ def check_block_size(caller: str, block_size: int) -> None:
         )
 
 
+def check_sizes(
+    caller: str, codes: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int, in_byte: int
+) -> None:
+    """Raise ValueError unless this is the number of codes and scales of a weight of this shape."""
+    check_block_size(caller, block_size)
+    n = math.prod(shape)
+    expected = (math.ceil(n / in_byte), math.ceil(n / block_size))
+    if (codes.numel(), absmax.numel()) != expected:
+        raise ValueError(
+            f"{caller}: shape {tuple(shape)} with block_size={block_size} takes {expected[0]} "
+            f"bytes and {expected[1]} scales; got {codes.numel()} and {absmax.numel()}"
+        )
+
+
 def check_weights(caller: str, w: object) -> None:
     """Raise unless `w` is a tensor in float32, float16 or bfloat16."""
     if not isinstance(w, Tensor):
@@ -209,15 +224,7 @@ def dequantize_nf4(
     >>> dequantize_nf4(torch.tensor([0xF0], dtype=torch.uint8), torch.tensor([2.0]), (2,))
     tensor([ 2., -2.])
     """
-    check_block_size("dequantize_nf4", block_size)
-    n = math.prod(shape)
-    expected = (math.ceil(n / 2), math.ceil(n / block_size))
-    if (packed.numel(), absmax.numel()) != expected:
-        raise ValueError(
-            f"dequantize_nf4: shape {tuple(shape)} with block_size={block_size} takes "
-            f"{expected[0]} bytes and {expected[1]} scales; got {packed.numel()} and "
-            f"{absmax.numel()}"
-        )
+    check_sizes("dequantize_nf4", packed, absmax, shape, block_size, 2)
     if packed.dtype != torch.uint8 or absmax.dtype != torch.float32:
         raise ValueError(
             f"dequantize_nf4: expected uint8 codes and float32 scales; got {packed.dtype} and "

@@ -10,7 +10,6 @@ most 16 of them two codes share a byte.  These are the types that the QLoRA pape
     Int4      -7..7, evenly spaced                      int_codebook(4)
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from minipeft.nf4 import (
     check_block_size,
     check_finite,
+    check_sizes,
     check_weights,
     pack_pairs,
     scaled_blocks,
@@ -74,14 +74,6 @@ def check_codebook(caller: str, codebook: Sequence[float]) -> tuple[float, ...]:
     return values
 
 
-@functools.lru_cache(maxsize=32)
-def _encoder(codebook: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The float32 midpoints between neighbouring values, and the code of each value, ascending."""
-    values = torch.tensor(codebook, dtype=torch.float32, device=device)
-    ascending, codes = torch.sort(values, stable=True)
-    return (ascending[1:] + ascending[:-1]) / 2, codes.to(torch.uint8)
-
-
 def quantize_blockwise(
     w: Float[Tensor, "*shape"], codebook: Sequence[float], *, block_size: int = 64
 ) -> tuple[UInt8[Tensor, " bytes"], Float32[Tensor, " n_blocks"]]:
@@ -104,10 +96,12 @@ def quantize_blockwise(
     check_weights("quantize_blockwise", w)
     check_block_size("quantize_blockwise", block_size)
     values = check_codebook("quantize_blockwise", codebook)
-    midpoints, code_of = _encoder(values, w.device)
+    table = torch.tensor(values, dtype=torch.float32, device=w.device)
+    ascending, code_of = torch.sort(table, stable=True)
+    midpoints = (ascending[1:] + ascending[:-1]) / 2
     scaled, absmax = scaled_blocks(w.detach().flatten(), block_size)
     check_finite("quantize_blockwise", w, absmax)
-    codes = code_of[torch.bucketize(scaled.flatten(), midpoints, out_int32=True)]
+    codes = code_of.to(torch.uint8)[torch.bucketize(scaled.flatten(), midpoints, out_int32=True)]
     if len(values) > 16:
         return codes[: w.numel()], absmax
     return pack_pairs(codes)[: math.ceil(w.numel() / 2)], absmax
@@ -129,14 +123,8 @@ def dequantize_blockwise(
             beyond the codebook.
     """
     values = check_codebook("dequantize_blockwise", codebook)
-    check_block_size("dequantize_blockwise", block_size)
     n, in_byte = math.prod(shape), 2 if len(values) <= 16 else 1
-    expected = (math.ceil(n / in_byte), math.ceil(n / block_size))
-    if (codes.numel(), absmax.numel()) != expected:
-        raise ValueError(
-            f"dequantize_blockwise: shape {tuple(shape)} takes {expected[0]} bytes and "
-            f"{expected[1]} scales; got {codes.numel()} and {absmax.numel()}"
-        )
+    check_sizes("dequantize_blockwise", codes, absmax, shape, block_size, in_byte)
     numbers = (unpack_pairs(codes) if in_byte == 2 else codes)[:n].int()
     if n and (largest := int(numbers.max())) >= len(values):
         raise ValueError(f"dequantize_blockwise: code {largest} in a codebook of {len(values)}")
