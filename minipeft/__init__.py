@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 import torch  # first: from a deeper frame its import takes 0.1 s longer (measured)
 
 from minipeft import inject as _inject
+from minipeft.adapters.products import SlowProductsWarning
 from minipeft.adapters.state import (
     adapter_parameters,
     adapter_state_dict,
@@ -16,7 +17,6 @@ from minipeft.adapters.state import (
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
 from minipeft.fast import derivatives as _derivatives
 from minipeft.fast import flops as _flops
-from minipeft.fast.products import SlowProductsWarning
 from minipeft.inject import freeze, inject
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from minipeft.ops import product_dtype, without_autocast
+from minipeft.adapters.products import product_dtype, without_autocast
 from minipeft.prefix import check_prefix, check_tokens, joined_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -8,7 +8,7 @@ All that the library leaves outside its own layers, why, and who takes it off (a
 model before and after, tests/test_hidden_state.py):
 
 For the whole process
-    torch.ops.minipeft, ops._table, ops._loaded     the operators and what computes them; stay
+    torch.ops.minipeft, ops.OPERATORS               the operators and what computes them; stay
     torch's flop counter, sys.meta_path             counts our products (fast/flops.py); the finder
                                                     goes once the counter is imported
     inject.after_swap                               who is told of a changed model: buffers.release,

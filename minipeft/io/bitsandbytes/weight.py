@@ -113,7 +113,7 @@ def entries(
         raise ValueError(f"{name}: bitsandbytes has no data type with this codebook; dequantise it")
     if quant_storage not in (torch.uint8, *DTYPES.values()):
         raise ValueError(f"{name}: quant_storage={quant_storage}; uint8 or a float dtype")
-    packed, absmax, scale, offset, _ = layer.state()
+    packed, absmax, _, scale, offset, _ = layer.state()
     if packed.numel() % quant_storage.itemsize:
         raise ValueError(
             f"{name}: {packed.numel()} bytes of codes do not fill elements of {quant_storage}; use "
