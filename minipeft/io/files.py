@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from minipeft.io.header import digest, metadata_with
@@ -67,3 +68,28 @@ def read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     with Reader([path]) as reader:
         return {name: reader.view(name) for name in reader.specs}, reader.metadata[path]
+
+
+def check_values(where: object, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Check a file's tensors against the tensors that they are to fill, before anything changes.
+
+    Raises:
+        ValueError: a name is missing or unexpected; another shape or kind of numbers, floats of 8
+            bits, NaN or Inf, or a value that is so in the dtype of its place (float32 at least).
+    """
+    if wrong := sorted(found.keys() ^ own.keys()):
+        how = "unexpected" if wrong[0] in found else "missing"
+        raise ValueError(f"{where}: {wrong[0]:.80} is {how} ({len(wrong)} such names in all)")
+    for name, value in found.items():
+        place = own[name]
+        floats = place.is_floating_point()
+        fits = value.is_floating_point() == floats and not (floats and value.element_size() < 2)
+        if not fits or value.shape != place.shape:
+            raise ValueError(
+                f"{where}: {name} is {value.dtype} of shape {tuple(value.shape)}; expected "
+                f"{'floats of 16 bits or more' if floats else place.dtype} of shape "
+                f"{tuple(place.shape)}"
+            )
+        wide = torch.promote_types(place.dtype, torch.float32) if floats else place.dtype
+        if not bool(value.to(wide).isfinite().all()):
+            raise ValueError(f"{where}: {name} holds NaN or Inf, or what is so in {wide}")

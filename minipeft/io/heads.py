@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import adapters_called
 from minipeft.adapters.protocol import innermost, is_adapter
+from minipeft.io.files import check_values
 from minipeft.layers.trained import TrainedModule
 
 Heads = dict[str, dict[str, Tensor]]  # module name: its state
@@ -61,24 +62,13 @@ def check_heads(caller: str, model: nn.Module, heads: Heads) -> list[str]:
     """
     for place, own in heads.items():
         module = _module(caller, model, place)
-        state = module.state_dict()
-        if state.keys() != own.keys():
-            wrong = sorted(state.keys() ^ own.keys())
-            raise ValueError(f"{caller}: head {place!r}: missing or unexpected {wrong[:3]}")
+        state, where = module.state_dict(), f"{caller}: head {place!r}"
+        check_values(where, own, state)
         shared: dict[int, str] = {}
         for key, value in own.items():
-            mine = state[key]
-            if value.shape != mine.shape or value.is_floating_point() != mine.is_floating_point():
-                raise ValueError(
-                    f"{caller}: {place}.{key} is {value.dtype} {tuple(value.shape)}; the model's "
-                    f"is {mine.dtype} {tuple(mine.shape)}"
-                )
-            # a copy is float32 over any base: what is beyond float16 is refused when merged
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise ValueError(f"{caller}: {place}.{key} holds NaN or Inf")
-            first = shared.setdefault(mine.data_ptr(), key)
+            first = shared.setdefault(state[key].data_ptr(), key)
             if first != key and not torch.equal(own[first], value):
-                raise ValueError(f"{caller}: {place}: {first} and {key} are one, and differ")
+                raise ValueError(f"{where}: {first} and {key} are one, and differ")
     return list(heads)
 
 

@@ -15,6 +15,7 @@ from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, visible_modules
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
 from minipeft.inject import check_model, freeze, restoring, swap
+from minipeft.io.files import check_values
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, read_config
 from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.folder import read_weights, refuse_pickle
@@ -212,13 +213,10 @@ class _Builder:
         if name in self.found.in_attention:
             raise ValueError(f"load_peft: the bias of {name!r} lies inside nn.MultiheadAttention")
         layer = TrainedBias(self.top(name))
-        where, bias = f"{WEIGHTS_NAME}: {name}.bias", stored_parameter(
+        where, bias = f"{WEIGHTS_NAME}: {name}", stored_parameter(
             "load_peft", innermost(layer), "bias"
         )  # fmt: skip
-        if value.shape != bias.shape or not value.is_floating_point():
-            raise ValueError(
-                f"{where}: {value.dtype} {tuple(value.shape)}; expected {tuple(bias.shape)}"
-            )
+        check_values(where, {"bias": value}, {"bias": bias})
         delta = value.to(bias.device, torch.float32) - bias.float()
         copy_into(where, layer, {"bias_delta": delta})
         self.made[name] = layer
@@ -231,16 +229,9 @@ class _Builder:
         own = {inner.get(key, f"copy.{key}"): value for key, value in values.items()}
         buffers = {f"copy.{key}": value for key, value in layer.copy.named_buffers()}
         given = {key: own.pop(key) for key in list(own) if key in buffers}
-        for key, value in given.items():  # running means: older files lack them
-            if value.shape != buffers[key].shape or not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"{where}: {key} has shape {tuple(value.shape)}, expected "
-                    f"{tuple(buffers[key].shape)} and finite numbers"
-                )
-        if unknown := own.keys() - layer.adapter_parameters().keys():
-            raise ValueError(f"{where}: {sorted(unknown)[0]} is no parameter of the module")
-        if lost := layer.adapter_parameters().keys() - own.keys():
-            raise ValueError(f"{where}: {sorted(lost)[0].removeprefix('copy.')} is missing")
+        # running means: older files lack them
+        check_values(where, given, {key: buffers[key] for key in given})
+        check_values(where, own, layer.adapter_parameters())
         copy_into(where, layer, own)
         for key, value in given.items():
             buffers[key].copy_(value)

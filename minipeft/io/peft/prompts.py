@@ -25,7 +25,7 @@ from minipeft.io.heads import (
 )
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.prefixes.load import check_prompt_size, encoder_of_table
-from minipeft.io.prefixes.save import has_more_than_prefix, with_values
+from minipeft.io.prefixes.save import has_more_than_prefix, prefix_of, with_values
 from minipeft.io.replace import current
 from minipeft.io.seal import read_sealed
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
@@ -170,24 +170,6 @@ def _heads_in(
     return {p: own for p, own in heads.items() if p not in unknown}, unknown
 
 
-def prompt_in(model: nn.Module, name: str) -> Any:
-    """The prefix or prompt of the adapter called `name`, None if it has none.
-
-    Raises:
-        ValueError: it has LoRA layers too, for which PEFT's format has no place.
-    """
-    prefix = getattr(model, NAME, None)
-    if not isinstance(prefix, Prefix) or name not in prefix.encoders:
-        return None
-    if has_more_than_prefix(model, name):
-        raise CannotExpress(
-            f"save_peft: the adapter {name!r} is a prefix and other layers, and PEFT's format "
-            "holds one kind: attach the prefix under a name of its own, or write it by "
-            "io.prefixes.save_prefix and the rest by save_peft(..., beside_prefix=True)"
-        )
-    return prefix.encoders[name]
-
-
 class CannotExpress(ValueError):
     """PEFT's format cannot express this adapter."""
 
@@ -201,9 +183,15 @@ def describe_prompts(
 
     Raises:
         CannotExpress: positions that are not shifted, a prefix that a sliding window does not
-            hide, gates, layers of different shapes, an encoder-decoder.
+            hide, gates, layers of different shapes, an encoder-decoder; LoRA of the same name.
     """
-    prefix, encoder = getattr(model, NAME), prompt_in(model, name)
+    if has_more_than_prefix(model, name):
+        raise CannotExpress(
+            f"save_peft: the adapter {name!r} is a prefix and other layers, and PEFT's format "
+            "holds one kind: attach the prefix under a name of its own, or write both by "
+            "model.save_pretrained"
+        )
+    prefix, encoder = prefix_of("save_peft", model, name)
 
     def refuse(why: str) -> CannotExpress:
         return CannotExpress(

@@ -18,10 +18,10 @@ from minipeft.adapters.targets import matches, visible_modules
 from minipeft.io.files import check_writable
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
-from minipeft.io.peft.prompts import describe_prompts, prompt_in
+from minipeft.io.peft.prompts import describe_prompts
 from minipeft.io.peft.tensors import lora_biases, written, written_experts
 from minipeft.io.peft.training import described, half
-from minipeft.io.prefixes.save import gathered_by_id, is_prompt
+from minipeft.io.prefixes.save import gathered_by_id, has_prefix, is_prompt
 from minipeft.io.replace import Replacement
 from minipeft.io.seal import stage
 from minipeft.layers.bias import LoRABias
@@ -264,7 +264,6 @@ def save_peft(
     *,
     name: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
-    beside_prefix: bool = False,
 ) -> list[str]:
     """Save the model's adapters in PEFT's format; returns the names of their modules.
 
@@ -273,9 +272,9 @@ def save_peft(
     each tensor) and adapter_config.json.  The same whether merged or not; the runtime factor of
     `scale_adapters` is not part of an adapter and is not saved.  An initialisation that subtracts
     its start is written as the plain LoRA of twice the rank that it is.  `state_dict` gives values
-    gathered elsewhere (a sharded model's), under the model's own names.  `beside_prefix` leaves out
-    prefixes and prompts: they are written by io.prefixes.save_prefix.  No name that is written or
-    returned has what torch wraps around modules in it (torch.compile, DDP, checkpointing).
+    gathered elsewhere (a sharded model's), under the model's own names.  No name that is
+    written or returned has what torch wraps around modules in it (torch.compile, DDP,
+    checkpointing).
 
     All files are of one save: whenever it dies, every adapter is the old one, or the new one, or,
     in a new folder, one that load_peft refuses; io/replace.py says what others see.  What training
@@ -293,32 +292,28 @@ def save_peft(
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_peft: expected a module, got {type(model).__name__}")
     names = list(named(model)) if name is None else [name]
-    found = describe(model, names, gathered_by_id(model, state_dict or {}),
-                     beside_prefix=beside_prefix)  # fmt: skip
+    found = describe(model, names, gathered_by_id(model, state_dict or {}))
     with Replacement(Path(path)) as unit:
         for adapter, own in found.items():
-            stage_adapter(unit, "" if name is not None or adapter == DEFAULT else adapter, own)
+            folder = "" if name is not None or adapter == DEFAULT else f"{adapter}/"
+            files = f"{folder}{CONFIG_NAME}", f"{folder}{WEIGHTS_NAME}"
+            stage(unit, files, own.config, own.tensors, own.training)
     return list(dict.fromkeys(place for own in found.values() for place in own.modules))
 
 
-def stage_adapter(unit: Replacement, folder: str, adapter: Described) -> None:
-    """Write an adapter's files among those that are replaced as one; folder "": the unit's own."""
-    inside = f"{folder}/" if folder else ""
-    names = f"{inside}{CONFIG_NAME}", f"{inside}{WEIGHTS_NAME}"
-    stage(unit, names, adapter.config, adapter.tensors, adapter.training)
-
-
 def describe(
-    model: nn.Module, names: list[str], gathered: Mapping[int, Tensor], *, beside_prefix: bool
-) -> dict[str, Described]:
-    """What to write of each of these adapters; arguments and errors as of save_peft.
+    model: nn.Module, names: list[str], gathered: Mapping[int, Tensor], *,
+    beside_prefix: bool = False,
+) -> dict[str, Described]:  # fmt: skip
+    """What to write of each of these adapters; errors as of save_peft.
 
-    `gathered` maps the id of a parameter to the values to write in its place.
+    `gathered` maps the id of a parameter to the values to write in its place.  `beside_prefix`
+    leaves out prefixes and prompts.
     """
     found: dict[str, Described] = {}
     for name in names:
         places = PlainNames(model).by_plain(adapters_called("save_peft", model, name))
-        if not beside_prefix and prompt_in(model, name) is not None:
+        if not beside_prefix and has_prefix(model, name):
             found[name] = Described(*describe_prompts(model, name, gathered), list(places))
             continue
         own = _collect(model, name, beside_prefix=beside_prefix)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost, linear_shape
+from minipeft.io.files import check_values
 from minipeft.io.peft.keys import Key
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv, full_from_grouped, grouped_from_full
@@ -237,21 +238,9 @@ def copy_into(where: str, layer: nn.Module, values: Mapping[str, Tensor]) -> Non
         ValueError: another shape or dtype, NaN or Inf, or a layer on the meta device.
     """
     own = layer.adapter_parameters()  # type: ignore[operator]
-    for name, value in values.items():
-        target = own[name]
-        if target.is_meta:
-            raise ValueError(f"{where}: is on the meta device; load the base model's weights first")
-        if not value.is_floating_point() or value.element_size() < 2:
-            raise ValueError(
-                f"{where}: {name} is {value.dtype}; expected floats of 16 bits or more"
-            )
-        if value.shape != target.shape:
-            raise ValueError(
-                f"{where}: {name} has shape {tuple(value.shape)}; the model and the configuration "
-                f"ask for {tuple(target.shape)}"
-            )
-        if not bool(value.to(target.dtype).isfinite().all()):
-            raise ValueError(f"{where}: {name} holds NaN or Inf, or what is so in {target.dtype}")
+    if any(own[name].is_meta for name in values):
+        raise ValueError(f"{where}: is on the meta device; load the base model's weights first")
+    check_values(where, values, {name: own[name] for name in values})
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)

@@ -3,9 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from minipeft.io import fields
 from minipeft.io.fields import NAMES, TEXT, Kind, list_of, optional, whole
 from minipeft.io.replace import current
+from minipeft.layers.prompt import PromptEncoder
+from minipeft.prefix import PrefixEncoder
 
 CONFIG_NAME, WEIGHTS_NAME = "prefix_config.json", "prefix.safetensors"
 _LARGEST_SIZE, _MOST_LAYERS = 2**24, 2**12
@@ -40,12 +44,6 @@ _FIELDS = {
     "network": TEXT,
 }
 _NEEDED = ("format", "kind", "prefix_length", "kv_shapes", "locations", "position", "window")
-_NEEDED_SIZES = {
-    "encoder": (),
-    "prefix": (),
-    "prompt": ("embedding_dim",),
-    "prompt_encoder": ("embedding_dim",),
-}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -62,11 +60,24 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     config: dict[str, Any] = {"heads": [], **fields.read_object(path)}
     fields.check(str(path), config, _FIELDS, _NEEDED)
-    for key in _NEEDED_SIZES[config["kind"]]:
-        if config.get(key) is None:
-            raise ValueError(f"{path}: {key} is None, expected {_FIELDS[key].expected}")
+    if config["kind"].startswith("prompt") and config.get("embedding_dim") is None:
+        raise ValueError(f"{path}: embedding_dim is None, expected {_SIZE.expected}")
     if len(config["locations"]) != len(config["kv_shapes"]):
         raise ValueError(
             f"{path}: locations is {config['locations']!r:.80}, expected a name for each layer"
         )
     return config
+
+
+def tensors_of(module: nn.Module, *, folded: bool) -> dict[str, Tensor]:
+    """The tensors of an encoder or of a prompt's source, by their names in prefix.safetensors.
+
+    `folded`: what an MLP produces in place of the MLP.
+    """
+    state = module.state_dict()
+    if isinstance(module, PrefixEncoder) and folded:
+        gates = {key: value for key, value in state.items() if key.startswith("gates.")}
+        return {"flat": module.flat().detach(), **gates}
+    if isinstance(module, PromptEncoder) and folded:
+        state = module.bake().state_dict()
+    return {f"encoder.{key}": value for key, value in state.items()}

@@ -13,7 +13,7 @@ from minipeft.adapters.names import DEFAULT, adapters_called
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
 from minipeft.io.files import check_writable
 from minipeft.io.heads import head_tensors
-from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME
+from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME, tensors_of
 from minipeft.io.replace import Replacement
 from minipeft.io.seal import stage
 from minipeft.layers.prompt import PromptEncoder
@@ -39,16 +39,6 @@ def has_prefix(model: nn.Module, name: str) -> bool:
     """Whether the adapter called `name` has a prefix or prompt."""
     prefix = getattr(model, NAME, None)
     return isinstance(prefix, Prefix) and name in prefix.encoders
-
-
-def loses_in_peft(model: nn.Module, name: str) -> bool:
-    """Whether PEFT's format, which keeps a folded table, lacks what further training needs."""
-    if not has_prefix(model, name):
-        return False
-    encoder = prefix_of("save_prefix", model, name)[1]
-    if isinstance(encoder, PrefixEncoder):
-        return encoder.hidden is not None or encoder.frozen > 0
-    return isinstance(encoder.source, PromptEncoder)
 
 
 def is_prompt(place: str) -> bool:
@@ -160,25 +150,16 @@ def _described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], d
         }  # fmt: skip
         if reparametrization and encoder.hidden is not None:
             sizes = {"hidden": encoder.hidden, "embedding_dim": encoder.embedding.shape[1]}
-            return {**settings, **sizes}, _encoder_tensors(encoder)
-        gates = (
-            {f"gates.{i}": gate for i, gate in enumerate(encoder.gates)} if encoder.gated else {}
-        )
-        return settings, {"flat": encoder.flat().detach(), **gates}
+            return {**settings, **sizes}, tensors_of(encoder, folded=False)
+        return settings, tensors_of(encoder, folded=True)
     source = encoder.source
     settings = {"prefix_length": source.prompt_length, "embedding_dim": source.embedding_dim}
-    if isinstance(source, PromptEncoder):
-        if not reparametrization:
-            return {**settings, "kind": "prompt"}, {"encoder.table": source.bake().table.detach()}
+    if isinstance(source, PromptEncoder) and reparametrization:
         lstm = getattr(source, "lstm", None)
         more = {
             "kind": "prompt_encoder", "hidden": source.hidden, "network": source.kind,
             "lstm_layers": 2 if lstm is None else lstm.num_layers,
             "dropout": 0.0 if lstm is None else lstm.dropout,
         }  # fmt: skip
-        return {**settings, **more}, _encoder_tensors(source)
-    return {**settings, "kind": "prompt"}, _encoder_tensors(source)
-
-
-def _encoder_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {f"encoder.{name}": value for name, value in module.state_dict().items()}
+        return {**settings, **more}, tensors_of(source, folded=False)
+    return {**settings, "kind": "prompt"}, tensors_of(source, folded=True)
