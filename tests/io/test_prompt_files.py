@@ -508,7 +508,7 @@ def test_tensors_that_a_prefix_cannot_hold_are_refused(tmp_path):
                 torch.ones(P, 96) + 0j):  # fmt: skip
         write_tensors(tmp_path / "prefix.safetensors", {"flat": bad})
         with pytest.raises(
-            ValueError, match="NaN or Inf|expected floats of 16 bits|C64, which is not"
+            ValueError, match=r"NaN or Inf|expected floats of 16 bits|C64, which is not"
         ):
             prefixes.load_prefix(Case("LLaMA").model, tmp_path)
     with torch.no_grad():
