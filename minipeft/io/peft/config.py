@@ -83,7 +83,8 @@ _IN_OBJECTS = {
 _NUMBERS = ("r", "lora_alpha", "lora_dropout")  # null is refused, not passed over as unused
 
 # peft_type: what is read here, LoRA and the prompt-learning kinds
-READ_KINDS = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+PROMPT_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+READ_KINDS = ("LORA", *PROMPT_KINDS)
 
 # Fields that change what is computed or saved in ways that no layer here has.  They may be absent
 # or hold a value that means "off" (None, False, empty).
@@ -155,12 +156,11 @@ def _check_layers(config: Mapping[str, object], where: str) -> None:
         )
 
 
-def read_config(path: Path, *, strict: bool = True) -> LoRAConfig:
-    """Read and check adapter_config.json.
+def read_content(path: Path) -> dict[str, object]:
+    """The fields of adapter_config.json, not checked yet.
 
     Raises:
-        ValueError: no such file, no JSON, another kind of adapter, a field with a value that no
-            layer here has, or with `strict` an unknown field that is switched on (each named).
+        ValueError: no such file, or as of fields.read_object.
     """
     if not current(path).is_file():
         hint = "; it holds a prefix_config.json: use io.prefixes.load_prefix"
@@ -168,7 +168,17 @@ def read_config(path: Path, *, strict: bool = True) -> LoRAConfig:
             f"{path}: no such file; expected a directory that PEFT or save_peft wrote"
             f"{hint if (path.parent / 'prefix_config.json').is_file() else ''}"
         )
-    content, where = fields.read_object(path), path.name
+    return fields.read_object(path)
+
+
+def checked(content: dict[str, object], *, strict: bool = True) -> LoRAConfig:
+    """What the content of adapter_config.json says, each field checked.
+
+    Raises:
+        ValueError: another kind of adapter, a field with a value that no layer here has, or with
+            `strict` an unknown field that is switched on (each named).
+    """
+    where = CONFIG_NAME
     ignored = _ignored(content, where, strict=strict)
     config: dict[str, Any] = {
         key: value for key, value in content.items()

@@ -32,7 +32,7 @@ def read_weights(
         NotOneSave: the weights were saved with another configuration.
         ValueError: no such file, a pickle, a damaged file or index.
     """
-    refuse_pickle(directory)
+    _refuse_pickle(directory)
     single, index = directory / WEIGHTS_NAME, directory / INDEX_NAME
     if current(single).is_file() or not index.is_file():
         return read_sealed(single, config, CONFIG_NAME)
@@ -40,7 +40,7 @@ def read_weights(
         return {name: reader.read(name) for name in reader.specs}, {}
 
 
-def refuse_pickle(directory: Path) -> None:
+def _refuse_pickle(directory: Path) -> None:
     """Raise ValueError if the weights are there as a pickle only."""
     safe = (directory / name for name in (WEIGHTS_NAME, INDEX_NAME))
     if (directory / _PICKLE_NAME).is_file() and not any(current(p).is_file() for p in safe):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
-from minipeft.io.fields import NAMES, Kind, check, is_off, one_of, optional, read_object, whole
+from minipeft.io.fields import NAMES, Kind, check, is_off, one_of, optional, whole
 from minipeft.io.heads import (
     Heads,
     by_module,
@@ -24,15 +24,14 @@ from minipeft.io.heads import (
     task_heads,
 )
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
+from minipeft.io.peft.folder import read_weights
+from minipeft.io.peft.keys import PREFIX
 from minipeft.io.prefixes.load import check_prompt_size, encoder_of_table
 from minipeft.io.prefixes.save import has_more_than_prefix, prefix_of, with_values
-from minipeft.io.replace import current
-from minipeft.io.seal import read_sealed
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 from minipeft.prefix import PrefixEncoder
 
-KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
-_KEY, _HEADS, _LONG = "prompt_embeddings", ("base_model.",), "base_model.model."
+_KEY, _HEAD = "prompt_embeddings", "base_model."
 _SIZE = whole(1, 2**24)
 # Fields that are read past, but for those in _FIELDS: the values are in the table.
 _KNOWN = {
@@ -54,22 +53,10 @@ _FIELDS = {
 _TRAINING = {"dropout": Kind("a fraction", lambda v: type(v) is float), "frozen": whole(0)}
 
 
-def kind_in(directory: Path) -> str | None:
-    """The kind that a directory's configuration names; None if it is not one of KINDS.
-
-    Only `peft_type` is looked at; `load_prompts` checks the other fields.
-    """
-    path = directory / CONFIG_NAME
-    if not current(path).is_file():
-        return None
-    kind = read_object(path).get("peft_type")
-    return kind if isinstance(kind, str) and kind in KINDS else None
-
-
 def load_prompts(
-    model: Any, directory: Path, name: str, *, strict: bool
+    model: Any, directory: Path, content: Mapping[str, Any], name: str, *, strict: bool
 ) -> tuple[list[str], list[str]]:
-    """Attach the adapter of a directory whose kind is in KINDS.
+    """Attach the adapter of a directory; `content` is its configuration's, of a prompt's kind.
 
     Returns the names of the modules that it is in, and the keys that belong to no module.
 
@@ -77,7 +64,11 @@ def load_prompts(
         ValueError: a file missing or damaged, an adapter of another model, an encoder-decoder.
             The model is then as it was.
     """
-    config = _checked(directory / CONFIG_NAME)
+    for key, value in content.items():
+        if key not in _KNOWN and not is_off(value):
+            raise ValueError(f"{CONFIG_NAME}: {key:.40} = {value!r:.40} is no field known here")
+    check(CONFIG_NAME, content, _FIELDS, needed=("num_virtual_tokens",))
+    config = {"modules_to_save": None, **content}
     length = config["num_virtual_tokens"]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -85,7 +76,7 @@ def load_prompts(
             f"{type(model).__name__} that cannot be said by attach_prefix"
         )
     where = directory / WEIGHTS_NAME
-    tensors, training = read_sealed(where, config, CONFIG_NAME)
+    tensors, training = read_weights(directory, config)
     settings = _settings(training.get("prefix", {}), where)
     table = tensors.pop(_KEY, None)
     if table is None or table.dim() != 2 or not table.is_floating_point():
@@ -120,16 +111,6 @@ def load_prompts(
     return [f"{NAME}.encoders.{name}", *modules], unexpected
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    """adapter_config.json, with what is used of it checked."""
-    config: dict[str, Any] = read_object(path)
-    for key, value in config.items():
-        if key not in _KNOWN and not is_off(value):
-            raise ValueError(f"{CONFIG_NAME}: {key:.40} = {value!r:.40} is no field known here")
-    check(CONFIG_NAME, config, _FIELDS, needed=("num_virtual_tokens",))
-    return {"modules_to_save": None, **config}
-
-
 def _settings(found: object, where: Path) -> dict[str, Any]:
     """What a file of ours says of the training of a prefix: its dropout, frozen positions."""
     if not isinstance(found, dict) or not found.keys() <= _TRAINING.keys():
@@ -152,13 +133,12 @@ def _check_layers(config: Mapping[str, Any], prefix: Prefix, model: nn.Module) -
 def _heads_in(
     model: nn.Module, tensors: Mapping[str, Tensor], wanted: list[str], where: Path
 ) -> tuple[Heads, list[str]]:
-    """The tensors of modules by these, and keys of modules that the model lacks."""
+    """The tensors of modules by the modules' names, and names of modules that the model lacks."""
     modules = dict(model.named_modules())
     plain: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        found = next((key[len(p) :] for p in _HEADS if key.startswith(p)), key)
-        if found.split(".")[0] not in modules:  # of PEFT's longer prefix
-            found = key[len(_LONG) :] if key.startswith(_LONG) else found
+        names = (key.removeprefix(prefix) for prefix in (_HEAD, PREFIX, ""))
+        found = next((name for name in names if name.split(".")[0] in modules), key)
         if found in plain:
             raise ValueError(f"{where}: two keys for {found!r:.80}")
         plain[found] = value
@@ -211,7 +191,7 @@ def describe_prompts(
     encoder, states = with_values(encoder, gathered), head_tensors(model, name, gathered)
     if task in _TASK_HEADS:  # PEFT asks for them whether they train or not
         states = task_heads(model, _TASK_HEADS[task], gathered) | states
-    heads = {f"{_HEADS[0]}{place}.{key}": value
+    heads = {f"{_HEAD}{place}.{key}": value
              for place, state in states.items() for key, value in state.items()}  # fmt: skip
     text = model.config.get_text_config()
     config: dict[str, object] = {

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from minipeft.adapters.protocol import Adapter, innermost, linear_shape
 from minipeft.io.fields import NAMES, Kind, check, list_of, one_of
 from minipeft.io.peft.keys import Key
-from minipeft.io.peft.tensors import copy_into, experts_parameters, parameters
+from minipeft.io.peft.tensors import copy_into, parameters
 from minipeft.layers.fused import LoRAFusedLinear
-from minipeft.layers.mixture import LoRAExperts
 from minipeft.lora import LowRank, lora_scaling
 
 _DTYPES = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -202,10 +201,7 @@ def made_layer(
         layer: Any = kind(base, **settings)
     except TypeError as error:  # across_groups of what is no convolution
         raise ValueError(f"{where}: {error}") from error
-    if isinstance(layer, LoRAExperts):
-        values = experts_parameters(where, layer, found, halves=1 + training.start)
-    else:
-        values = parameters(where, layer, found)
+    values = parameters(where, layer, found, halves=1 + training.start)
     if training.start:
         values["lora_a"], values["lora_b"], a0, b0 = layer.halves(
             values["lora_a"], values["lora_b"]
