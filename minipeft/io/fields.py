@@ -15,6 +15,18 @@ from typing import NamedTuple
 
 from minipeft.io.replace import current
 
+# Fields of PEFT's that say where an adapter is from and how it was made; no number depends on them.
+ORIGIN = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
+    "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+# The same of other trainers (Unsloth, ms-swift, PEFT before 0.3, LoRA+).
+ORIGIN_ELSEWHERE = {
+    "unsloth_fixed", "unsloth_version", "lora_dtype", "merge_weights", "lorap_lr_ratio",
+    "lorap_emb_lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "base_model_class",
+    "parent_library", "torch_dtype", "transformers_version", "library_name",
+}  # fmt: skip
 LARGEST = 2**24  # bytes of a configuration; real ones have a few thousand
 _LARGEST_NUMBER = 2**31
 
@@ -115,12 +127,20 @@ def parse_object(data: bytes, what: str) -> dict[str, object]:
     """A JSON object from bytes.
 
     Raises:
-        ValueError: not JSON, not an object, or nested too deeply.
+        ValueError: not JSON, not an object, nested too deeply, or a name that comes twice: readers
+            would not agree on its value.
     """
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: no valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{what}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice")
+    return found

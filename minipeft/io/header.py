@@ -62,7 +62,10 @@ class UnmappedFile:
             if size < 8 or length > min(size - 8, _LARGEST):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             self._start = 8 + length
-            header = _parsed(bytes(self._bytes(8, length)))
+            text = bytes(self._bytes(8, length))
+            if not text.startswith(b"{"):
+                raise ValueError("its header is no JSON object")
+            header: dict[str, Any] = parse_object(text, "its header")
             self.metadata = _metadata(header.pop("__metadata__", {}))
             self._places: dict[str, tuple[int, int]] = {}
             self.specs: dict[str, Spec] = {}
@@ -108,23 +111,6 @@ class UnmappedFile:
             if not count:
                 raise ValueError(f"it ends {len(room)} bytes too early")
             room = room[count:]
-
-
-def _parsed(text: bytes) -> dict[str, Any]:
-    if not text.startswith(b"{"):
-        raise ValueError("its header is no JSON object")
-    try:
-        header: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
-    except RecursionError as error:
-        raise ValueError("its header is nested too deeply") from error
-    return header
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name comes twice")
-    return found
 
 
 def _metadata(found: object) -> dict[str, str]:

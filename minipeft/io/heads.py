@@ -13,9 +13,7 @@ from minipeft.layers.trained import TrainedModule
 Heads = dict[str, dict[str, Tensor]]  # module name: its state
 
 
-def head_tensors(
-    model: nn.Module, name: str, gathered: Mapping[int, Tensor] | None = None
-) -> Heads:
+def head_tensors(model: nn.Module, name: str, gathered: Mapping[int, Tensor]) -> Heads:
     """The states of the modules that train whole with the adapter.
 
     `gathered` maps the id of a parameter to the values to write in its place.
@@ -24,7 +22,7 @@ def head_tensors(
     for place, stack in adapters_called("save", model, name).items():
         for layer in stack:
             if isinstance(layer, TrainedModule):
-                found[place] = _state(layer.copy, gathered or {})
+                found[place] = _state(layer.copy, gathered)
     return found
 
 

@@ -119,8 +119,11 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in their order, in groups of at most `max_bytes` (one name at least in each)."""
+def split(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """Names in their order, in files of at most `max_bytes` (one name at least in each).
+
+    The files are called as Hugging Face's libraries call them.
+    """
     groups: list[list[str]] = []
     filled = max_bytes
     for name, size in sizes.items():
@@ -129,14 +132,10 @@ def split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
             filled = 0
         groups[-1].append(name)
         filled += size
-    return groups
-
-
-def shard_names(count: int) -> list[str]:
-    """File names of `count` shards, as Hugging Face's libraries choose them."""
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": own for i, own in enumerate(groups)}
 
 
 class Reader:

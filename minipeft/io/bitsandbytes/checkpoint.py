@@ -6,7 +6,7 @@ model.safetensors.index.json        {"weight_map": {tensor: file}}, model-00001-
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -83,10 +83,10 @@ def quantization_config(
     }
 
 
-def index_text(files: Sequence[tuple[str, Mapping[str, int]]]) -> bytes:
-    """The index of several files: their names, and the bytes of each tensor in them."""
-    weight_map = {name: file for file, sizes in files for name in sizes}
-    total = sum(size for _, sizes in files for size in sizes.values())
+def index_text(files: Mapping[str, Iterable[str]], sizes: Mapping[str, int]) -> bytes:
+    """The index of several files: the tensors in each, and the bytes of each tensor."""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    total = sum(sizes[name] for name in weight_map)
     return config_text({"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

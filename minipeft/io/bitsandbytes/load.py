@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minipeft.adapters.linearity import why_not_replaceable
 from minipeft.adapters.protocol import is_conv1d
 from minipeft.adapters.targets import Names
+from minipeft.inject import put
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.buffers import restore_buffers
 from minipeft.io.bitsandbytes.weight import is_state_key, state_of, weight_of
@@ -75,12 +76,6 @@ def _layer(
     if isinstance(layer, NF4Conv1D):
         layer.dense_class = type(module)
     return layer.train(module.training)
-
-
-def _dense_names(model: nn.Module, quantized: set[str]) -> dict[str, Tensor]:
-    """Every parameter and saved buffer of the model by name, but the 4-bit weights."""
-    state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if name not in quantized}
 
 
 def _check_names(path: Path, wanted: Mapping[str, Tensor], present: set[str]) -> None:
@@ -147,7 +142,10 @@ def _load(
                 "write a 4-bit checkpoint with quantize_checkpoint"
             )
         holders = {key: _holder(model, key) for key in groups}
-        wanted = _dense_names(model, set(groups))
+        wanted: dict[str, Tensor] = {
+            name: value for name, value in model.state_dict(keep_vars=True).items()
+            if name not in groups
+        }  # fmt: skip
         inside = {key for keys in groups.values() for key in keys}
         _check_names(path, wanted, reader.specs.keys() - inside)
         for name in wanted.keys() & reader.specs.keys():
@@ -194,23 +192,18 @@ def _assign(
                 "them (tie_word_embeddings=False)"
             )
     made: dict[int, Tensor] = {}
-    for name, old in wanted.items():
+    for old in wanted.values():
         if id(old) not in made:
             value = by_id[id(old)]
             is_parameter = isinstance(old, nn.Parameter)
             made[id(old)] = nn.Parameter(value, old.requires_grad) if is_parameter else value
-        holder, _, own = name.rpartition(".")
-        setattr(model.get_submodule(holder), own, made[id(old)])
-    for name, value in buffers.items():
+    for name, value in {**{n: made[id(old)] for n, old in wanted.items()}, **buffers}.items():
         holder, _, own = name.rpartition(".")
         setattr(model.get_submodule(holder), own, value)
-    names = []
-    for key, layer in layers.items():
-        name = key.rpartition(".")[0]
-        old_module = model.get_submodule(name)
-        if old_module.bias is not None:
-            layer.bias = nn.Parameter(old_module.bias.detach(), requires_grad=False)  # type: ignore[operator]
-        holder, _, own = name.rpartition(".")
-        setattr(model.get_submodule(holder), own, layer)
-        names.append(name)
-    return Names(names)
+    places = {key.rpartition(".")[0]: layer for key, layer in layers.items()}
+    for name, layer in places.items():
+        bias = model.get_submodule(name).bias
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[operator]
+    put(model, places)
+    return Names(places)

@@ -25,7 +25,7 @@ from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import Settings, entries, specs
 from minipeft.io.fields import read_object
 from minipeft.io.replace import locked, write_file
-from minipeft.io.shards import Reader, ShardWriter, Spec, nbytes, shard_names, split
+from minipeft.io.shards import Reader, ShardWriter, Spec, nbytes, split
 from minipeft.model.progress import Progress
 from minipeft.model.quantize import Skip, quantizable
 from minipeft.nf4 import check_block_size
@@ -203,11 +203,10 @@ def quantize_checkpoint(
             for key, spec in reader.specs.items()
         }
         sizes = {key: sum(map(nbytes, made.values())) for key, made in becomes.items()}
-        groups = split(sizes, max_shard_bytes)
-        files = list(zip(shard_names(len(groups)), groups, strict=True))
+        files = split(sizes, max_shard_bytes)
         expected = {
             file: {name: spec for key in keys for name, spec in becomes[key].items()}
-            for file, keys in files
+            for file, keys in files.items()
         }
         described = hashlib.sha256(repr((sorted(weights.items()), expected)).encode()).hexdigest()
         record: dict[str, object] = {
@@ -223,18 +222,15 @@ def quantize_checkpoint(
             Progress(total=sum(map(nbytes, reader.specs.values())), desc="quantising", unit="B",
                      unit_scale=True, shown=progress) as bar,
         ):  # fmt: skip
-            done = {
-                file for file, _ in files if _is_done(directory / file, expected[file], mmap=mmap)
-            }
-            _check_room(
-                directory, sum(sizes[k] for f, keys in files if f not in done for k in keys)
-            )
-            for file, keys in files:
-                if file not in done:
+            left = {file for file in files
+                    if not _is_done(directory / file, expected[file], mmap=mmap)}  # fmt: skip
+            _check_room(directory, sum(sizes[key] for file in left for key in files[file]))
+            for file, keys in files.items():
+                if file in left:
                     _write(directory / file, expected[file], keys, weights, reader, bar)
                 else:
                     bar.update(sum(nbytes(reader.specs[key]) for key in keys))
-            _finish(directory, source, config, model, weights, files, expected)
+            _finish(directory, source, config, model, weights, expected)
             if _is_taken(destination):
                 raise ValueError(f"{destination}: exists already; it was made meanwhile")
             if destination.exists():  # empty; Windows renames onto nothing
@@ -286,14 +282,13 @@ def _finish(
     config: dict[str, object],
     model: nn.Module,
     weights: Mapping[str, tuple[Settings, bool]],
-    files: list[tuple[str, list[str]]],
     expected: Mapping[str, Mapping[str, Spec]],
 ) -> None:
     """Everything but the weights, config.json last."""
     _copy_others(source, directory)
-    if len(files) > 1:
-        sizes = {file: {n: nbytes(spec) for n, spec in expected[file].items()} for file, _ in files}
-        write_file(directory / checkpoint.INDEX, checkpoint.index_text(list(sizes.items())))
+    if len(expected) > 1:
+        sizes = {name: nbytes(spec) for own in expected.values() for name, spec in own.items()}
+        write_file(directory / checkpoint.INDEX, checkpoint.index_text(expected, sizes))
     names = {key.removesuffix(".weight") for key in weights}
     dense = [n for n, m in model.named_modules() if n not in names and linear_shape(m)]
     first = next(iter(weights.values()))[0]

@@ -39,7 +39,6 @@ class LoRAConfig:
     layers: list[int] | None = None  # layers_to_transform; None: all
     layers_pattern: list[str] = field(default_factory=list)
     ignored: dict[str, object] = field(default_factory=dict)  # fields that were read past
-    content: dict[str, object] = field(default_factory=dict, compare=False, repr=False)  # all of it
 
     @property
     def all_linear(self) -> bool:
@@ -92,19 +91,7 @@ _MUST_BE_OFF = {
     "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens", "arrow_config",
     "kasa_config", "megatron_config", "monteclora_config", "velora_config", "enable_lora",
 }  # fmt: skip
-# Fields that say where the adapter comes from, or how it was initialised.
-_IGNORABLE = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-}  # fmt: skip
-# Fields of other trainers (Unsloth, ms-swift, PEFT before 0.3, LoRA+) that say how the adapter was
-# made or kept, and nothing of what it computes.
-_HARMLESS = {
-    "unsloth_fixed", "unsloth_version", "lora_dtype", "merge_weights", "lorap_lr_ratio",
-    "lorap_emb_lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "base_model_class",
-    "parent_library", "torch_dtype", "transformers_version", "library_name",
-}  # fmt: skip
+_IGNORABLE = fields.ORIGIN | {"fan_in_fan_out", "peft_type"}
 # Initialisations that rewrite the base: the adapter alone is meaningless on the original base.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 
@@ -128,7 +115,7 @@ def _ignored(config: dict[str, object], where: str, *, strict: bool) -> dict[str
             continue
         if key in _MUST_BE_OFF:
             raise ValueError(f"{where}: {key} = {value!r:.80} is not supported")
-        if strict and key not in _HARMLESS:
+        if strict and key not in fields.ORIGIN_ELSEWHERE:
             raise ValueError(
                 f"{where}: {key:.80} = {value!r:.80} is no field known here; strict=False reads "
                 "past it"
@@ -200,4 +187,4 @@ def checked(content: dict[str, object], *, strict: bool = True) -> LoRAConfig:
     own = {name: config[key] for key, (name, _) in _FIELDS.items() if key in config}
     ranks = {key: int(value) for key, value in config.get("rank_pattern", {}).items()}
     own |= {"rank": int(config.get("r", 8)), "rank_pattern": ranks}
-    return LoRAConfig(**own, ignored=ignored, content=content)
+    return LoRAConfig(**own, ignored=ignored)

@@ -287,7 +287,7 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
         return Loaded(names, [], unexpected, {})
     plain = checked(content, strict=strict)
     where = directory / WEIGHTS_NAME
-    tensors, training = read_weights(directory, plain.content)
+    tensors, training = read_weights(directory, content)
     found = locate(model, tensors, str(where))
     config = matched(plain, found, CONFIG_NAME)
     if strict and (unused := config.unused_patterns()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
-from minipeft.io.fields import NAMES, Kind, check, is_off, one_of, optional, whole
+from minipeft.io.fields import NAMES, ORIGIN, Kind, check, is_off, one_of, optional, whole
 from minipeft.io.heads import (
     Heads,
     by_module,
@@ -27,20 +27,19 @@ from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.folder import read_weights
 from minipeft.io.peft.keys import PREFIX
 from minipeft.io.prefixes.load import check_prompt_size, encoder_of_table
-from minipeft.io.prefixes.save import has_more_than_prefix, prefix_of, with_values
+from minipeft.io.prefixes.save import described, has_more_than_prefix, prefix_of, with_values
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 from minipeft.prefix import PrefixEncoder
 
 _KEY, _HEAD = "prompt_embeddings", "base_model."
 _SIZE = whole(1, 2**24)
 # Fields that are read past, but for those in _FIELDS: the values are in the table.
-_KNOWN = {
+_KNOWN = ORIGIN | {
     "peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers",
     "num_transformer_submodules", "encoder_hidden_size", "prefix_projection", "init_weights",
     "encoder_dropout", "encoder_num_layers", "encoder_reparameterization_type",
     "prompt_tuning_init", "prompt_tuning_init_text", "prompt_tuning_init_state_dict_path",
-    "tokenizer_name_or_path", "tokenizer_kwargs", "modules_to_save", "auto_mapping",
-    "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
+    "tokenizer_name_or_path", "tokenizer_kwargs", "modules_to_save",
 }  # fmt: skip
 
 _FIELDS = {
@@ -211,22 +210,19 @@ def describe_prompts(
             "num_attention_heads": kv_heads, "encoder_hidden_size": kv_heads * size,
             "prefix_projection": False,
         }  # fmt: skip
-        training: dict[str, object] = {}
-        if encoder.dropout or encoder.frozen:
-            own = {"dropout": float(encoder.dropout), "frozen": encoder.frozen}
-            training = {"prefix": own}
+        trains = {"dropout": float(encoder.dropout), "frozen": encoder.frozen}
+        training: dict[str, object] = {"prefix": trains} if any(trains.values()) else {}
         return config, {_KEY: encoder.flat().detach(), **heads}, training
     source = encoder.source
     config |= {
         "token_dim": source.embedding_dim, "num_attention_heads": text.num_attention_heads,
     }  # fmt: skip
     if isinstance(source, PromptEncoder):
-        lstm = getattr(source, "lstm", None)
+        own, _ = described(encoder, reparametrization=True)
         config |= {
-            "peft_type": "P_TUNING", "encoder_hidden_size": source.hidden,
-            "encoder_reparameterization_type": source.kind.upper(),
-            "encoder_num_layers": 2 if lstm is None else lstm.num_layers,
-            "encoder_dropout": 0.0 if lstm is None else lstm.dropout,
+            "peft_type": "P_TUNING", "encoder_hidden_size": own["hidden"],
+            "encoder_reparameterization_type": own["network"].upper(),
+            "encoder_num_layers": own["lstm_layers"], "encoder_dropout": own["dropout"],
         }  # fmt: skip
         source = source.bake()
     else:

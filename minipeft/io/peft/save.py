@@ -62,13 +62,11 @@ class Described:
     modules: list[str]
 
 
-def _collect(model: nn.Module, name: str, *, beside_prefix: bool = False) -> _Collected:
+def _collect(name: str, places: Mapping[str, list[Adapter]]) -> _Collected:
+    """Sort the layers of the adapter called `name`; `places` are its stacks by plain names."""
     found = _Collected()
     by_module: dict[str, list[LoRAExperts]] = {}
-    called = PlainNames(model).by_plain(adapters_called("save_peft", model, name))
-    for place, stack in called.items():
-        if beside_prefix and is_prompt(place):
-            continue
+    for place, stack in places.items():
         if not place or (isinstance(stack[0], LoRAExperts) and "." not in place):
             raise ValueError(
                 "save_peft: the model is the adapter layer itself, which has no name in PEFT's "
@@ -114,7 +112,7 @@ def _collect(model: nn.Module, name: str, *, beside_prefix: bool = False) -> _Co
     for owner, layers in by_module.items():
         found.tensors |= written_experts(owner, layers)
     for place in list(found.biases):
-        layer = next(a for a in called[place] if isinstance(a, TrainedBias))
+        layer = next(a for a in places[place] if isinstance(a, TrainedBias))
         inner = ".base_layer" if place in found.low_rank else ""
         key = f"{place}{inner}.bias"
         if key in found.tensors:  # of a module saved whole, whose bias trains once more
@@ -316,7 +314,8 @@ def describe(
         if not beside_prefix and has_prefix(model, name):
             found[name] = Described(*describe_prompts(model, name, gathered), list(places))
             continue
-        own = _collect(model, name, beside_prefix=beside_prefix)
+        places = {place: stack for place, stack in places.items() if not is_prompt(place)}
+        own = _collect(name, places)
         if own.alone:
             _say_alone(own)
         if own.own_bases:
@@ -329,8 +328,7 @@ def describe(
         tensors = {f"{PREFIX}{key}": gathered.get(id(value), value)
                    for key, value in own.tensors.items()}  # fmt: skip
         config = _config(model, own)
-        written = {place: stack for place, stack in places.items()
-                   if place not in own.alone and not is_prompt(place)}  # fmt: skip
+        written = {place: stack for place, stack in places.items() if place not in own.alone}
         modules = [*own.low_rank, *own.experts, *own.biases, *own.saved, *own.tokens]
         found[name] = Described(config, tensors, described(written, own.scales), modules)
     if not found:

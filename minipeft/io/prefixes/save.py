@@ -88,41 +88,29 @@ def describe_prefix(
 
     `gathered` maps the id of a parameter to the values to write in its place.
     """
-    if isinstance(model, PrefixEncoder):
-        config, tensors = _alone(with_values(model, gathered), reparametrization)
+    alone = isinstance(model, PrefixEncoder)
+    holder, encoder = (model, model) if alone else prefix_of("save_prefix", model, name)
+    settings, tensors = described(with_values(encoder, gathered), reparametrization)
+    states = head_tensors(model, name, gathered) if heads and not alone else {}
+    config = {
+        "format": 1, **settings, "heads": sorted(states),
+        "kv_shapes": [list(shape) for shape in holder.kv_shapes],
+    }  # fmt: skip
+    if alone:  # no model is known, so positions and windows are the attention's own
+        own = ["own"] * len(model.kv_shapes)
+        config |= {"kind": "encoder", "locations": own, "position": "own", "window": "own"}
     else:
-        prefix, encoder = prefix_of("save_prefix", model, name)
-        settings, tensors = _described(with_values(encoder, gathered), reparametrization)
-        states = head_tensors(model, name, gathered) if heads else {}
-        config = {
-            "format": 1, **settings,
-            "position": prefix.position, "window": prefix.window, "locations": prefix.locations,
-            "kv_shapes": [list(shape) for shape in prefix.kv_shapes],
-            "model": type(model).__name__,
-            "model_type": getattr(model.config, "model_type", ""), "heads": sorted(states),
+        config |= {
+            "position": holder.position, "window": holder.window, "locations": holder.locations,
+            "model": type(model).__name__, "model_type": getattr(model.config, "model_type", ""),
         }  # fmt: skip
-        for place, state in states.items():
-            tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
-    for key, value in tensors.items():
-        if not value.is_meta and not bool(value.isfinite().all()):
-            raise ValueError(f"save_prefix: {key} holds NaN or Inf; look for a diverged training")
+    for place, state in states.items():
+        tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
     check_writable(tensors)
+    for key, value in tensors.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"save_prefix: {key} holds NaN or Inf; look for a diverged training")
     return config, tensors
-
-
-def _alone(
-    encoder: PrefixEncoder, reparametrization: bool
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and tensors of an encoder for attention of the user's own.
-
-    No model is known, so positions and windows are written as "own".
-    """
-    settings, tensors = _described(encoder, reparametrization)
-    shapes = [list(shape) for shape in encoder.kv_shapes]
-    return {
-        "format": 1, **settings, "kind": "encoder", "kv_shapes": shapes,
-        "locations": ["own"] * len(shapes), "position": "own", "window": "own", "heads": [],
-    }, tensors  # fmt: skip
 
 
 def gathered_by_id(model: nn.Module, state: Mapping[str, Tensor]) -> dict[int, Tensor]:
@@ -141,7 +129,7 @@ def with_values(encoder: Any, gathered: Mapping[int, Tensor]) -> Any:
     return twin
 
 
-def _described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What to write of an encoder: how to build it, and its tensors."""
     if isinstance(encoder, PrefixEncoder):
         settings = {
