@@ -61,7 +61,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file as of read_tensors, and the file's metadata.
+    """The tensors of a safetensors file, as read_tensors gives them, and the file's metadata.
 
     Raises:
         ValueError: as read_tensors.

@@ -27,7 +27,7 @@ def head_tensors(model: nn.Module, name: str, gathered: Mapping[int, Tensor]) ->
 
 
 def task_heads(model: nn.Module, endings: Iterable[str], gathered: Mapping[int, Tensor]) -> Heads:
-    """The states of the model's own modules whose names end so, as they compute now."""
+    """The states of the model's own modules with these endings of names, as they compute now."""
     found: Heads = {}
     for place, module in model.named_children():
         if place.endswith(tuple(endings)):
@@ -42,7 +42,7 @@ def _state(module: nn.Module, gathered: Mapping[int, Tensor]) -> dict[str, Tenso
 
 
 def by_module(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> Heads:
-    """Tensors under the modules that they are of: of these names, or one level up."""
+    """Tensors by their modules: those of `modules` that their names begin with, or the parents."""
     names = sorted(modules, key=len, reverse=True)
     grouped: Heads = {}
     for key, value in tensors.items():
@@ -52,11 +52,11 @@ def by_module(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> Heads:
 
 
 def check_heads(caller: str, model: nn.Module, heads: Heads) -> list[str]:
-    """The names of the modules these tensors are of.
+    """Check tensors against the modules that they are for; returns the modules' names.
 
     Raises:
         ValueError: a module that the model lacks, that trains already or that holds layers; other
-            shapes or kinds of numbers, values that it cannot hold, two values for a shared one.
+            names, shapes or kinds of numbers; NaN or Inf; two values for one shared parameter.
     """
     for place, own in heads.items():
         module = _module(caller, model, place)
@@ -80,14 +80,14 @@ def _module(caller: str, model: nn.Module, place: str) -> nn.Module:
             f"{caller}: the file has a trained head {place!r:.80}, which the model lacks or trains "
             f"already; it is a {type(model).__name__}"
         )
-    # a file must not train or overwrite a base: its layers are in lists
+    # a file must not train or overwrite the base, whose layers are in a ModuleList
     if any(isinstance(part, nn.ModuleList) for part in module.modules()):
         raise ValueError(f"{caller}: {place!r:.80} is no head: it holds layers of the model")
     return module
 
 
 def fill_heads(model: nn.Module, name: str, heads: Heads) -> None:
-    """Copy the tensors, which check_heads has seen, into the modules that train."""
+    """Copy tensors that check_heads has accepted into the modules that train."""
     if not heads:
         return
     adapters = adapters_called("load", model, name)

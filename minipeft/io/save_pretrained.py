@@ -58,7 +58,7 @@ def save_adapters(
     if not is_main_process:
         return
     gathered = prefixes.gathered_by_id(model, state_dict or {})
-    # the names of two files, and what to write into them (None: those of an earlier save go)
+    # two names of files, and what to write into them; None: they are removed
     staged: list[tuple[tuple[str, str], tuple[Any, ...] | None]] = []
     for name in named(model):
         inside = "" if name == DEFAULT else f"{name}/"

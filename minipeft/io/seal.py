@@ -1,4 +1,4 @@
-"""A configuration and the weights that were saved with it: the weights' file knows both.
+"""A configuration and the weights that were saved with it: the file of weights holds both.
 
 The metadata of a weights file holds the configuration as it was written.  A reader reads the
 configuration, then the weights, and compares: it notices when another save came between the two,

@@ -18,9 +18,16 @@ import torch
 from torch import Tensor
 
 from minipeft.io.fields import LARGEST, read_object
-from minipeft.io.header import DTYPES, NAMES, UnmappedFile, checksums_in, digest, metadata_with
-from minipeft.io.header import Spec as Spec  # for those who write
-from minipeft.io.header import nbytes as nbytes
+from minipeft.io.header import (
+    DTYPES,
+    NAMES,
+    Spec,
+    UnmappedFile,
+    checksums_in,
+    digest,
+    metadata_with,
+    nbytes,
+)  # fmt: skip
 from minipeft.io.replace import current
 
 

@@ -41,7 +41,7 @@ def restore_buffers(model: nn.Module, device: torch.device) -> dict[str, Tensor]
             continue
         owner = _initializer(model, path)
         filled: list[dict[str, Tensor | None]] = []
-        # twice, over two fillings: what both rounds agree on has been written
+        # over two different fillings: values that are equal after both were computed
         for filling in (0, 1):
             try:
                 for own, meta in metas.items():

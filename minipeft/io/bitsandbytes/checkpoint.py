@@ -23,7 +23,7 @@ def open_weights(path: Path, *, mmap: bool = True) -> Reader:
     """All tensors of a checkpoint directory, or of one safetensors file.
 
     Raises:
-        ValueError: no weights (pickled ones are not read), or as of shards.indexed.
+        ValueError: no weights (pickled ones are not read), or a damaged file or index.
     """
     if path.is_file():
         return Reader([path], mmap=mmap)

@@ -78,8 +78,14 @@ def _layer(
     return layer.train(module.training)
 
 
-def _check_names(path: Path, wanted: Mapping[str, Tensor], present: set[str]) -> None:
-    """Raise unless the file has what the model wants and no more; a tied tensor may come once."""
+def _check_dense(
+    path: Path, wanted: Mapping[str, Tensor], reader: Reader, packed: set[str]
+) -> None:
+    """Raise ValueError unless the file has what the model wants beside 4-bit weights, and no more.
+
+    A tied tensor may come once.
+    """
+    present = reader.specs.keys() - packed
     ids = {id(wanted[name]) for name in wanted.keys() & present}
     missing = sorted(name for name, value in wanted.items() if id(value) not in ids)
     unexpected = sorted(present - wanted.keys())
@@ -88,6 +94,12 @@ def _check_names(path: Path, wanted: Mapping[str, Tensor], present: set[str]) ->
             f"{path}: missing {missing[:5]} ({len(missing)} in all), unexpected {unexpected[:5]} "
             f"({len(unexpected)} in all); is the checkpoint another model's?"
         )
+    for name in present:
+        if reader.specs[name][1] != tuple(wanted[name].shape):
+            raise ValueError(
+                f"{reader.file_of[name]}: {name} has shape {reader.specs[name][1]}; the model's "
+                f"is {tuple(wanted[name].shape)}"
+            )
 
 
 def load_quantized(
@@ -118,61 +130,40 @@ def load_quantized(
     path, device = Path(path), torch.device(device)
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_quantized: expected a module, got {type(model).__name__}")
-    folder = path.parent if path.is_file() else path
-    return read_whole(
-        folder, lambda: _load(model, path, device, dtype, compute_dtype, progress, mmap)
-    )
 
-
-def _load(
-    model: nn.Module,
-    path: Path,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    compute_dtype: torch.dtype | None,
-    progress: bool | None,
-    mmap: bool,
-) -> Names:
-    checkpoint.check_four_bits(path, checkpoint.config_of(path))
-    with checkpoint.open_weights(path, mmap=mmap) as reader:
-        groups = _groups(reader)
-        if not groups:
-            raise ValueError(
-                f"{path}: no tensor is in 4 bits; load it as it is and call quantize_model, or "
-                "write a 4-bit checkpoint with quantize_checkpoint"
-            )
-        holders = {key: _holder(model, key) for key in groups}
-        wanted: dict[str, Tensor] = {
-            name: value for name, value in model.state_dict(keep_vars=True).items()
-            if name not in groups
-        }  # fmt: skip
-        inside = {key for keys in groups.values() for key in keys}
-        _check_names(path, wanted, reader.specs.keys() - inside)
-        for name in wanted.keys() & reader.specs.keys():
-            if reader.specs[name][1] != tuple(wanted[name].shape):
+    def load() -> Names:
+        checkpoint.check_four_bits(path, checkpoint.config_of(path))
+        with checkpoint.open_weights(path, mmap=mmap) as reader:
+            groups = _groups(reader)
+            if not groups:
                 raise ValueError(
-                    f"{reader.file_of[name]}: {name} has shape {reader.specs[name][1]}; the "
-                    f"model's is {tuple(wanted[name].shape)}"
+                    f"{path}: no tensor is in 4 bits; load it as it is and call quantize_model, or "
+                    "write a 4-bit checkpoint with quantize_checkpoint"
                 )
-        names = [*groups, *(name for name in wanted if name in reader.specs)]
-        layers: dict[str, NF4Linear] = {}
-        tensors: dict[str, Tensor] = {}
-        for name in Progress(names, desc="loading", unit="tensor", shown=progress):
-            if name not in groups:
-                tensors[name] = _converted(reader.read(name), device, dtype)
-                continue
-            found = {key: reader.read(key) for key in groups[name]}
-            try:
-                layers[name] = _layer(holders[name], name, found, device, compute_dtype)
-            except ValueError as error:
-                raise ValueError(f"{reader.file_of[name]}: {error}") from error
-    buffers = restore_buffers(model, device)
-    return _assign(model, layers, tensors, wanted, buffers)
+            holders = {key: _holder(model, key) for key in groups}
+            wanted: dict[str, Tensor] = {
+                name: value for name, value in model.state_dict(keep_vars=True).items()
+                if name not in groups
+            }  # fmt: skip
+            _check_dense(path, wanted, reader, {key for keys in groups.values() for key in keys})
+            names = [*groups, *(name for name in wanted if name in reader.specs)]
+            layers: dict[str, NF4Linear] = {}
+            tensors: dict[str, Tensor] = {}
+            for name in Progress(names, desc="loading", unit="tensor", shown=progress):
+                if name not in groups:
+                    value = reader.read(name)
+                    kept = dtype is None or not value.is_floating_point()
+                    tensors[name] = value.to(device, value.dtype if kept else dtype)
+                    continue
+                found = {key: reader.read(key) for key in groups[name]}
+                try:
+                    layers[name] = _layer(holders[name], name, found, device, compute_dtype)
+                except ValueError as error:
+                    raise ValueError(f"{reader.file_of[name]}: {error}") from error
+        buffers = restore_buffers(model, device)
+        return _assign(model, layers, tensors, wanted, buffers)
 
-
-def _converted(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return tensor.to(device=device, dtype=wanted)
+    return read_whole(path.parent if path.is_file() else path, load)
 
 
 def _assign(

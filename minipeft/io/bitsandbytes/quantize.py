@@ -24,8 +24,9 @@ from minipeft.adapters.targets import Head, HeadWarning, Names, likely_head, sur
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import Settings, entries, specs
 from minipeft.io.fields import read_object
+from minipeft.io.header import Spec, nbytes
 from minipeft.io.replace import locked, write_file
-from minipeft.io.shards import Reader, ShardWriter, Spec, nbytes, split
+from minipeft.io.shards import Reader, ShardWriter, split
 from minipeft.model.progress import Progress
 from minipeft.model.quantize import Skip, quantizable
 from minipeft.nf4 import check_block_size
@@ -41,7 +42,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def _chosen(
     model: nn.Module, reader: Reader, skip: Skip, block_size: int, double_quant: bool, head: Head
 ) -> tuple[dict[str, tuple[Settings, bool]], dict[str, str]]:
-    """By key: what each weight becomes and whether it is transposed first; what stays dense."""
+    """What each weight becomes, and whether it is transposed first; which modules stay dense."""
     chosen, left_out = quantizable(survey(model, head), skip=skip)
     weights: dict[str, tuple[Settings, bool]] = {}
     absent: dict[int, str] = {}
@@ -75,13 +76,15 @@ def _chosen(
 
 
 def _check_places(source: Path, destination: Path) -> Path:
-    """The directory to work in; raises unless source and destination are apart."""
+    """The directory to work in.
+
+    Raises:
+        ValueError: there is no source, or the destination lies in it.
+    """
     if not source.is_dir():
         raise ValueError(f"{source}: no such directory")
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{destination}: lies in {source}, which is never written to")
-    if _is_taken(destination) and not (destination / PROGRESS).is_file():
-        raise ValueError(f"{destination}: exists already; choose another directory")
     return destination.with_name(f"{destination.name}.unfinished")
 
 
@@ -106,7 +109,7 @@ def _is_finished(destination: Path, wanted: Mapping[str, object]) -> bool:
 
 @contextmanager
 def _working_in(directory: Path, wanted: Mapping[str, object]) -> Iterator[None]:
-    """Hold the directory, new or of an interrupted run with the same source and settings.
+    """Hold the lock of a directory that is new, or left by an interrupted run of the same kind.
 
     Raises:
         ValueError: it belongs to another run, which still goes on or had other settings.
@@ -224,7 +227,10 @@ def quantize_checkpoint(
         ):  # fmt: skip
             left = {file for file in files
                     if not _is_done(directory / file, expected[file], mmap=mmap)}  # fmt: skip
-            _check_room(directory, sum(sizes[key] for file in left for key in files[file]))
+            needed = sum(sizes[key] for file in left for key in files[file])
+            if needed > (free := shutil.disk_usage(directory).free):
+                what = f"{needed:,} bytes to write, {free:,} bytes free"
+                raise OSError(errno.ENOSPC, what, str(directory))
             for file, keys in files.items():
                 if file in left:
                     _write(directory / file, expected[file], keys, weights, reader, bar)
@@ -238,14 +244,6 @@ def quantize_checkpoint(
             os.replace(directory, destination)
             (destination / PROGRESS).unlink()
     return names
-
-
-def _check_room(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC, f"{needed:,} bytes to write, {free:,} bytes free", str(directory)
-        )
 
 
 def _write(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from minipeft.adapters.protocol import is_adapter, is_packed, linear_shape
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import entries
+from minipeft.io.header import nbytes
 from minipeft.io.replace import Replacement
-from minipeft.io.shards import ShardWriter, nbytes, split
+from minipeft.io.shards import ShardWriter, split
 from minipeft.model.base_state import base_state_dict, plain_modules
 from minipeft.qlora import NF4Linear, PackedModule
 

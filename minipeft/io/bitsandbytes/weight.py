@@ -187,8 +187,8 @@ def state_of(name: str, found: Mapping[str, Tensor]) -> tuple[Settings, dict[str
     then say double_quant=False.
 
     Raises:
-        ValueError: an entry is missing, is one too many, or has another size or dtype than the
-            others demand, or scales that are not finite.
+        ValueError: an entry is missing or unexpected, has another size or dtype than the others ask
+            for, or holds scales that are not finite.
     """
     keys = [key for key in found if is_state_key(key)]
     if len(keys) != 1:

@@ -5,12 +5,10 @@ Source: PEFT 0.21, `LoraConfig` as its `save_pretrained` writes it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from minipeft.io import fields
 from minipeft.io.fields import Kind
-from minipeft.io.replace import current
 from minipeft.model.train import BIAS_MODES
 
 CONFIG_NAME = "adapter_config.json"
@@ -81,12 +79,12 @@ _IN_OBJECTS = {
 }  # fmt: skip
 _NUMBERS = ("r", "lora_alpha", "lora_dropout")  # null is refused, not passed over as unused
 
-# peft_type: what is read here, LoRA and the prompt-learning kinds
+# the values of peft_type that are read
 PROMPT_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 READ_KINDS = ("LORA", *PROMPT_KINDS)
 
-# Fields that change what is computed or saved in ways that no layer here has.  They may be absent
-# or hold a value that means "off" (None, False, empty).
+# Fields that ask for something that no layer here computes.  They may be absent, or off: None,
+# False or empty.
 _MUST_BE_OFF = {
     "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens", "arrow_config",
     "kasa_config", "megatron_config", "monteclora_config", "velora_config", "enable_lora",
@@ -97,10 +95,10 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 
 
 def _ignored(config: dict[str, object], where: str, *, strict: bool) -> dict[str, object]:
-    """What is read past: other trainers' fields; with strict=False also fields that nobody knows.
+    """The fields that are not used: other trainers', and with strict=False unknown ones.
 
     Raises:
-        ValueError: another kind of adapter; a field that says what no layer here computes; an
+        ValueError: another kind of adapter; a field that asks for what no layer here computes; an
             initialisation that changed the base; with `strict` a field that is not known here.
     """
     kind = config.get("peft_type")
@@ -141,21 +139,6 @@ def _check_layers(config: Mapping[str, object], where: str) -> None:
             f"{where}: layers_to_transform and layers_pattern go with a list of target_modules, "
             "not with an expression"
         )
-
-
-def read_content(path: Path) -> dict[str, object]:
-    """The fields of adapter_config.json, not checked yet.
-
-    Raises:
-        ValueError: no such file, or as of fields.read_object.
-    """
-    if not current(path).is_file():
-        hint = "; it holds a prefix_config.json: use io.prefixes.load_prefix"
-        raise ValueError(
-            f"{path}: no such file; expected a directory that PEFT or save_peft wrote"
-            f"{hint if (path.parent / 'prefix_config.json').is_file() else ''}"
-        )
-    return fields.read_object(path)
 
 
 def checked(content: dict[str, object], *, strict: bool = True) -> LoRAConfig:

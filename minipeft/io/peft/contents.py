@@ -26,7 +26,7 @@ class Contents:
     biases: dict[str, Tensor] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
-    tables: dict[str, Tensor] = field(default_factory=dict)  # base tables with new rows at the end
+    tables: dict[str, Tensor] = field(default_factory=dict)  # base tables that end in new rows
     resized: list[tuple[str, int, int]] = field(default_factory=list)  # rows in the file, the model
     untargeted: str = ""  # the fields that say which modules, if they fit none
     missing: list[str] = field(default_factory=list)
@@ -64,9 +64,9 @@ def sort_out(
 ) -> Contents:
     """Give every tensor its purpose; what has none is unexpected, what lacks one is missing.
 
-    Base weights in the file (PEFT adds those of targeted embeddings) are passed over where they
-    equal the model's.  A table of them whose last rows alone differ is kept: rows of tokens that
-    were added, which are other random numbers in each model that is resized.
+    PEFT adds the base weights of targeted embeddings.  Base weights that equal the model's are
+    passed over.  A table that differs in its last rows alone is kept: they are of added tokens, for
+    which every resized model draws other random numbers.
 
     Raises:
         ValueError: two keys that mean the same tensor.
@@ -169,30 +169,23 @@ def _is_vocabulary(found: Located, name: str) -> bool:
     return bool(name) and id(innermost(found.modules[name])) in found.vocabulary
 
 
-def _rows(key: Key, value: Tensor) -> int | None:
-    """How many tokens a tensor of an embedding or a head is for, if it says so."""
-    if value.dim() != 2:
-        return None
-    if key.role == "lora_embedding_A":
-        return value.shape[1]
-    plain = key.role in ("plain", "base") and key.part == "weight"
-    return value.shape[0] if plain or key.role == "lora_B" else None
-
-
 def _resized(
     found: Located, seen: dict[Key, str], tensors: dict[str, Tensor]
 ) -> list[tuple[str, int, int]]:
     """Tables and heads that have another number of rows in the file."""
     result = []
     for key, in_file in seen.items():
-        rows = _rows(key, tensors[in_file])
-        if rows is None or not _is_vocabulary(found, key.module):
+        shape, plain = tensors[in_file].shape, key.role in ("plain", "base")
+        if key.role == "lora_embedding_A":
+            shape = shape[::-1]  # (rank, tokens)
+        elif key.role != "lora_B" and not (plain and key.part == "weight"):
             continue
-        plain = innermost(found.modules[key.module])
-        sizes = ("num_embeddings", "out_features")
-        own = next((n for n in (getattr(plain, size, None) for size in sizes) if n), rows)
-        if own != rows:
-            result.append((key.module, rows, own))
+        if len(shape) != 2 or not _is_vocabulary(found, key.module):
+            continue
+        module = innermost(found.modules[key.module])
+        own: int = getattr(module, "num_embeddings", getattr(module, "out_features", shape[0]))
+        if own != shape[0]:
+            result.append((key.module, shape[0], own))
     return result
 
 
@@ -214,27 +207,22 @@ def _missing(
     missing = [
         name for name, module in found.modules.items()
         if config.targets(name, module) and id(module) not in covered and name not in heads
-        and not _inside(name, contents.low_rank)
+        and not any(name.startswith(f"{outer}.") for outer in contents.low_rank)  # out_proj
     ]  # fmt: skip
     missing += [name for name in saved if name not in contents.saved]
     return [*missing, *_missing_tokens(found, config, contents)]
 
 
 def _missing_tokens(found: Located, config: MatchedConfig, contents: Contents) -> Iterator[str]:
-    """Entries of trainable_token_indices that have no rows of their own, nor follow a table's."""
+    """Entries of trainable_token_indices without rows: neither their own nor a tied table's."""
     wanted = config.config.tokens
     if not isinstance(wanted, dict):
         if wanted and not contents.tokens:
             yield "trainable_token_indices"
         return
     for entry, ids in wanted.items():
-        named = [name for name in found.modules if config.names(entry, name)]
+        named = [name for name in found.modules if config.fits([entry], name)]
         follows = [other for name in named for other in found.tied(name)
                    if contents.tokens.get(other, (None,))[0] == ids]  # fmt: skip
         if not follows and not any(name in contents.tokens for name in named):
             yield entry
-
-
-def _inside(name: str, wrapped: dict[str, dict[Key, Tensor]]) -> bool:
-    """Whether the module lies in one that is wrapped as a whole (attention's out_proj)."""
-    return any(name.startswith(f"{outer}.") for outer in wrapped)

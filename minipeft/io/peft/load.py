@@ -15,8 +15,9 @@ from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, visible_modules
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
 from minipeft.inject import check_model, freeze, restoring, swap
+from minipeft.io.fields import read_config
 from minipeft.io.files import check_values
-from minipeft.io.peft.config import CONFIG_NAME, PROMPT_KINDS, WEIGHTS_NAME, checked, read_content
+from minipeft.io.peft.config import CONFIG_NAME, PROMPT_KINDS, WEIGHTS_NAME, checked
 from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.folder import read_weights
 from minipeft.io.peft.located import Located, locate
@@ -144,13 +145,13 @@ class _Builder:
                     raise ValueError(
                         f"{where}: the file says how it trains, and holds no layer of it"
                     )
-                continue  # of a module that the model lacks, or of values that are the base's
+                continue  # the model lacks the module, or the file holds the base's own values
             freeze_named(where, _new_layers({name: self.made[name]}, self.modules),
                          training.frozen)  # fmt: skip
         return self.made
 
     def _tables(self) -> None:
-        """Copies of base tables that hold new tokens, frozen, with all that share their weight."""
+        """Frozen copies of base tables with new tokens, one for each module with that weight."""
         memo: dict[int, Any] = {}
         for name, value in self.contents.tables.items():
             for place in self.found.tied(name):
@@ -168,14 +169,12 @@ class _Builder:
                 self.made[place] = layer.requires_grad_(False)
 
     def _experts(self, name: str, levels: Sequence[Mapping[Any, Tensor]]) -> None:
+        packed = {n: m for n, m in self.modules.items() if isinstance(innermost(m), NF4Experts)}
         weights: dict[str, Any] = {
-            n: w for n, w in self.found.experts.items() if n.rpartition(".")[0] == name
-        }
-        weights |= {
-            n: m for n, m in self.modules.items()
-            if n.rpartition(".")[0] == name and isinstance(innermost(m), NF4Experts)
+            n: w for n, w in {**self.found.experts, **packed}.items()
+            if n.rpartition(".")[0] == name
         }  # fmt: skip
-        wanted = [n for n in weights if self.config.targets_parameter(n)]
+        wanted = [n for n in weights if self.config.fits(self.config.config.target_parameters, n)]
         if len(wanted) != len(levels):
             raise ValueError(
                 f"{WEIGHTS_NAME}: {name} has {len(levels)} expert weights; the model and "
@@ -208,9 +207,8 @@ class _Builder:
         if name in self.found.in_attention:
             raise ValueError(f"load_peft: the bias of {name!r} lies inside nn.MultiheadAttention")
         layer = TrainedBias(self.top(name))
-        where, bias = f"{WEIGHTS_NAME}: {name}", stored_parameter(
-            "load_peft", innermost(layer), "bias"
-        )  # fmt: skip
+        where = f"{WEIGHTS_NAME}: {name}"
+        bias = stored_parameter("load_peft", innermost(layer), "bias")
         check_values(where, {"bias": value}, {"bias": bias})
         delta = value.to(bias.device, torch.float32) - bias.float()
         copy_into(where, layer, {"bias_delta": delta})
@@ -224,7 +222,7 @@ class _Builder:
         own = {inner.get(key, f"copy.{key}"): value for key, value in values.items()}
         buffers = {f"copy.{key}": value for key, value in layer.copy.named_buffers()}
         given = {key: own.pop(key) for key in list(own) if key in buffers}
-        # running means: older files lack them
+        # buffers are running means, which older files lack
         check_values(where, given, {key: buffers[key] for key in given})
         check_values(where, own, layer.adapter_parameters())
         copy_into(where, layer, own)
@@ -281,7 +279,8 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
         check_new_name("load_peft", model, name)
     refuse_merged("load_peft", named_adapters(model))
     refuse_rows("load_peft", model)
-    content = read_content(directory / CONFIG_NAME)
+    content = read_config(directory / CONFIG_NAME, "PEFT or save_peft", "prefix_config.json",
+                          "io.prefixes.load_prefix")  # fmt: skip
     if content.get("peft_type") in PROMPT_KINDS:
         names, unexpected = load_prompts(model, directory, content, name, strict=strict)
         return Loaded(names, [], unexpected, {})
@@ -315,7 +314,7 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
 
 
 def _new_layers(made: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """Every layer of the stacks that were made, down to what was there before."""
+    """All layers that were made: each stack from its top down to what was there before."""
     layers: list[nn.Module] = []
     for name, layer in made.items():
         while isinstance(layer, Wrapper) and layer is not modules.get(name):

@@ -1,7 +1,7 @@
-"""The module of a given model that each key of a file belongs to, however either spells the names.
+"""For each key of a file, the module of a given model that it belongs to.
 
-Both are compared by plain names (adapters/plain_names.py), without what torch wraps around
-modules.
+File and model may spell a name differently: what torch wraps around modules adds parts to it.  So
+they are compared by plain names (adapters/plain_names.py).
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ LONGEST_KEY = 1000  # characters; real names have some hundred, and matching lon
 
 @dataclass
 class Located:
-    """A model's modules under their plain names, and a file's keys by the modules they are of."""
+    """A model's modules by their plain names, and for each key of a file its module."""
 
     modules: dict[str, nn.Module]
     experts: dict[str, nn.Parameter]  # 3-D weights of experts
@@ -33,7 +33,7 @@ class Located:
     by_weight: dict[int, list[str]]  # id of a parameter `weight`: the modules that have it
 
     def tied(self, name: str) -> list[str]:
-        """The modules that have the same weight as this one, itself among them; [] without one."""
+        """The modules that share this one's weight, itself among them; none if it has no weight."""
         return self.by_weight.get(id(_weight(self.modules[name])), [])
 
 

@@ -40,15 +40,21 @@ class MatchedConfig:
         keys = (*self.config.rank_pattern, *self.config.alpha_pattern)
         return [key for key in keys if not self.fitting[_of_pattern(key)]]
 
+    def fits(self, target: list[str] | str, name: str) -> bool:
+        """Whether an expression, or a list of names and of what names end in, means this module."""
+        if isinstance(target, str):
+            return name in self.fitting[target]
+        return not self.ends[name].isdisjoint(target)
+
     def targets(self, name: str, module: nn.Module) -> bool:
         """Whether PEFT would wrap this module: target_modules less those excluded or saved."""
         if self.saves(name):
             return False
-        if self.config.exclude_modules and self._fits(self.config.exclude_modules, name):
+        if self.config.exclude_modules and self.fits(self.config.exclude_modules, name):
             return False
         if self.config.all_linear:
             return linear_shape(module) is not None
-        if not self._fits(self.config.target_modules, name):
+        if not self.fits(self.config.target_modules, name):
             return False
         wanted = self.config.layers
         return wanted is None or self.layers[name] in wanted
@@ -57,40 +63,27 @@ class MatchedConfig:
         """Whether this module is, or lies in, one of modules_to_save."""
         parts = name.split(".")
         paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        return any(self._fits(self.config.modules_to_save, path) for path in paths)
+        return any(self.fits(self.config.modules_to_save, path) for path in paths)
 
     def may_save(self, name: str) -> bool:
-        """Whether PEFT would save this module: its rule is that the name ends so, dot or not."""
+        """Whether PEFT would save this module: its name ends in an entry, after a dot or not."""
         return any(s.endswith(e) for e in self.config.modules_to_save for s in self.spelled[name])
-
-    def targets_parameter(self, name: str) -> bool:
-        """Whether target_parameters names this 3-D weight."""
-        return self._fits(self.config.target_parameters, name)
 
     def has_expert_weights(self, name: str) -> bool:
         """Whether target_parameters names weights of this module."""
         owners = [entry.rpartition(".")[0] for entry in self.config.target_parameters]
-        return self._fits(owners, name)
+        return self.fits(owners, name)
 
     def token_ids(self, name: str) -> list[int] | None:
         """The trained tokens of the embedding, or of the head, of this name."""
         tokens = self.config.tokens
         if not isinstance(tokens, dict):
             return tokens
-        return next((ids for entry, ids in tokens.items() if self.names(entry, name)), None)
-
-    def names(self, entry: str, name: str) -> bool:
-        """Whether an entry of a list means this module: its name, or how that ends."""
-        return self._fits([entry], name)
+        return next((ids for entry, ids in tokens.items() if self.fits([entry], name)), None)
 
     def _by_pattern(self, patterns: dict[str, Number], name: str, default: Number) -> Number:
         fits = (v for p, v in patterns.items() if name in self.fitting[_of_pattern(p)])
         return next(fits, default)
-
-    def _fits(self, target: list[str] | str, name: str) -> bool:
-        if isinstance(target, str):
-            return name in self.fitting[target]
-        return not self.ends[name].isdisjoint(target)
 
 
 def _of_pattern(pattern: str) -> str:

@@ -33,7 +33,7 @@ from minipeft.prefix import PrefixEncoder
 
 _KEY, _HEAD = "prompt_embeddings", "base_model."
 _SIZE = whole(1, 2**24)
-# Fields that are read past, but for those in _FIELDS: the values are in the table.
+# Fields that are known.  Only those in _FIELDS are used: the tensor holds what the rest produced.
 _KNOWN = ORIGIN | {
     "peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers",
     "num_transformer_submodules", "encoder_hidden_size", "prefix_projection", "init_weights",
@@ -76,7 +76,10 @@ def load_prompts(
         )
     where = directory / WEIGHTS_NAME
     tensors, training = read_weights(directory, config)
-    settings = _settings(training.get("prefix", {}), where)
+    settings = training.get("prefix", {})  # of a file of ours: dropout, frozen positions
+    if not isinstance(settings, dict) or not settings.keys() <= _TRAINING.keys():
+        raise ValueError(f"{where}: {settings!r:.80} is not how a prefix trains")
+    check(f"{where}: prefix", settings, _TRAINING)
     table = tensors.pop(_KEY, None)
     if table is None or table.dim() != 2 or not table.is_floating_point():
         raise ValueError(f"{where}: no floating-point {_KEY!r} of two dimensions")
@@ -108,14 +111,6 @@ def load_prompts(
     )  # fmt: skip
     fill_heads(model, name, heads)
     return [f"{NAME}.encoders.{name}", *modules], unexpected
-
-
-def _settings(found: object, where: Path) -> dict[str, Any]:
-    """What a file of ours says of the training of a prefix: its dropout, frozen positions."""
-    if not isinstance(found, dict) or not found.keys() <= _TRAINING.keys():
-        raise ValueError(f"{where}: {found!r:.80} is not how a prefix trains")
-    check(f"{where}: prefix", found, _TRAINING)
-    return found
 
 
 def _check_layers(config: Mapping[str, Any], prefix: Prefix, model: nn.Module) -> None:

@@ -303,7 +303,7 @@ def describe(
     model: nn.Module, names: list[str], gathered: Mapping[int, Tensor], *,
     beside_prefix: bool = False,
 ) -> dict[str, Described]:  # fmt: skip
-    """What to write of each of these adapters; errors as of save_peft.
+    """What to write of each of these adapters; raises what save_peft raises.
 
     `gathered` maps the id of a parameter to the values to write in its place.  `beside_prefix`
     leaves out prefixes and prompts.

@@ -1,4 +1,4 @@
-"""How layers train, where PEFT's format cannot say it: written to a file and read back.
+"""How layers train, written and read where PEFT's format has no field for it.
 
 PEFT's files say what a layer computes, but not always how it trains.  A weights file of ours says
 the rest in its metadata, as JSON, for the modules that need it:
@@ -66,7 +66,8 @@ def described(
 ) -> dict[str, object]:
     """What to write of the layers of one adapter, by module; scales: what the configuration says.
 
-    An adapter that was frozen as a whole, as one does before saving, is not said to be frozen.
+    Frozen parameters are written only if others of the adapter train: one who freezes a whole
+    adapter before saving it does not mean it to stay frozen.
     """
     found: dict[str, dict[str, object]] = {}
     trains = any(p.requires_grad for stack in places.values() for layer in stack

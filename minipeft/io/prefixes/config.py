@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from minipeft.io import fields
 from minipeft.io.fields import NAMES, TEXT, Kind, list_of, optional, whole
-from minipeft.io.replace import current
 from minipeft.layers.prompt import PromptEncoder
 from minipeft.prefix import PrefixEncoder
 
@@ -16,14 +15,14 @@ _LARGEST_SIZE, _MOST_LAYERS = 2**24, 2**12
 _SIZE, _LAYERS = whole(0, _LARGEST_SIZE), whole(0, _MOST_LAYERS)
 
 
-def _are_shapes(value: object) -> bool:
-    """Whether this is a list of (kv_heads, key_dim, value_dim)."""
-    if not isinstance(value, list) or len(value) > _MOST_LAYERS:
-        return False
-    sizes = list_of(whole(1, _LARGEST_SIZE))
-    return all(sizes.fits(shape) and len(shape) == 3 for shape in value)
-
-
+_SHAPE = Kind(
+    "(kv_heads, key_dim, value_dim)",
+    lambda value: list_of(whole(1, _LARGEST_SIZE)).fits(value) and len(value) == 3,  # type: ignore[arg-type]
+)
+_SHAPES = Kind(
+    f"three sizes for each of at most {_MOST_LAYERS} layers",
+    lambda value: list_of(_SHAPE).fits(value) and len(value) <= _MOST_LAYERS,  # type: ignore[arg-type]
+)
 _FIELDS = {
     "format": fields.one_of(1),
     "kind": fields.one_of("encoder", "prefix", "prompt", "prompt_encoder"),
@@ -32,7 +31,7 @@ _FIELDS = {
     "embedding_dim": optional(_SIZE),
     "frozen": optional(_SIZE),
     "lstm_layers": optional(_LAYERS),
-    "kv_shapes": Kind(f"three sizes for each of at most {_MOST_LAYERS} layers", _are_shapes),
+    "kv_shapes": _SHAPES,
     "locations": NAMES,
     "heads": NAMES,
     "position": TEXT,
@@ -52,13 +51,8 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, no JSON, or a field that is missing or has another kind of value.
     """
-    if not current(path).is_file():
-        hint = "; it holds an adapter_config.json: use load_peft"
-        raise ValueError(
-            f"{path}: no such file; expected a directory that save_prefix wrote"
-            f"{hint if (path.parent / 'adapter_config.json').is_file() else ''}"
-        )
-    config: dict[str, Any] = {"heads": [], **fields.read_object(path)}
+    found = fields.read_config(path, "save_prefix", "adapter_config.json", "load_peft")
+    config: dict[str, Any] = {"heads": [], **found}
     fields.check(str(path), config, _FIELDS, _NEEDED)
     if config["kind"].startswith("prompt") and config.get("embedding_dim") is None:
         raise ValueError(f"{path}: embedding_dim is None, expected {_SIZE.expected}")

@@ -84,7 +84,7 @@ def save_prefix(
 def describe_prefix(
     model: Any, name: str, gathered: Mapping[int, Tensor], *, reparametrization: bool, heads: bool
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The configuration and the tensors of one prefix or prompt; as of save_prefix.
+    """The configuration and the tensors of one prefix or prompt; arguments as in save_prefix.
 
     `gathered` maps the id of a parameter to the values to write in its place.
     """
@@ -114,7 +114,7 @@ def describe_prefix(
 
 
 def gathered_by_id(model: nn.Module, state: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Values by the id of the parameter that they are of."""
+    """Gathered values by the id of the parameter that they belong to."""
     own = dict(model.named_parameters(remove_duplicate=False))
     return {id(own[key]): value for key, value in state.items() if key in own}
 
