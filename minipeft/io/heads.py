@@ -71,10 +71,8 @@ def check_heads(caller: str, model: nn.Module, heads: Heads) -> list[str]:
 
 
 def _module(caller: str, model: nn.Module, place: str) -> nn.Module:
-    try:
-        module = model.get_submodule(place) if place else None
-    except AttributeError:
-        module = None
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    module = modules.get(place) if place else None
     if module is None or any(is_adapter(part) for part in module.modules()):
         raise ValueError(
             f"{caller}: the file has a trained head {place!r:.80}, which the model lacks or trains "

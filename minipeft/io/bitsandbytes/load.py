@@ -20,7 +20,7 @@ from minipeft.adapters.targets import Names
 from minipeft.inject import put
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.buffers import restore_buffers
-from minipeft.io.bitsandbytes.weight import is_state_key, state_of, weight_of
+from minipeft.io.bitsandbytes.weight import state_of, weight_of
 from minipeft.io.replace import read_whole
 from minipeft.io.shards import Reader
 from minipeft.model.progress import Progress
@@ -30,7 +30,7 @@ from minipeft.quantized.conv1d import NF4Conv1D
 
 def _groups(reader: Reader) -> dict[str, list[str]]:
     """The keys that belong to each 4-bit weight, by the weight's own key."""
-    groups = {weight_of(key): [key] for key in reader.specs if is_state_key(key)}
+    groups = {weight: [key] for key in reader.specs if (weight := weight_of(key))}
     for key in reader.specs:
         name = key if key in groups else key.rpartition(".")[0]
         if name in groups and key not in groups[name]:
@@ -182,12 +182,11 @@ def _assign(
                 f"{name}: tied to another tensor in the model, but the file has two values; untie "
                 "them (tie_word_embeddings=False)"
             )
-    made: dict[int, Tensor] = {}
-    for old in wanted.values():
-        if id(old) not in made:
-            value = by_id[id(old)]
-            is_parameter = isinstance(old, nn.Parameter)
-            made[id(old)] = nn.Parameter(value, old.requires_grad) if is_parameter else value
+    made = {
+        id(old): nn.Parameter(by_id[id(old)], old.requires_grad)
+        if isinstance(old, nn.Parameter) else by_id[id(old)]
+        for old in wanted.values()
+    }  # fmt: skip
     for name, value in {**{n: made[id(old)] for n, old in wanted.items()}, **buffers}.items():
         holder, _, own = name.rpartition(".")
         setattr(model.get_submodule(holder), own, value)

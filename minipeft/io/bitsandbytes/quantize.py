@@ -75,19 +75,6 @@ def _chosen(
     return weights, left_out
 
 
-def _check_places(source: Path, destination: Path) -> Path:
-    """The directory to work in.
-
-    Raises:
-        ValueError: there is no source, or the destination lies in it.
-    """
-    if not source.is_dir():
-        raise ValueError(f"{source}: no such directory")
-    if destination.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{destination}: lies in {source}, which is never written to")
-    return destination.with_name(f"{destination.name}.unfinished")
-
-
 def _is_taken(destination: Path) -> bool:
     return destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
 
@@ -187,7 +174,11 @@ def quantize_checkpoint(
     check_block_size("quantize_checkpoint", block_size)
     if max_shard_bytes < 1:
         raise ValueError(f"quantize_checkpoint: max_shard_bytes={max_shard_bytes}")
-    directory = _check_places(source, destination)
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such directory")
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{destination}: lies in {source}, which is never written to")
+    directory = destination.with_name(f"{destination.name}.unfinished")
     config = checkpoint.config_of(source)
     if config.get("quantization_config") is not None:
         raise ValueError(f"{source / checkpoint.CONFIG}: is quantised already")

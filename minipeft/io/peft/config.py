@@ -21,16 +21,16 @@ class LoRAConfig:
 
     rank: int = 8
     alpha: float = 8
-    target_modules: list[str] | str = field(default_factory=list)
-    exclude_modules: list[str] | str | None = None
+    target_modules: frozenset[str] | str = frozenset()
+    exclude_modules: frozenset[str] | str | None = None
     dropout: float = 0.0
     rank_stabilized: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     dora: bool = False
     bias: str = "none"
-    modules_to_save: list[str] = field(default_factory=list)
-    target_parameters: list[str] = field(default_factory=list)
+    modules_to_save: frozenset[str] = frozenset()
+    target_parameters: frozenset[str] = frozenset()
     tokens: list[int] | dict[str, list[int]] | None = None
     tied: bool = False
     lora_bias: bool = False
@@ -167,6 +167,9 @@ def checked(content: dict[str, object], *, strict: bool = True) -> LoRAConfig:
     for key in ("layers_to_transform", "layers_pattern"):
         if key in config and not isinstance(config[key], list):
             config[key] = [config[key]]
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        if isinstance(config.get(key), list):
+            config[key] = frozenset(config[key])
     own = {name: config[key] for key, (name, _) in _FIELDS.items() if key in config}
     ranks = {key: int(value) for key, value in config.get("rank_pattern", {}).items()}
     own |= {"rank": int(config.get("r", 8)), "rank_pattern": ranks}

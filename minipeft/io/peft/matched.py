@@ -3,7 +3,7 @@
 Names are compared by PEFT's rules.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -40,8 +40,11 @@ class MatchedConfig:
         keys = (*self.config.rank_pattern, *self.config.alpha_pattern)
         return [key for key in keys if not self.fitting[_of_pattern(key)]]
 
-    def fits(self, target: list[str] | str, name: str) -> bool:
-        """Whether an expression, or a list of names and of what names end in, means this module."""
+    def fits(self, target: Iterable[str] | str, name: str) -> bool:
+        """Whether an expression, or one of several names or dotted ends of names, is this module's.
+
+        Fast for a set, however large.
+        """
         if isinstance(target, str):
             return name in self.fitting[target]
         return not self.ends[name].isdisjoint(target)

@@ -86,9 +86,7 @@ def _fill_encoder(encoder: PrefixEncoder, loaded: PrefixEncoder, directory: Path
             raise ValueError(
                 f"{directory}: {key} is {found!s:.80}, the encoder's {own!s:.80}{more}"
             )
-    shapes = [{k: v.shape for k, v in e.state_dict().items()} for e in (encoder, loaded)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"{directory}: the encoder's MLP has other sizes")
+    check_values(directory, loaded.state_dict(), encoder.state_dict())
     encoder.load_state_dict(loaded.state_dict())
     encoder.dropout = loaded.dropout
     return encoder
