@@ -68,13 +68,8 @@ class Settings(NamedTuple):
         return math.ceil(math.prod(self.shape) / self.block_size)
 
 
-def is_state_key(key: str) -> bool:
-    """Whether this is the key of a weight's JSON."""
-    return f".{STATE_KEY}" in key
-
-
 def weight_of(key: str) -> str:
-    """The weight's own key, from that of its JSON."""
+    """The weight's own key, from that of its JSON; "" if this is no key of a weight's JSON."""
     return key.rpartition(f".{STATE_KEY}")[0]
 
 
@@ -187,10 +182,10 @@ def state_of(name: str, found: Mapping[str, Tensor]) -> tuple[Settings, dict[str
     then say double_quant=False.
 
     Raises:
-        ValueError: an entry is missing, is one too many, or has another size or dtype than the
-            others demand, or scales that are not finite.
+        ValueError: an entry is missing or unexpected, has another size or dtype than the others ask
+            for, or holds scales that are not finite.
     """
-    keys = [key for key in found if is_state_key(key)]
+    keys = [key for key in found if weight_of(key)]
     if len(keys) != 1:
         raise ValueError(f"{name}: {len(keys)} descriptions ({keys}); expected one")
     settings, offset = settings_of(name, keys[0], found[keys[0]])
