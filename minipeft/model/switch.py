@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, adapters_called, check_new_name, give_name, named
-from minipeft.adapters.protocol import holds_prefixes
+from minipeft.adapters.prefix_holder import holds_prefixes
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.adapters.targets import Head, Names, Target, survey
 from minipeft.inject import check_model, restoring

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import named, stacks
-from minipeft.adapters.protocol import Adapter, holds_prefixes, innermost
+from minipeft.adapters.prefix_holder import holds_prefixes
+from minipeft.adapters.protocol import Adapter, innermost
 from minipeft.adapters.state import refuse_merged, require_adapters
 from minipeft.adapters.targets import visible_modules
 from minipeft.inject import swap
