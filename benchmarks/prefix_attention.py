@@ -1,13 +1,13 @@
 """Prefix attention, merged against joined: `python -m benchmarks.prefix_attention`.
 
-`prefix_attention(method="merge")` beside `method="concat"`, in turns, one thread:
+`merged_prefix_attention` beside `joined_attention`, in turns, one thread:
 
     square        t = s tokens, causal: forward; forward and backward
     frozen        the same, where only the prefix needs gradients (a frozen model's first layer)
     decoding      one query over s keys, no gradients
 
 8 heads of 64 numbers, float32 and bfloat16, prefixes of 16 and 128.  `auto` says which of the two
-`method="auto"` picks.  Before a case is timed its result and gradients are compared with joined
+`prefix_attention` picks.  Before a case is timed its result and gradients are compared with joined
 attention in float64: merged may be off by what joined is, plus a rounding.
 """
 
@@ -26,12 +26,12 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.harness import save_result
-from minipeft import prefix_attention
-from minipeft.fast.prefix import merge_is_faster
+from minipeft.fast.prefix import merge_is_faster, merged_prefix_attention
+from minipeft.prefix import joined_attention
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, HEAD_DIM = 8, 64
-METHODS = {"joined": "concat", "merged": "merge"}
+METHODS = {"joined": joined_attention, "merged": merged_prefix_attention}
 LEAST = 0.004  # seconds of one measurement: fast calls are repeated
 
 
@@ -86,9 +86,9 @@ def make(case: Case) -> tuple[list[Tensor], Tensor]:
     return [q, k, v, *prefix], torch.randn_like(q)
 
 
-def compute(case: Case, tensors: list[Tensor], dy: Tensor, method: str) -> list[Tensor]:
+def compute(case: Case, tensors: list[Tensor], dy: Tensor, method: Any) -> list[Tensor]:
     """The result, and the gradients of what is trained."""
-    y = prefix_attention(*tensors, is_causal=case.queries > 1, method=method)
+    y = method(*tensors, is_causal=case.queries > 1)
     trained = [x for x in tensors if x.requires_grad]
     return [y, *(torch.autograd.grad(y, trained, dy) if trained else ())]
 
@@ -108,7 +108,7 @@ def gate(case: Case, tensors: list[Tensor], dy: Tensor) -> dict[str, list[float]
         x.detach().double().requires_grad_(y.requires_grad)
         for x, y in zip(rounded, tensors, strict=True)
     ]
-    exact = compute(case, wide, dy.double(), "concat")
+    exact = compute(case, wide, dy.double(), joined_attention)
     errors = {
         name: distances(compute(case, tensors, dy, method), exact)
         for name, method in METHODS.items()
@@ -147,8 +147,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             times[name].append(repeated(runs[name], counts[name]))
     picks = merge_is_faster(*tensors, is_causal=case.queries > 1)
     return {
-        "case": asdict(case), "errors": errors, "times": times, "auto": METHODS["merged"] if picks
-        else METHODS["joined"],
+        "case": asdict(case), "errors": errors, "times": times,
+        "auto": "merged" if picks else "joined",
         "ratio": [m / j for m, j in zip(times["merged"], times["joined"], strict=True)],
     }  # fmt: skip
 

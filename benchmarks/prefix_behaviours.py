@@ -402,8 +402,9 @@ def switched_off(family: str) -> float:
     on = case.logits()
     with mp.disable_adapters(case.model):
         off = case.logits()
-    with prefix.use(None):
-        none = case.logits()
+    prefix.enabled = False
+    none = case.logits()
+    prefix.enabled = True
     again = case.logits()
     prefix.remove()
     equal = [torch.equal(x, before) for x in (off, none, case.logits())]

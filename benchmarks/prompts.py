@@ -47,7 +47,6 @@ METHODS: dict[str, tuple[float, Callable[[Any, int], Any]]] = {
     "prompt, random": (3e-2, lambda m, n: mp.attach_prompt(m, n)),
     "prompt, from the vocabulary": (3e-2, lambda m, n: mp.attach_prompt(m, n, init="vocabulary")),
     "prompt, from a text": (3e-2, _from_text),
-    "P-tuning v1, LSTM": (1e-3, lambda m, n: mp.attach_prompt(m, n, kind="lstm", hidden=128)),
     "P-tuning v1, MLP": (1e-3, lambda m, n: mp.attach_prompt(m, n, kind="mlp", hidden=128)),
 }
 

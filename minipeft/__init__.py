@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 import torch  # first: from a deeper frame its import takes 0.1 s longer (measured)
 
 from minipeft import inject as _inject
+from minipeft.adapters.products import SlowProductsWarning
 from minipeft.adapters.state import (
     adapter_parameters,
     adapter_state_dict,
@@ -16,19 +17,13 @@ from minipeft.adapters.state import (
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
 from minipeft.fast import derivatives as _derivatives
 from minipeft.fast import flops as _flops
-from minipeft.fast.products import SlowProductsWarning
 from minipeft.inject import freeze, inject
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.layers.fused import LoRAFusedLinear
 from minipeft.layers.mixture import LoRAExperts
-from minipeft.layers.prompt import (
-    PromptEmbedding,
-    PromptEncoder,
-    rows_from_tokens,
-    rows_from_vocabulary,
-)
+from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 from minipeft.layers.tied import LoRATiedLinear
 from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
 from minipeft.model.base_state import base_state_dict, load_base_state_dict
@@ -181,8 +176,6 @@ __all__ = [
     "quantize_model",
     "quantize_nf4",
     "remove",
-    "rows_from_tokens",
-    "rows_from_vocabulary",
     "save_peft",
     "scale_adapters",
     "swap_adapter",

@@ -1,15 +1,15 @@
 """Double quantisation: the scales of NF4, quantised too (QLoRA, Dettmers et al. 2023).
 
-One float32 absmax for 64 weights costs half a bit a weight.  Their mean (the offset) is taken off
-and what is left is quantised to 8 bits in blocks of 256, with a map that has 7 decades of
-magnitudes and more values in the larger ones.  The scales of a weight are positive and lie near
-each other: codes of their small differences from the mean are finer than codes of the scales.  The
-map is signed, since the differences go both ways.
+One float32 absmax for 64 weights costs half a bit a weight.  The absmax of a weight are all
+positive and lie near each other, so their mean (the offset) is subtracted first: 8 bits are finer
+for the small differences that are left.  Differences go both ways, so the map of 8-bit codes to
+values is signed; it has 7 decades of magnitudes, and more values in the larger ones.  A block of
+256 differences is divided by its largest magnitude (the scale), as nf4.py divides weights.
 
     absmax   0.081  0.074  0.079 ...     float32, one for 64 weights         32 / 64
     offset   0.076                       float32, one for the tensor
     scale    0.012                       float32, one for 256 absmax         32 / (64 * 256)
-    code       204     96    179         uint8, one for each absmax           8 / 64
+    code       213     59    201         uint8, one for each absmax           8 / 64
 
 8/64 + 32/(64*256) = 0.127 bits a weight instead of 0.5.  Read next: qlora.py.
 """
@@ -23,9 +23,9 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from minipeft import nf4, ops
+from minipeft.ops import Packed
 
 ABSMAX_BLOCK_SIZE = 256  # scales in a block: QLoRA's
-_SUM_CHUNK = 2**16  # scales converted to float64 at a time; the order of the sum depends on it
 
 
 @functools.cache
@@ -33,7 +33,7 @@ def dynamic_codebook() -> tuple[float, ...]:
     """The 256 values of the signed 8-bit dynamic map, ascending, from -0.99297 to 1.
 
     Decade i in 0..6 spans 10**(i-7) to 10**(i-6) and holds 2**i evenly spaced values of either
-    sign; zero and one are added.  Built in float32 as in bitsandbytes, whose map it equals.
+    sign; zero and one are added.  Built in float32, as bitsandbytes builds it, with equal bits.
 
     >>> values = dynamic_codebook()
     >>> len(values), values[127], values[-1]
@@ -54,28 +54,22 @@ def dynamic_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return values, (values[1:] + values[:-1]) / 2
 
 
-def _halving_sum(x: Tensor) -> Tensor:
-    """Sum over the last axis by adding its upper half to its lower half until one is left.
-
-    Only elementwise additions, so the order is the same on every device and number of threads.
-    """
-    while x.shape[-1] > 1:
-        half = (x.shape[-1] + 1) // 2
-        upper = x[..., half:]
-        x = torch.cat([x[..., : upper.shape[-1]] + upper, x[..., upper.shape[-1] : half]], dim=-1)
-    return x.sum(-1)
-
-
 def ordered_mean(x: Float32[Tensor, " n"]) -> Float32[Tensor, " one"]:
-    """The mean, summed in float64 in an order that depends on nothing but n, as one float32."""
-    if x.numel() == 0:
-        return x.new_zeros(1)
-    chunks = [_halving_sum(chunk.double()) for chunk in torch.split(x, _SUM_CHUNK)]
-    return (_halving_sum(torch.stack(chunks)) / x.numel()).float().view(1)
+    """The mean, summed in float64: the upper half is added to the lower half until one is left.
+
+    These are elementwise additions, so the sum does not depend on the device or on threads.
+    """
+    sums = x.double()
+    while sums.numel() > 1:
+        lower, upper = sums.chunk(2)  # an odd one is the lower half's
+        lower[: upper.numel()] += upper
+        sums = lower
+    return (sums.sum() / max(1, x.numel())).float().view(1)
 
 
 def _encoded_shapes(given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    absmax, groups = given.absmax, ops.ceil_div(given.absmax.numel(), given.block_size)
+    absmax, size = given.absmax, given.block_size
+    groups = (absmax.numel() + size - 1) // size  # may be symbolic
     code = absmax.new_empty(absmax.shape, dtype=torch.uint8)
     return code, absmax.new_empty((groups,)), absmax.new_empty((1,))
 
@@ -86,7 +80,7 @@ def _encoded_shapes(given: Any) -> tuple[Tensor, Tensor, Tensor]:
     shapes=_encoded_shapes,
 )
 def encode(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, their scales, and the offset: what nf4.py does to weights, less their mean."""
+    """Codes, their scales, and the offset."""
     flat = absmax.flatten()
     offset = ordered_mean(flat)
     scaled, scale = nf4.scaled_blocks(flat - offset, block_size)
@@ -95,54 +89,36 @@ def encode(absmax: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     return nearest[: flat.numel()].to(torch.uint8).view(absmax.shape), scale, offset
 
 
-def _decoded_shape(given: Any) -> Any:
-    return given.code.new_empty(given.code.shape, dtype=torch.float32)
-
-
 @ops.operator(
     "dequantize_absmax",
     "(Tensor code, Tensor scale, Tensor offset, int block_size) -> Tensor",
-    shapes=_decoded_shape,
+    shapes=lambda given: torch.empty_like(given.code, dtype=torch.float32),
 )
 def decode(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tensor:
     """The scales of weights: value[code] * scale + offset."""
     values, _ = dynamic_tables(code.device)
     scales = scale.repeat_interleave(block_size)[: code.numel()]
-    rest = values.index_select(0, code.flatten().int())
-    return rest.mul_(scales).add_(offset).view(code.shape)
+    rest = values.index_select(0, code.flatten().int()) * scales
+    return (rest + offset).view(code.shape)
 
 
-def decoded_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
-    """float32 scales, from float32 scales (`scale` None) or from their 8-bit codes."""
-    if scale is None or offset is None:
-        return absmax
-    out: Tensor = torch.ops.minipeft.dequantize_absmax(absmax, scale, offset, ABSMAX_BLOCK_SIZE)
-    return out
-
-
-def _weights_shape(given: Any) -> Any:
-    return given.packed.new_empty(given.shape, dtype=given.dtype)
+def decoded_absmax(weight: Packed) -> Tensor:
+    """The float32 scales of a 4-bit weight, decoded if they are 8-bit codes."""
+    if weight.scale is None or weight.offset is None:
+        return weight.absmax
+    return ops.call(
+        "dequantize_absmax", weight.absmax, weight.scale, weight.offset, ABSMAX_BLOCK_SIZE
+    )
 
 
 @ops.operator(
     "dequantize_nf4",
-    "(Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, SymInt[] shape, "
-    "int block_size, ScalarType dtype, Tensor? codebook=None) -> Tensor",
-    shapes=_weights_shape,
+    "(Packed weight, SymInt[] shape, ScalarType dtype) -> Tensor",
+    shapes=lambda given: given.weight.packed.new_empty(given.shape, dtype=given.dtype),
 )
-def decode_weights(
-    packed: Tensor,
-    absmax: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    block_size: int,
-    dtype: torch.dtype,
-    codebook: Tensor | None = None,
-) -> Tensor:
-    """NF4 with scales in either form: first the scales, then nf4.py's `decode`."""
-    scales = decoded_absmax(absmax, scale, offset)
-    return nf4.decode(packed, scales, shape, block_size, dtype, codebook)
+def decode_weights(weight: Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """First the scales, then the weights, by nf4.py's `decode`."""
+    return nf4.decode(weight._replace(absmax=decoded_absmax(weight)), shape, dtype)
 
 
 def quantize_absmax(
@@ -187,5 +163,4 @@ def dequantize_absmax(
             f"dequantize_absmax: {code.numel()} codes take {groups} scales and 1 offset; got "
             f"{scale.numel()} and {offset.numel()}"
         )
-    out: Tensor = torch.ops.minipeft.dequantize_absmax(code, scale, offset, block_size)
-    return out
+    return ops.call("dequantize_absmax", code, scale, offset, block_size)

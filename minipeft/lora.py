@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minipeft.adapters import products
+from minipeft.adapters.products import autocast_is_on, without_autocast
 from minipeft.adapters.protocol import LinearShape, innermost, linear_shape, whole
 from minipeft.adapters.wrapper import Wrapper
-from minipeft.fast import products
-from minipeft.ops import autocast_is_on, without_autocast
 
 
 def lora_scaling(alpha: float, rank: int, *, rank_stabilized: bool = False) -> float:

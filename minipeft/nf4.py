@@ -1,9 +1,10 @@
 """4-bit NormalFloat: 16 values, blocks, and two codes in a byte (QLoRA, Dettmers et al. 2023).
 
 Weights of a trained layer look like draws from a normal distribution.  NF4's 16 values are normal
-quantiles, so each is used about equally often; every block of 64 weights stores its largest
+quantiles, so each is used about equally often.  Every block of 64 weights stores its largest
 magnitude (absmax), and every weight the index of the value nearest to weight / absmax.  The widest
-gap between values lies between -1 and -0.696, so a weight is off by at most 0.152 absmax.
+gap between two values is that from -1 to -0.696, and a rounding error is at most half a gap: a
+weight is off by at most 0.152 absmax.
 
     weights   0.31 -0.62  0.05  0.11 ...     one block of 64
     absmax    0.62                           float32
@@ -18,6 +19,7 @@ Read next: double_quant.py.
 
 import functools
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Any
 
@@ -35,12 +37,13 @@ _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 def normal_float_codebook(bits: int = 4) -> tuple[float, ...]:
     """The 2**bits values of NormalFloat: quantiles of the standard normal, scaled to [-1, 1].
 
-    Zero is one of them, so that zeros of a weight and of padding stay zero.  That leaves an odd
-    number: for 4 bits 8 quantiles above zero and 7 below.  Probabilities run from 1/2 to an offset
-    below 1, whose quantile is infinite: the middle of the last of 16 equal parts of probability is
-    1 - 1/(2 * 16), that of 15 parts (one for each value but zero) 1 - 1/(2 * 15), and the published
-    offset is the mean of the two.  Probabilities and values are rounded to float32 (and the offset
-    to 7 decimals) as in the published table, which the result for 4 bits equals to the bit.
+    Zero is one of them, so that zeros of a weight and of padding stay zero.  An odd number is left:
+    for 4 bits, 8 values above zero and 7 below.  Each side has the quantiles of evenly spaced
+    probabilities between 1/2 and an offset.  The offset is not 1, since the quantile of 1 is
+    infinite.  With 16 equal parts of probability the last part has its middle at 1 - 1/(2 * 16),
+    with 15 (a part for each value but zero) at 1 - 1/(2 * 15); the paper's offset is the mean of
+    the two.  Probabilities and values are rounded to float32, and the offset to 7 decimals, so that
+    for 4 bits the result equals the published table in every bit.
 
     Raises:
         ValueError: bits outside 2..8.
@@ -75,9 +78,9 @@ def scaled_blocks(
 ) -> tuple[Float32[Tensor, "n_blocks block_size"], Float32[Tensor, " n_blocks"]]:
     """Blocks of `x` times the float32 reciprocal of their absmax, and absmax.
 
-    Zeros fill the last block; they change no absmax.  Below the smallest normal number a
-    reciprocal can overflow, so such a block counts as zero: absmax 0, and every value 0.  What is
-    not finite stays so in absmax.
+    Zeros fill the last block; they change no absmax.  The reciprocal of a number below the smallest
+    normal one can overflow, so a block with such an absmax counts as zero: absmax 0, and every
+    value 0.  If a value is not finite, neither is the absmax of its block.
     """
     x, missing = x.float(), -x.numel() % block_size
     if missing:
@@ -101,9 +104,9 @@ def unpack_pairs(packed: UInt8[Tensor, "*shape"]) -> UInt8[Tensor, " two_n"]:
 
 
 def _encoded_shapes(given: Any) -> tuple[Tensor, Tensor]:
-    n, empty = given.w.numel(), given.w.new_empty
-    absmax = empty((ops.ceil_div(n, given.block_size),), dtype=torch.float32)
-    return empty((ops.ceil_div(n, 2),), dtype=torch.uint8), absmax
+    n, size, empty = given.w.numel(), given.block_size, given.w.new_empty
+    absmax = empty(((n + size - 1) // size,), dtype=torch.float32)  # n may be symbolic
+    return empty(((n + 1) // 2,), dtype=torch.uint8), absmax
 
 
 @ops.operator(
@@ -115,23 +118,17 @@ def encode(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     check_finite("quantize_nf4", w, absmax)
     values = codebook_on(w.device)
     midpoints = (values[1:] + values[:-1]) / 2  # in float32, as every reader of NF4 rounds them
-    codes = torch.bucketize(scaled.flatten(), midpoints)  # the higher code strictly above one
+    codes = torch.bucketize(scaled.flatten(), midpoints)  # a tie goes to the lower code
     packed = pack_pairs(codes.to(torch.uint8))
     return packed[: math.ceil(w.numel() / 2)], absmax
 
 
-def decode(
-    packed: Tensor,
-    absmax: Tensor,
-    shape: list[int],
-    block_size: int,
-    dtype: torch.dtype,
-    codebook: Tensor | None = None,
-) -> Tensor:
+def decode(weight: ops.Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
     """The weights: codebook[code] * absmax in float32, rounded once to `dtype`.
 
     A zero block stays zero: its codes are those of the value 0, whatever scale multiplies it.
     """
+    packed, absmax, block_size, *_, codebook = weight  # with float32 absmax
     n = math.prod(shape)
     values = codebook_on(packed.device) if codebook is None else codebook
     scales = absmax.flatten().repeat_interleave(block_size)[:n]
@@ -140,7 +137,7 @@ def decode(
 
 
 def check_finite(caller: str, w: Tensor, absmax: Tensor) -> None:
-    """Raise ValueError that names the first value of `w` that is not finite, as absmax shows."""
+    """Raise ValueError with the first value of `w` that is not finite, if absmax has any."""
     if bool(absmax.isfinite().all()):
         return
     index = tuple((~w.isfinite()).nonzero()[0].tolist())
@@ -156,6 +153,20 @@ def check_block_size(caller: str, block_size: int) -> None:
         raise ValueError(
             f"{caller}: block_size={block_size!r}; choose one of {list(BLOCK_SIZES)} "
             "(64 is QLoRA's and the one most checkpoints use)"
+        )
+
+
+def check_sizes(
+    caller: str, codes: Tensor, absmax: Tensor, shape: Sequence[int], block_size: int, in_byte: int
+) -> None:
+    """Raise ValueError unless this is the number of codes and scales of a weight of this shape."""
+    check_block_size(caller, block_size)
+    n = math.prod(shape)
+    expected = (math.ceil(n / in_byte), math.ceil(n / block_size))
+    if (codes.numel(), absmax.numel()) != expected:
+        raise ValueError(
+            f"{caller}: shape {tuple(shape)} with block_size={block_size} takes {expected[0]} "
+            f"bytes and {expected[1]} scales; got {codes.numel()} and {absmax.numel()}"
         )
 
 
@@ -176,13 +187,13 @@ def quantize_nf4(
     """NF4 codes and block scales of `w`, over the flattened tensor (QLoRA, section 3).
 
     Returns `packed`, (ceil(n/2),) bytes, and `absmax`, (ceil(n/block_size),) float32.  An odd
-    count is padded with code 7, which is zero.  Computed in float32 in chunks: needs less than
+    count is padded with code 7, the code of zero.  Computed in float32 in chunks: needs less than
     64 MiB beside the result, also for a `w` that is not contiguous.  The default 64 is QLoRA's.
 
     Raises:
-        TypeError: `w` is no tensor.
-        ValueError: `w` holds integers, NaN or Inf (the first one's index is named), or block_size
-            is no power of two in 32..4096.
+        TypeError: `w` is not a tensor.
+        ValueError: `w` holds integers, NaN or Inf (the message has the index of the first), or
+            block_size is not a power of two in 32..4096.
 
     >>> packed, absmax = quantize_nf4(torch.tensor([1.0, -1.0, 0.5626, 0.0]))
     >>> [hex(byte) for byte in packed], absmax
@@ -207,21 +218,13 @@ def dequantize_nf4(
     The product is taken in float32 and rounded once to `dtype`.
 
     Raises:
-        ValueError: the sizes of packed, absmax and shape do not belong together, or their dtypes
-            are not uint8 and float32.
+        ValueError: the sizes of packed, absmax and shape do not belong together, packed is not
+            uint8, absmax not float32, or `dtype` not a floating-point dtype.
 
     >>> dequantize_nf4(torch.tensor([0xF0], dtype=torch.uint8), torch.tensor([2.0]), (2,))
     tensor([ 2., -2.])
     """
-    check_block_size("dequantize_nf4", block_size)
-    n = math.prod(shape)
-    expected = (math.ceil(n / 2), math.ceil(n / block_size))
-    if (packed.numel(), absmax.numel()) != expected:
-        raise ValueError(
-            f"dequantize_nf4: shape {tuple(shape)} with block_size={block_size} takes "
-            f"{expected[0]} bytes and {expected[1]} scales; got {packed.numel()} and "
-            f"{absmax.numel()}"
-        )
+    check_sizes("dequantize_nf4", packed, absmax, shape, block_size, 2)
     if packed.dtype != torch.uint8 or absmax.dtype != torch.float32:
         raise ValueError(
             f"dequantize_nf4: expected uint8 codes and float32 scales; got {packed.dtype} and "
@@ -229,7 +232,5 @@ def dequantize_nf4(
         )
     if not dtype.is_floating_point:
         raise ValueError(f"dequantize_nf4: dtype={dtype}; expected a floating-point dtype")
-    out: Tensor = torch.ops.minipeft.dequantize_nf4(
-        packed, absmax, None, None, list(shape), block_size, dtype
-    )
-    return out
+    weight = ops.Packed(packed, absmax, block_size)
+    return ops.call("dequantize_nf4", *weight, list(shape), dtype)

@@ -1,7 +1,7 @@
 """P-tuning v2: trainable keys and values in front of every attention layer.
 
-Prefix tuning (Li & Liang 2021) and P-tuning v2 (Liu et al. 2022) leave all weights alone.  Each
-attention layer gets P more keys and values, which belong to no token:
+Prefix tuning (Li & Liang 2021) and P-tuning v2 (Liu et al. 2022) change no weight.  Each attention
+layer gets P more keys and values, which belong to no token:
 
         keys    | prefix k_1 .. k_P | tokens k_1 .. k_S |
         values  | prefix v_1 .. v_P | tokens v_1 .. v_S |
@@ -9,26 +9,25 @@ attention layer gets P more keys and values, which belong to no token:
 
     y = softmax(scale * q [prefix_k, k]^T) [prefix_v, v]
 
-Every query sees all P columns of the prefix, and of the tokens those that causality and the mask
-leave it.  The prefix is always visible because it stands before the first token: causality hides
-what comes after a query, and a mask hides padding, which it has none of.
+Every query sees the whole prefix, and those tokens that causality and the mask let it see.  The
+prefix is always visible because it stands before the first token: causality hides what comes after
+a query, a mask hides padding, and the prefix has no padding.
 
-A prompt at the input (layers/prompt.py) trains one vector a position, from which the frozen layers
-compute the keys and values of all layers.  A deep prefix trains those of each layer directly: more
-numbers, and no run of the prefix through the model.
+A prompt at the input (layers/prompt.py) trains one vector for each position, and the frozen layers
+compute keys and values from it.  A deep prefix trains the keys and values of each layer directly:
+more numbers, and no run of the prefix through the model.
 
-The trained table has a row per prefix position; or a small MLP makes it (Linear, tanh, Linear on an
-embedding), which is dropped after training by `bake`.  As a flat table, the form other programs
-read, column ((layer, key or value), head, dim) of row p is one number of the prefix:
-(prefix_length, sum of kv_heads * (key_dim + value_dim)).
+The prefix is a trained table with a row for each position.  Or a small MLP makes the table (Linear,
+tanh, Linear on an embedding); `bake` drops the MLP after training.  Other programs read the prefix
+as one flat table (prefix_length, sum of kv_heads * (key_dim + value_dim)), with columns ordered by
+layer, then keys before values, then head, then dim.
 
 Read next: fast/prefix.py, the same attention without a copy of the keys.
 """
 
-import importlib
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +35,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minipeft import ops
 from minipeft.adapters.on_off import OnOff
-from minipeft.adapters.protocol import whole
-
-FAST = "minipeft.fast.prefix"  # imported by its name when it is first asked for
+from minipeft.adapters.protocol import expect, whole
 
 
 def prefix_attention(
@@ -54,65 +52,53 @@ def prefix_attention(
     scale: float | None = None,
     dropout: float = 0.0,
     gate: Tensor | None = None,
-    method: str = "auto",
 ) -> Float[Tensor, "b h t dv"]:
     """Attention with a prefix that every query sees, for attention of your own.
-
-    It relies on an identity: with y_p, y_x attention over the prefix and over the tokens alone, and
-    lse the logarithm of the sum of exponentials of a part's scores,
-
-        softmax(scale * q [prefix_k, k]^T) [prefix_v, v] = y_x + w (y_p - y_x)
-        w = sigmoid(lse_p - lse_x)
-
-    so the joined softmax is a mean of both, and a gate can scale w.
 
     The t queries are the last of the s tokens (t < s when keys come from a cache): with
     `is_causal`, query i sees tokens up to s - t + i.  h is a multiple of g (grouped heads).
     `mask` is over the tokens, broadcastable to (b, h, t, s): bool (True attends) or added to the
-    scores, and combined with `is_causal`.  `prefix_k` (g, p, dk) and
-    `prefix_v` (g, p, dv) are for all rows, (b, g, p, ...) for each its own; p = 0 is attention
-    without prefix.  Both are cast to k's dtype.  `scale` None: 1 / sqrt(dk).  `dropout` acts on
-    the attention weights, whatever the mode: pass 0 outside training.  `gate` (g,), or one number
-    for all heads, takes that share of the way from attention without the prefix (0) to attention
-    with it (1): `PrefixEncoder.gate`.
+    scores, and combined with `is_causal`.  `prefix_k` (g, p, dk) and `prefix_v` (g, p, dv) are for
+    all rows of the batch, (b, g, p, ...) for each its own; p = 0 is attention without prefix.  Both
+    are cast to k's dtype.  `scale` None: 1 / sqrt(dk).  `dropout` acts on the attention weights,
+    also in eval mode: pass 0 outside training.  `gate` (g,), or one number for all heads, goes from
+    attention without the prefix (0) to attention with it (1): `PrefixEncoder.gate`.
 
-    `method` "concat" joins the prefix to keys and values, as written here; "merge" uses the
-    identity (fast/prefix.py says where it can), "auto" where that was measured to be faster.
-    All are the same function; when torch.compile traces, "concat" is what it gets.
+    `joined_attention` is the plain form, and what torch.compile traces.  Where that was measured to
+    be faster, fast/prefix.py merges two attentions; the result differs by rounding.
+    `use_kernels("plain")` switches that off.
 
     Raises:
-        ValueError: shapes that do not belong together, a mask whose last size is not s, another
-            method, or "merge" for arguments it does not take.
+        ValueError: shapes that do not belong together, a mask whose last size is not s.
     """
-    _check_tokens(q, k, v, is_causal=is_causal)
-    if method not in ("auto", "concat", "merge"):
-        raise ValueError(
-            f"prefix_attention: method={method!r}; expected 'auto', 'concat' or 'merge'"
-        )
-    if gate is not None:
-        joined, alone = (
-            prefix_attention(
-                q, k, v, prefix_k[..., :p, :], prefix_v[..., :p, :],
-                mask=mask, is_causal=is_causal, scale=scale, dropout=dropout, method=method,
-            )
-            for p in (prefix_k.shape[-2], 0)
-        )  # fmt: skip
-        return gated_attention(alone, joined, gate)
-    if method != "concat" and not torch.compiler.is_compiling():
-        merged: Tensor | None = importlib.import_module(FAST).merged_if_better(
-            q, k, v, prefix_k, prefix_v,
-            mask=mask, is_causal=is_causal, scale=scale, dropout=dropout, always=method == "merge",
-        )  # fmt: skip
-        if merged is not None:
-            return merged
+    check_tokens(q, k, v, mask, is_causal=is_causal)
+    attend = joined_attention
+    if not torch.compiler.is_compiling():
+        attend, _ = ops.choose("prefix_attention", q.device, q.dtype, q.shape)
+    settings: Any = {"mask": mask, "is_causal": is_causal, "scale": scale, "dropout": dropout}
+    joined: Tensor = attend(q, k, v, prefix_k, prefix_v, **settings)
+    if gate is None:
+        return joined
+    alone = attend(q, k, v, prefix_k[..., :0, :], prefix_v[..., :0, :], **settings)
+    return gated_attention(alone, joined, gate)
 
+
+@ops.plain_row("prefix_attention")
+def joined_attention(
+    q: Float[Tensor, "b h t dk"],
+    k: Float[Tensor, "b g s dk"],
+    v: Float[Tensor, "b g s dv"],
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "b h t dv"]:
+    """`prefix_attention` as its formula says: the prefix in front of the keys and values."""
     (t, s), grouped = (q.shape[2], k.shape[2]), q.shape[1] != k.shape[1]
     k, v, p = with_prefix(k, v, prefix_k, prefix_v)
-    if mask is not None and mask.shape[-1] != s:
-        raise ValueError(
-            f"prefix_attention: the mask covers {mask.shape[-1]} keys, there are {s} (leave the "
-            "prefix out: it is always visible)"
-        )
     if is_causal and t > 1:
         lower_right = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
         if mask is None:
@@ -128,29 +114,6 @@ def prefix_attention(
     )
 
 
-def _check_tokens(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> None:
-    (batch, heads, t, _), (_, groups, s, _) = q.shape, k.shape
-    if heads % groups or (k.shape[:3] != v.shape[:3]) or k.shape[0] != batch:
-        raise ValueError(
-            f"prefix_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
-            "expected (b, h, t, d), (b, g, s, d), (b, g, s, d) with h a multiple of g"
-        )
-    if is_causal and t > s:
-        raise ValueError(f"prefix_attention: {t} queries over {s} keys cannot be causal")
-
-
-def gated_attention(
-    alone: Float[Tensor, "b h t dv"], joined: Float[Tensor, "b h t dv"], gate: Tensor
-) -> Float[Tensor, "b h t dv"]:
-    """From attention without a prefix towards attention with it: alone + gate * (joined - alone).
-
-    By the identity of `prefix_attention` this is y_x + gate * w (y_p - y_x): the prefix's share w
-    times the gate, per key/value head (g,).
-    """
-    gate = gate.to(alone.dtype).reshape(-1).repeat_interleave(alone.shape[1] // gate.numel())
-    return alone + gate[:, None, None] * (joined - alone)
-
-
 def with_prefix(
     k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor
 ) -> tuple[Tensor, Tensor, int]:
@@ -159,16 +122,10 @@ def with_prefix(
     Raises:
         ValueError: the prefix has other heads or sizes.
     """
-    batch = k.shape[0]
+    check_prefix(k, v, prefix_k, prefix_v)
     joined = []
-    for name, tokens, prefix in (("keys", k, prefix_k), ("values", v, prefix_v)):
-        wanted = (tokens.shape[1], prefix_k.shape[-2], tokens.shape[3])
-        if tuple(prefix.shape[-3:]) != wanted or prefix.shape[:-3] not in ((), (1,), (batch,)):
-            raise ValueError(
-                f"prefix of other shapes: {name} are {tuple(prefix.shape)}; expected {wanted} "
-                f"(heads, prefix, dim) for tokens of shape {tuple(tokens.shape)}"
-            )
-        prefix = prefix.to(tokens.device, tokens.dtype).expand(batch, *wanted)
+    for tokens, prefix in ((k, prefix_k), (v, prefix_v)):
+        prefix = prefix.to(tokens.device, tokens.dtype).expand(len(tokens), -1, -1, -1)
         joined.append(torch.cat([prefix, tokens], dim=2))
     return joined[0], joined[1], prefix_k.shape[-2]
 
@@ -178,8 +135,50 @@ def pad_mask(mask: Tensor, prefix_length: int) -> Tensor:
     return F.pad(mask, (prefix_length, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
+def gated_attention(
+    alone: Float[Tensor, "b h t dv"], joined: Float[Tensor, "b h t dv"], gate: Tensor
+) -> Float[Tensor, "b h t dv"]:
+    """From attention without a prefix towards attention with it: alone + gate * (joined - alone).
+
+    The softmax over prefix and tokens is a mean of the softmax over each, y_x + w (y_p - y_x) with
+    a weight w for each query (fast/prefix.py).  So a gate, one per key/value head (g,), makes it
+    y_x + gate * w (y_p - y_x): it multiplies the weight of the prefix.
+    """
+    gate = gate.to(alone.dtype).reshape(-1).repeat_interleave(alone.shape[1] // gate.numel())
+    return alone + gate[:, None, None] * (joined - alone)
+
+
+def check_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> None:
+    """Raise ValueError unless queries, keys, values and mask belong together."""
+    (batch, heads, t, size), (_, groups, s, _) = q.shape, k.shape
+    if heads % groups or k.shape != (batch, groups, s, size) or v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"prefix_attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; "
+            "expected (b, h, t, dk), (b, g, s, dk), (b, g, s, dv) with h a multiple of g"
+        )
+    if is_causal and t > s:
+        raise ValueError(f"prefix_attention: {t} queries over {s} keys cannot be causal")
+    if mask is not None and mask.shape[-1] != s:
+        raise ValueError(
+            f"prefix_attention: the mask covers {mask.shape[-1]} keys, there are {s} (leave the "
+            "prefix out: it is always visible)"
+        )
+
+
+def check_prefix(k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> None:
+    """Raise ValueError unless the prefix has the heads and sizes of these keys and values."""
+    for name, tokens, prefix in (("keys", k, prefix_k), ("values", v, prefix_v)):
+        (batch, heads, _, size), shape = tokens.shape, tuple(prefix.shape)
+        wanted = (heads, prefix_k.shape[-2], size)
+        if shape[-3:] != wanted or shape[:-3] not in ((), (1,), (batch,)):
+            raise ValueError(
+                f"prefix of other shapes: {name} are {shape}; expected {wanted} "
+                f"(heads, prefix, dim) for tokens of shape {tuple(tokens.shape)}"
+            )
+
+
 class KVShape(NamedTuple):
-    """What one layer's attention takes: its key/value heads and their sizes."""
+    """The key/value heads of one layer's attention, and the sizes of their keys and values."""
 
     kv_heads: int
     key_dim: int
@@ -207,20 +206,19 @@ def join_kv(k: Float[Tensor, "h p dk"], v: Float[Tensor, "h p dv"]) -> Float[Ten
 class PrefixEncoder(OnOff):
     """The trainable prefix of every layer: a table, or an MLP that produces it.
 
-    `kv_shapes` has (kv_heads, key_dim, value_dim) per layer, as attention gets them (grouped
+    `kv_shapes` has (kv_heads, key_dim, value_dim) for each layer, as attention gets them (grouped
     heads once, not repeated).  Everything is float32.  Without `hidden` each layer has a table
-    (prefix_length, width), drawn from N(0, init_std).  With it, an embedding (prefix_length,
-    embedding_dim) goes through Linear(embedding_dim, hidden), tanh, and one Linear(hidden, width)
-    per layer, scaled so that the prefix starts near N(0, init_std) too; `embedding_dim` is
+    (prefix_length, width), drawn from N(0, init_std).  With `hidden`, an embedding (prefix_length,
+    embedding_dim) goes through Linear(embedding_dim, hidden), tanh, and a Linear(hidden, width) for
+    each layer, scaled so that the prefix starts near N(0, init_std) too; `embedding_dim` is
     `hidden` unless given.  `dropout` acts on the prefix while training.
 
-    The first `frozen` positions are not trained: an attention sink, say, from load_kv.  With
-    `gated` each layer has a gate per key/value head, which starts at 0: attention without the
-    prefix, and on the way to it with tanh(gate) (see `gated_attention`); then the model starts
-    exactly where it was.
+    The first `frozen` positions are not trained: an attention sink from load_kv, for example.  With
+    `gated` each layer has a gate for each key/value head, which scales the weight of the prefix by
+    tanh(gate) (see `gated_attention`).  Gates start at 0, so the model starts exactly where it was.
 
-    `forward()` returns (k, v) per layer, each (kv_heads, prefix_length, dim).  Set `enabled` to
-    False, or use minipeft.disable_adapters, and they have length 0: attention as without prefix.
+    `forward()` returns (k, v) for each layer, each (kv_heads, prefix_length, dim).  While `enabled`
+    is False (minipeft.disable_adapters) they have length 0: attention without prefix.
 
     Raises:
         ValueError: no layers, sizes or prefix_length below 1, dropout outside [0, 1), init_std
@@ -250,23 +248,16 @@ class PrefixEncoder(OnOff):
             KVShape(*(whole(owner, f"kv_shapes[{index}]", size) for size in shape))
             for index, shape in enumerate(kv_shapes)
         ]
-        if not self.kv_shapes:
-            raise ValueError("PrefixEncoder: kv_shapes is empty; expected one shape per layer")
-        if embedding_dim is not None and hidden is None:
-            raise ValueError("PrefixEncoder: embedding_dim needs hidden, the size of the MLP")
+        expect(owner, "kv_shapes", kv_shapes, self.kv_shapes, "one shape per layer")
         self.prefix_length = whole(owner, "prefix_length", prefix_length)
+        self.frozen = whole(owner, "frozen", frozen, least=0)
+        expect(owner, "frozen", frozen, frozen < prefix_length, "fewer than prefix_length")
         self.hidden = None if hidden is None else whole(owner, "hidden", hidden)
         if embedding_dim is not None:
             whole(owner, "embedding_dim", embedding_dim)
-        self.frozen = whole(owner, "frozen", frozen, least=0)
-        if frozen >= prefix_length:
-            raise ValueError(
-                f"PrefixEncoder: frozen={frozen}; expected fewer than {prefix_length} positions"
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"PrefixEncoder: dropout={dropout!r}; expected 0 <= dropout < 1")
-        if not 0 < init_std < math.inf:
-            raise ValueError(f"PrefixEncoder: init_std={init_std!r}; expected a number above 0")
+            expect(owner, "hidden", hidden, hidden, "the size of the MLP, beside embedding_dim")
+        expect(owner, "dropout", dropout, 0 <= dropout < 1, "0 <= dropout < 1")
+        expect(owner, "init_std", init_std, 0 < init_std < math.inf, "a number above 0")
         self.dropout, self.gated = dropout, gated
         widths = [shape.width for shape in self.kv_shapes]
         trained = prefix_length - frozen
@@ -297,8 +288,8 @@ class PrefixEncoder(OnOff):
         if self.hidden is None:
             rows: Tensor = self.tables[layer]
         else:
-            # recomputed for each layer: graphs of layers share nothing, as re-entrant
-            # checkpointing needs, and the inner product is small
+            # computed again for each layer, which is cheap: re-entrant checkpointing needs graphs
+            # of layers that share nothing
             rows = self.outer[layer](torch.tanh(self.inner(self.embedding)))
         if dropout:
             rows = F.dropout(rows, dropout)
@@ -334,10 +325,11 @@ class PrefixEncoder(OnOff):
         return baked
 
     def load_flat(self, flat: Tensor) -> None:
-        """Copy a flat table (prefix_length, total) into a prefix without an MLP, all or nothing.
+        """Copy a flat table (prefix_length, total) into a prefix without an MLP.
 
         Raises:
-            ValueError: another shape, a value that is not finite, or an encoder with an MLP.
+            ValueError: another shape, a value that is not finite, or an encoder with an MLP;
+                nothing has changed then.
         """
         widths = [shape.width for shape in self.kv_shapes]
         if self.hidden is not None:
@@ -358,10 +350,10 @@ class PrefixEncoder(OnOff):
                 self.tables[layer].copy_(columns[self.frozen :])
 
     def load_kv(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Copy keys and values per layer, each (kv_heads, prefix_length, dim): a cache's content.
+        """Copy keys and values of each layer, each (kv_heads, prefix_length, dim), as caches hold.
 
-        Keys are taken as attention multiplies by them (after rotary embedding, in most models).
-        A leading dimension of 1 is dropped.
+        Keys are those that attention multiplies by (in most models after rotary embedding).  A
+        leading dimension of 1 is dropped.
 
         Raises:
             ValueError: another number of layers or other shapes, values that are not finite, or

@@ -12,19 +12,19 @@ weight of shape (*rows, n) whose last axis holds whole blocks:
     absmax_scale    (4 * groups,)          float32 bytes, one scale for 256 codes
     absmax_offset   (4,)                   float32 bytes
 
-or `absmax_bytes` (*rows, 4 * n/block_size) instead of the last three without double quantisation;
-flat where blocks run over the ends of rows.  `codebook_bytes` (64,) is there only if the values are
-not NF4's: sixteen float32 of a file that somebody else wrote.  No parameter is called as what is
-decoded from it (`absmax`, `codebook`): offloading reads parameters by name.
+Without double quantisation `absmax_bytes` (*rows, 4 * n/block_size) replaces the last three.  Where
+blocks run over the ends of rows, codes and scales are flat.  `codebook_bytes` (64,) is there only
+if a file came with sixteen float32 values that are not NF4's.  Parameters do not have the names of
+what is decoded from them (`absmax`, `codebook`), since offloading reads parameters by name.
 
-Which layers become 4-bit is the caller's choice.  minipeft.quantize_model leaves the output head
-dense: its errors go into every token's scores with no layer after it, and its weight is often the
+The caller chooses which layers become 4-bit.  minipeft.quantize_model leaves the output head dense:
+no layer comes after it to make up for errors in the scores of tokens, and its weight is often the
 embedding's too.  Read next: prefix.py.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, TypedDict, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,98 +32,57 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from minipeft import nf4, ops
+from minipeft.adapters import products
 from minipeft.adapters.protocol import why_not
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE, decoded_absmax, quantize_absmax
+from minipeft.ops import Packed
 
 
-class Packed(NamedTuple):
-    """One weight as the operators take it: codes, scales, and whose values the codes stand for.
-
-    `absmax` is float32, or 8-bit codes with their float32 `scale` and `offset`.  `codebook` is
-    sixteen float32 values, or None for NF4's.
-    """
-
-    packed: Tensor
-    absmax: Tensor
-    scale: Tensor | None = None
-    offset: Tensor | None = None
-    codebook: Tensor | None = None
+def decode(weight: Packed, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The dense weight, of this shape, in this dtype."""
+    return ops.call("dequantize_nf4", *weight, list(shape), dtype)
 
 
-def decode(state: Packed, shape: list[int], block_size: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight, of this shape."""
-    *codes, codebook = state
-    return ops.call("dequantize_nf4", *codes, shape, block_size, dtype, codebook)
-
-
-def multiply(
-    x: Tensor, state: Packed, bias: Tensor | None, out_features: int, block_size: int
-) -> Tensor:
+def multiply(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) -> Tensor:
     """x W^T + bias, with derivatives by x and bias in every mode of PyTorch."""
-    *codes, codebook = state
-    return ops.call("nf4_linear", x, *codes, bias, out_features, block_size, codebook)
-
-
-def _product_shape(given: Any) -> Any:
-    return given.x.new_empty((*given.x.shape[:-1], given.out_features))
+    return ops.call("nf4_linear", x, *weight, bias, out_features)
 
 
 def _gradient_of_x(grad: Tensor, given: Any) -> Tensor:
     """dL/dx = dL/dy W.  W is decoded again: keeping it for backward would cost what 4 bits save."""
-    return ops.call(
-        "nf4_linear_input_gradient", grad, given.packed, given.absmax, given.scale, given.offset,
-        given.x[-1], given.block_size, given.codebook,
-    )  # fmt: skip
-
-
-def _gradient_of_bias(grad: Tensor, given: Any) -> Tensor:
-    return grad.reshape(-1, grad.shape[-1]).sum(0)
+    return ops.call("nf4_linear_input_gradient", grad, *given.weight, given.x[-1])
 
 
 @ops.operator(
     "nf4_linear",
-    "(Tensor x, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, Tensor? bias, "
-    "SymInt out_features, int block_size, Tensor? codebook=None) -> Tensor",
-    shapes=_product_shape,
-    gradients={"x": _gradient_of_x, "bias": _gradient_of_bias},
+    "(Tensor x, Packed weight, Tensor? bias, SymInt out_features) -> Tensor",
+    shapes=lambda given: given.x.new_empty((*given.x.shape[:-1], given.out_features)),
+    gradients={
+        "x": _gradient_of_x,
+        "bias": lambda grad, given: grad.reshape(-1, grad.shape[-1]).sum(0),
+    },
     row_arguments=1,
 )
-def linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None,
-    bias: Tensor | None, out_features: int, block_size: int, codebook: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) -> Tensor:
     """Decode the weight, then multiply."""
-    state = Packed(packed, absmax, scale, offset, codebook)
-    weight = decode(state, [out_features, x.shape[-1]], block_size, x.dtype)
-    return F.linear(x, weight, bias)
-
-
-def _input_gradient_shape(given: Any) -> Any:
-    return given.grad.new_empty((*given.grad.shape[:-1], given.in_features))
+    return F.linear(x, decode(weight, [out_features, x.shape[-1]], x.dtype), bias)
 
 
 def _gradient_of_grad(grad: Tensor, given: Any) -> Tensor:
-    return ops.call(
-        "nf4_linear", grad, given.packed, given.absmax, given.scale, given.offset, None,
-        given.grad[-1], given.block_size, given.codebook,
-    )  # fmt: skip
+    """For second derivatives: dy W is linear in dy, and its gradient is a product with W^T."""
+    return ops.call("nf4_linear", grad, *given.weight, None, given.grad[-1])
 
 
 @ops.operator(
     "nf4_linear_input_gradient",
-    "(Tensor grad, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
-    "SymInt in_features, int block_size, Tensor? codebook=None) -> Tensor",
-    shapes=_input_gradient_shape,
+    "(Tensor grad, Packed weight, SymInt in_features) -> Tensor",
+    shapes=lambda given: given.grad.new_empty((*given.grad.shape[:-1], given.in_features)),
     gradients={"grad": _gradient_of_grad},
     row_arguments=1,
 )
-def input_gradient(
-    grad: Tensor, packed: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None,
-    in_features: int, block_size: int, codebook: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Decode the weight, then multiply by it untransposed."""
-    state = Packed(packed, absmax, scale, offset, codebook)
-    return grad @ decode(state, [grad.shape[-1], in_features], block_size, grad.dtype)
+def input_gradient(grad: Tensor, weight: Packed, in_features: int) -> Tensor:
+    """Decode the weight, then multiply by it, not transposed."""
+    return grad @ decode(weight, [grad.shape[-1], in_features], grad.dtype)
 
 
 def as_bytes(scales: Tensor) -> Tensor:
@@ -133,7 +92,7 @@ def as_bytes(scales: Tensor) -> Tensor:
 
 def as_float32(stored: Tensor) -> Tensor:
     """float32 values from their bytes, without a copy where the memory is aligned."""
-    # a slice of somebody's buffer: viewing needs alignment (a compiled layer owns its parameters)
+    # a view needs alignment, which a slice of a larger buffer may lack (no compiled layer has such)
     if not torch.compiler.is_compiling() and stored.storage_offset() % 4:
         stored = stored.clone()
     return stored.view(torch.float32)
@@ -148,7 +107,7 @@ def encoded(weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Te
     """NF4 codes and scales of a weight, by the names that layers keep them under.
 
     Raises:
-        ValueError: the weight has no values, or some that cannot be quantised.
+        ValueError: the weight is on the meta device, or has values that are not finite.
     """
     if weight.is_meta:
         raise ValueError("NF4: the weight is on the meta device and has no values yet")
@@ -161,12 +120,31 @@ def encoded(weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Te
     }  # fmt: skip
 
 
+class Quantized(TypedDict, total=False):
+    """Keywords that say how a weight is quantised; by default 64 and True."""
+
+    block_size: int
+    double_quant: bool
+
+
+class Stored(Quantized, total=False):
+    """Keywords of the constructors, which leave codes empty, to be filled by a state dict.
+
+    `codebook` has the values of the codes where they are not NF4's; `dtype` is the dense weight's.
+    """
+
+    codebook: Sequence[float] | None
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+
+
 class PackedModule(nn.Module):
     """What 4-bit layers share: the bytes of one weight of `shape`, and reading them.
 
-    `weight` is the dequantised weight in `weight_dtype`, the dtype that the dense layer had,
-    computed on read; casting the module changes that dtype and no code.
+    Casting the module changes `weight_dtype`, the dtype of the dense weight, and no code.
     """
+
+    from_weight: ClassVar[Callable[..., Any]]  # of each kind of layer
 
     def __init__(
         self,
@@ -194,18 +172,17 @@ class PackedModule(nn.Module):
         else:
             sizes["absmax_bytes"] = (*blocks[:-1], 4 * blocks[-1])
         for name, size in sizes.items():
-            self.register_parameter(
-                name, frozen(torch.empty(size, dtype=torch.uint8, device=device))
-            )
+            empty = torch.empty(size, dtype=torch.uint8, device=device)
+            self.register_parameter(name, frozen(empty))
         if codebook is not None:
             values = torch.tensor(codebook, dtype=torch.float32, device=device)
             self.register_parameter("codebook_bytes", frozen(as_bytes(values)))
 
     def fill(self, state: dict[str, Tensor]) -> None:
-        """Take codes and scales (float32 or bytes, any shape of the right size); no copies.
+        """Take codes and scales (float32 or bytes, any shape of the right size) without a copy.
 
-        By the names of the parameters; `absmax` is `absmax_bytes`.  `codebook`: values that are not
-        NF4's.
+        `state` has them by the names of the parameters, `absmax` for `absmax_bytes`, and may have
+        the values of the codes as `codebook`.
 
         Raises:
             ValueError: a tensor is missing, or has another size.
@@ -216,9 +193,9 @@ class PackedModule(nn.Module):
         names = [name for name in self.packed_parameters() if name != "codebook_bytes"]
         if missing := [name for name in names if name not in state]:
             raise ValueError(f"{type(self).__name__}.fill: {missing} missing")
-        stored = {name: as_bytes(state[name]) for name in names}
-        for name, value in stored.items():
-            expected = self._parameters[name].shape  # type: ignore[union-attr]
+        stored = {}
+        for name in names:
+            value, expected = as_bytes(state[name]), self.get_parameter(name).shape
             if value.numel() != expected.numel():
                 raise ValueError(
                     f"{type(self).__name__}.fill: {name} takes {expected.numel()} bytes, got "
@@ -241,19 +218,20 @@ class PackedModule(nn.Module):
         """The weight as the operators take it.
 
         Raises:
-            RuntimeError: within torch.jit.trace, which has no word for bytes viewed as float32.
+            RuntimeError: within torch.jit.trace, which cannot record bytes viewed as float32.
         """
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise RuntimeError(
                 f"{type(self).__name__}: torch.jit.trace cannot hold 4-bit layers; use "
-                "torch.export or torch.compile, or minipeft.dequantize_model before"
+                "torch.export or torch.compile, or minipeft.dequantize_model first"
             )
-        stored = cast(dict[str, Tensor], self._parameters)
-        if not self.double_quant:
+        stored, scale, offset = cast(dict[str, Tensor], self._parameters), None, None
+        if self.double_quant:
+            absmax = stored["absmax_code"]
+            scale, offset = as_float32(stored["absmax_scale"]), as_float32(stored["absmax_offset"])
+        else:
             absmax = as_float32(stored["absmax_bytes"])
-            return Packed(stored["packed"], absmax, codebook=self.codebook)
-        scale, offset = as_float32(stored["absmax_scale"]), as_float32(stored["absmax_offset"])
-        return Packed(stored["packed"], stored["absmax_code"], scale, offset, self.codebook)
+        return Packed(stored["packed"], absmax, self.block_size, scale, offset, self.codebook)
 
     @property
     def codebook(self) -> Float32[Tensor, " 16"] | None:
@@ -264,12 +242,11 @@ class PackedModule(nn.Module):
     @property
     def absmax(self) -> Float32[Tensor, "*blocks"]:
         """The decoded scales, float32; (*rows, blocks) where rows hold whole blocks."""
-        state = self.state()
-        return decoded_absmax(state.absmax, state.scale, state.offset)
+        return decoded_absmax(self.state())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "*shape"]:
         """The dense weight, in `dtype` or the dtype that the dense layer had."""
-        return decode(self.state(), list(self.shape), self.block_size, dtype or self.weight_dtype)
+        return decode(self.state(), self.shape, dtype or self.weight_dtype)
 
     @property
     def weight(self) -> Float[Tensor, "*shape"]:
@@ -296,6 +273,16 @@ class PackedModule(nn.Module):
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=device)).dtype
         return self
 
+    def _settings(self) -> dict[str, Any]:
+        """The keywords with which `from_weight` makes a layer like this one."""
+        return {"block_size": self.block_size, "double_quant": self.double_quant}
+
+    def requantized(self, weight: Tensor) -> "PackedModule":
+        """A layer like this one with the codes of another weight, in NF4."""
+        layer: PackedModule = self.from_weight(weight.float(), **self._settings())
+        layer.weight_dtype = self.weight_dtype
+        return layer.train(self.training)
+
     def logical_parameters(self) -> int:
         """The number of weights that the codes stand for."""
         return math.prod(self.shape)
@@ -317,10 +304,10 @@ class PackedModule(nn.Module):
 class NF4Linear(PackedModule):
     """A linear layer with a frozen NF4 weight, double-quantised unless told otherwise.
 
-    Made by `from_linear`; the constructor leaves the codes empty, to be filled by a state dict.
-    Output dtype = input dtype (autocast's under autocast); `compute_dtype` asks for another
-    dtype of the product inside.  `weight` is the dequantised weight in the dtype that the linear
-    layer had, computed on read; casting the module changes that dtype and no code.
+    Made by `from_linear` (keywords `block_size=64`, `double_quant=True`).  The output has the
+    input's dtype, or autocast's under autocast; `compute_dtype` is another one for the product
+    inside.  `weight` is the dequantised weight in the dtype that the linear layer had, computed on
+    read; casting the module changes that dtype and no code.
 
     Source of the format: QLoRA (Dettmers et al. 2023), section 3; the bytes are bitsandbytes'.
     """
@@ -333,22 +320,15 @@ class NF4Linear(PackedModule):
         out_features: int,
         bias: bool = True,
         *,
-        block_size: int = 64,
-        double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
-        codebook: Sequence[float] | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        **stored: Unpack[Stored],
     ) -> None:
-        super().__init__(
-            (out_features, in_features), block_size=block_size, double_quant=double_quant,
-            codebook=codebook, dtype=dtype, device=device,
-        )  # fmt: skip
+        super().__init__((out_features, in_features), **stored)
         if compute_dtype is not None and not compute_dtype.is_floating_point:
             raise ValueError(f"NF4Linear: compute_dtype={compute_dtype}; expected a float dtype")
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = compute_dtype
-        empty = torch.empty(out_features, dtype=self.weight_dtype, device=device)
+        empty = torch.empty(out_features, dtype=self.weight_dtype, device=stored.get("device"))
         self.register_parameter("bias", frozen(empty) if bias else None)
 
     @classmethod
@@ -356,22 +336,27 @@ class NF4Linear(PackedModule):
         cls,
         linear: nn.Module,
         *,
-        block_size: int = 64,
-        double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        **settings: Unpack[Quantized],
     ) -> "NF4Linear":
         """The same layer with its weight rounded to NF4; the bias is shared, and frozen.
 
         Raises:
             TypeError: not a module.
-            ValueError: not an nn.Linear, or a subclass that computes something else than
-                x W^T + b (it would be lost; LoRA can wrap it); weights that cannot be quantised.
+            ValueError: not an nn.Linear, a subclass that computes something else than x W^T + b,
+                which would be lost (LoRA can wrap it), or weights that cannot be quantised.
         """
-        weight, bias = check_quantizable(linear)
-        layer = cls.from_weight(
-            weight, bias, block_size=block_size, double_quant=double_quant,
-            compute_dtype=compute_dtype,
-        )  # fmt: skip
+        if not isinstance(linear, nn.Module):
+            raise TypeError(f"NF4Linear: expected a module, got {type(linear).__name__}")
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"NF4Linear: {type(linear).__name__} is no nn.Linear")
+        if reason := why_not("replace", linear):  # tried by adapters/linearity.py
+            raise ValueError(
+                f"NF4Linear: {reason}, and NF4Linear would replace it by that; leave it dense "
+                "(LoRA can wrap it), or name the class in quantize_model(also=...) if you know "
+                "better"
+            )
+        layer = cls.from_weight(linear.weight, linear.bias, compute_dtype=compute_dtype, **settings)
         return layer.train(linear.training)
 
     @classmethod
@@ -381,44 +366,32 @@ class NF4Linear(PackedModule):
         weight: Tensor,
         bias: Tensor | None = None,
         *,
-        block_size: int = 64,
-        double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        **settings: Unpack[Quantized],
     ) -> "NF4Linear":
         """A layer that computes x W^T + bias with `weight`, (out_features, in_features), in NF4."""
-        state = encoded(weight, block_size, double_quant)
         out_features, in_features = weight.shape
         layer = cls(
-            in_features, out_features, bias=False, block_size=block_size,
-            double_quant=double_quant, compute_dtype=compute_dtype, dtype=weight.dtype,
-            device="meta",
+            in_features, out_features, bias=False, compute_dtype=compute_dtype,
+            dtype=weight.dtype, device="meta", **settings,
         )  # fmt: skip
         if bias is not None:
             layer.bias = frozen(bias.detach())
-        layer.fill(state)
+        layer.fill(encoded(weight, layer.block_size, layer.double_quant))
         return layer
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"bias": self.bias, "compute_dtype": self.compute_dtype}
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"NF4Linear: input of shape {tuple(x.shape)}; expected (*, {self.in_features})"
             )
-        dtype = ops.product_dtype(x)
+        dtype = products.product_dtype(x)
         compute_dtype = self.compute_dtype or dtype
         bias = None if self.bias is None else self.bias.to(compute_dtype)
-        product = multiply(
-            x.to(compute_dtype), self.state(), bias, self.out_features, self.block_size
-        )
-        return product.to(dtype)
-
-    def requantized(self, weight: Tensor) -> "NF4Linear":
-        """A layer with this one's settings and bias and the codes of another weight, in NF4."""
-        layer = self.from_weight(
-            weight.float(), self.bias, block_size=self.block_size,
-            double_quant=self.double_quant, compute_dtype=self.compute_dtype,
-        )  # fmt: skip
-        layer.weight_dtype = self.weight_dtype
-        return layer.train(self.training)
+        return multiply(x.to(compute_dtype), self.state(), bias, self.out_features).to(dtype)
 
     def dense(self, weight: Tensor | None = None) -> nn.Module:
         """A plain nn.Linear with this layer's weight, or with another one; frozen."""
@@ -432,17 +405,3 @@ class NF4Linear(PackedModule):
     def extra_repr(self) -> str:
         sizes = f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
         return f"{sizes}, {self.settings_repr()}"
-
-
-def check_quantizable(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias of an nn.Linear that computes x W^T + b (linearity.py); or raises."""
-    if not isinstance(linear, nn.Module):
-        raise TypeError(f"NF4Linear: expected a module, got {type(linear).__name__}")
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(f"NF4Linear: {type(linear).__name__} is no nn.Linear")
-    if reason := why_not("replace", linear):
-        raise ValueError(
-            f"NF4Linear: {reason}, and NF4Linear would replace it by that; leave it dense (LoRA "
-            "can wrap it), or name the class in quantize_model(also=...) if you know better"
-        )
-    return linear.weight, linear.bias

@@ -39,7 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Not in pyproject.toml: pytest would import minipeft for its name before the hook above is there.
     """
-    config.addinivalue_line("filterwarnings", "ignore::minipeft.fast.products.SlowProductsWarning")
+    config.addinivalue_line(
+        "filterwarnings", "ignore::minipeft.adapters.products.SlowProductsWarning"
+    )
 
 
 settings.register_profile("dev", deadline=None, print_blob=True)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import types
 
 import pytest
 import torch
@@ -50,11 +51,40 @@ def test_a_prompt_from_the_ids_of_a_text_equals_the_text(family):
     assert difference(case.logits(), expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["lstm", "mlp"])
-def test_p_tuning_trains_its_network_and_bakes_it_away(kind):
+@pytest.mark.parametrize("n_tokens", [1, 3, 7, 8, 20])
+def test_rows_of_a_text_are_pefts(n_tokens, monkeypatch):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    ids = [(5 * i) % 30 for i in range(n_tokens)]
+    monkeypatch.setattr(  # a tokenizer that needs no download
+        transformers,
+        "AutoTokenizer",
+        types.SimpleNamespace(
+            from_pretrained=lambda *a, **k: lambda text: {"input_ids": list(ids)}
+        ),
+    )
+    case = Case("LLaMA")
+    words = case.model.get_input_embeddings()
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=7, token_dim=32, num_transformer_submodules=1,
+        prompt_tuning_init="TEXT", prompt_tuning_init_text="any", tokenizer_name_or_path="any",
+    )  # fmt: skip
+    theirs = peft.PromptEmbedding(config, words).embedding.weight
+    prefix = mp.attach_prompt(case.model, 7, init=torch.tensor(ids))
+    assert torch.equal(prefix.encoder.source.table, theirs)
+
+
+def test_rows_of_the_vocabulary_are_embeddings_of_different_tokens():
+    case = Case("LLaMA")
+    words = case.model.get_input_embeddings().weight.detach().clone()
+    table = mp.attach_prompt(case.model, 40, init="vocabulary").encoder.source.table
+    ids = [torch.nonzero((words == row).all(1)).item() for row in table]
+    assert len(set(ids)) == 40
+
+
+def test_p_tuning_trains_its_network_and_bakes_it_away():
     case = Case("LLaMA")
     case.model.train()
-    prefix = mp.attach_prompt(case.model, P, kind=kind, hidden=12)
+    prefix = mp.attach_prompt(case.model, P, kind="mlp", hidden=12)
     optimizer = torch.optim.AdamW(mp.adapter_parameters(case.model), lr=1e-2)
     losses = []
     for _ in range(20):
@@ -135,9 +165,9 @@ def test_a_copy_keeps_its_own_prompt():
 @pytest.mark.parametrize(
     ("family", "call", "message"),
     [
-        ("BERT", lambda m: mp.attach_prompt(m, P), "is no decoder"),
-        ("T5", lambda m: mp.attach_prompt(m, P), "is no decoder"),
-        ("LLaMA", lambda m: mp.attach_prompt(m, P, kind="gru"), "kind='gru'"),
+        ("BERT", lambda m: mp.attach_prompt(m, P), "is not a decoder"),
+        ("T5", lambda m: mp.attach_prompt(m, P), "is not a decoder"),
+        ("LLaMA", lambda m: mp.attach_prompt(m, P, kind="lstm"), "kind='lstm'"),
         ("LLaMA", lambda m: mp.attach_prompt(m, P, init="text"), "init='text'"),
         ("LLaMA", lambda m: mp.attach_prompt(m, P, init=torch.randn(3)), "token ids"),
         ("LLaMA", lambda m: mp.attach_prompt(m, 0), "prompt_length=0"),

@@ -74,7 +74,7 @@ def test_remove_leaves_nothing_behind(what, kind):
         assert {key: after.get(key) for key in before | after} == {
             key: before.get(key) for key in before | after
         }
-        assert registered() == names
+        assert set(registered()) <= set(names)  # the names of models that are gone may go
         assert torch.equal(model(text).logits, expected)
 
 

@@ -17,9 +17,8 @@ FILES = sorted((ROOT / "minipeft").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 LEVELS = [  # files, and folders with all that is in them; each imports from its own and from above
-    {"fast/products.py"},
-    {"ops.py"},
     {"adapters"},
+    {"ops.py"},
     {"lora.py", "nf4.py"},
     {"double_quant.py"},
     {"qlora.py", "inject.py", "prefix.py"},

@@ -56,7 +56,7 @@ import minipeft
 from minipeft_kernels.triton import nf4
 packed, absmax = minipeft.quantize_nf4(torch.randn(64))
 try:
-    nf4.dequantize(packed, absmax, None, None, [64], 64, torch.float32)
+    nf4.dequantize(minipeft.ops.Packed(packed, absmax, 64), [64], torch.float32)
 except RuntimeError as error:
     print(error)
 print(minipeft.backend("cuda")["dequantize_nf4"])

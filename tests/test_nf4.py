@@ -21,6 +21,7 @@ from minipeft import (
     use_kernels,
 )
 from minipeft.fast import nf4 as fast
+from minipeft.ops import Packed
 
 BLOCK_SIZES = st.sampled_from([32, 64, 128, 4096])
 HALF_WIDEST_GAP = max(b - a for a, b in pairwise(NF4_CODEBOOK)) / 2
@@ -156,9 +157,9 @@ def test_the_plain_functions_equal_the_fast_ones_in_every_bit(w, block_size, own
         assert torch.equal(plain, quick)
     codebook = torch.tensor(FP4_CODEBOOK) if own_codebook else None
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        arguments = (list(w.shape), block_size, dtype, codebook)
-        plain = nf4.decode(packed, absmax, *arguments)
-        quick = fast.dequantize(packed, absmax, None, None, *arguments)
+        weight = Packed(packed, absmax, block_size, codebook=codebook)
+        plain = nf4.decode(weight, list(w.shape), dtype)
+        quick = fast.dequantize(weight, list(w.shape), dtype)
         # as bytes: minus zero is not zero
         assert torch.equal(plain.view(torch.uint8), quick.view(torch.uint8))
 

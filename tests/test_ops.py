@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import types
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,36 +16,30 @@ import minipeft as mp
 from minipeft import ops
 
 CALLS = {
-    "quantize_nf4": lambda s: (torch.randn(5, 64), 64),
-    "dequantize_nf4": lambda s: (*s.state()[:4], [32, 64], 64, torch.bfloat16),
-    "quantize_absmax": lambda s: (torch.rand(300), 256),
-    "dequantize_absmax": lambda s: (*s.state()[1:4], 256),
-    "nf4_linear": lambda s: (
-        torch.randn(3, 64, requires_grad=True), *s.state()[:4], torch.randn(32, requires_grad=True),
-        32, 64,
+    "quantize_nf4": lambda w: (torch.randn(5, 64), 64),
+    "dequantize_nf4": lambda w: (*w, [32, 64], torch.bfloat16),
+    "quantize_absmax": lambda w: (torch.rand(300), 256),
+    "dequantize_absmax": lambda w: (w.absmax, w.scale, w.offset, 256),
+    "nf4_linear": lambda w: (
+        torch.randn(3, 64, requires_grad=True), *w, torch.randn(32, requires_grad=True), 32,
     ),
-    "nf4_linear_input_gradient": lambda s: (
-        torch.randn(3, 32, requires_grad=True), *s.state()[:4], 64, 64,
-    ),
-    "nf4_embedding": lambda s: (
-        torch.tensor([[3, 0], [31, 3]]), *s.state()[:4], 32, 64, 64, torch.bfloat16,
-    ),
-    "nf4_experts": lambda s: (
-        torch.randn(5, 64, requires_grad=True), torch.tensor([3, 0, 3, 1, 1]), *s.state()[:4],
-        [4, 8, 64], False, 64,
+    "nf4_linear_input_gradient": lambda w: (torch.randn(3, 32, requires_grad=True), *w, 64),
+    "nf4_embedding": lambda w: (torch.tensor([[3, 0], [31, 3]]), *w, 32, 64, torch.bfloat16),
+    "nf4_experts": lambda w: (
+        torch.randn(5, 64, requires_grad=True), torch.tensor([3, 0, 3, 1, 1]), *w, [4, 8, 64],
+        False,
     ),
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # opcheck's own, about .grad of views
-@pytest.mark.parametrize("name", ops.OPERATORS)
+@pytest.mark.parametrize("name", [n for n, made in ops.OPERATORS.items() if made.arguments])
 def test_opcheck(name):
-    layer = mp.NF4Linear.from_linear(torch.nn.Linear(64, 32))
-    arguments = CALLS[name](layer)
-    opcheck(getattr(torch.ops.minipeft, name).default, arguments)
-    if "codebook" in ops.OPERATORS[name].arguments:
-        codebook = torch.tensor(mp.FP4_CODEBOOK)
-        opcheck(getattr(torch.ops.minipeft, name).default, (*arguments, codebook))
+    weight = mp.NF4Linear.from_linear(torch.nn.Linear(64, 32)).state()
+    opcheck(getattr(torch.ops.minipeft, name).default, CALLS[name](weight))
+    if "weight" in ops.OPERATORS[name].arguments:
+        weight = weight._replace(codebook=torch.tensor(mp.FP4_CODEBOOK))
+        opcheck(getattr(torch.ops.minipeft, name).default, CALLS[name](weight))
 
 
 COMPILE = """
@@ -127,15 +122,8 @@ def row(name, module, when=lambda *_: True):
 
 @pytest.fixture
 def added():
-    rows = []
-
-    def add(implementation):
-        ops.add_implementation(implementation)
-        rows.append(implementation)
-
-    yield add
-    for implementation in rows:
-        ops.remove_implementation(implementation)
+    with ExitStack() as rows:
+        yield lambda row: rows.enter_context(ops.tried_first(row))
 
 
 def decode():
@@ -145,12 +133,8 @@ def decode():
 
 def test_a_row_is_used_where_its_predicate_holds_and_loaded_at_its_first_use(added, monkeypatch):
     module = types.ModuleType("a_kernel")
-    module.run = lambda packed, absmax, scale, offset, shape, block_size, dtype: torch.full(
-        shape, 42, dtype=dtype
-    )
-    kernel = row("fast", "a_kernel", lambda device, dtype, shape: dtype is torch.bfloat16)
-    added(kernel)
-    assert kernel not in ops._loaded
+    module.run = lambda weight, shape, dtype: torch.full(shape, 42, dtype=dtype)
+    added(row("fast", "a_kernel", lambda device, dtype, shape: dtype is torch.bfloat16))
     monkeypatch.setitem(sys.modules, "a_kernel", module)
     assert (decode() == 42).all()
     assert mp.backend()["dequantize_nf4"] == "fast"
@@ -171,8 +155,9 @@ def test_the_environment_turns_kernels_off(plain_python):
     script = """
 import minipeft as mp
 from minipeft import ops
-ops.add_implementation(ops.Implementation("nf4_linear", "k", lambda *_: True, "math", "sqrt"))
-print(mp.backend()["nf4_linear"])
+kernel = ops.Implementation("nf4_linear", "k", lambda *_: True, "math", "sqrt")
+with ops.tried_first(kernel):
+    print(mp.backend()["nf4_linear"])
 """
     assert plain_python(script).strip() == "k"
     assert "kernels are off" in plain_python(script, MINIPEFT_KERNELS="0")
@@ -181,7 +166,10 @@ print(mp.backend()["nf4_linear"])
 def test_the_plain_rows_compute_everything_where_they_are_asked_for(plain_python):
     with mp.use_kernels("plain"):
         said = mp.backend("cuda")
+    assert said.keys() == ops.OPERATORS.keys()
     assert {text.split(" ")[0] for text in said.values()} == {"plain"}
+    for name in ("nf4_embedding", "nf4_experts"):
+        assert said[name] == "plain (not pytorch: only plain rows are on)"
     assert "triton: only plain rows are on; pytorch: only plain" in said["dequantize_nf4"]
     assert mp.backend()["nf4_linear"].startswith("pytorch")
     script = "import minipeft as mp; print(mp.backend()['nf4_linear'])"
@@ -203,17 +191,14 @@ except ValueError as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["nf4", "double_quant", "qlora", "prefix"])
+@pytest.mark.parametrize(
+    "name", ["test_nf4", "test_double_quant", "test_qlora", "test_prefix", "layers/test_layers"]
+)
 def test_all_holds_with_the_plain_rows_alone(name):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow",
-         f"tests/test_{name}.py"],
+         f"tests/{name}.py"],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False,
         env={**os.environ, "MINIPEFT_KERNELS": "plain"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_an_unknown_operator_raises():
-    with pytest.raises(ValueError, match="no operator"):
-        ops.add_implementation(ops.Implementation("nothing", "k", lambda *_: True, "m", "f"))

@@ -11,6 +11,8 @@ from torch import nn
 
 import minipeft as mp
 from minipeft import PrefixEncoder, prefix_attention
+from minipeft.fast.prefix import merged_prefix_attention
+from minipeft.prefix import joined_attention
 
 UNEQUAL = [(2, 8, 4), (1, 16, 16), (3, 4, 8)]  # heads and sizes differ from layer to layer
 
@@ -187,7 +189,7 @@ def test_bad_loads_change_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([], 4), "kv_shapes is empty"), (([(1, 2, 3)], 0), "prefix_length=0"),
+        (([], 4), r"kv_shapes=\[\]; expected one shape"), (([(1, 2, 3)], 0), "prefix_length=0"),
         (([(1, 2, 3)], True), "prefix_length=True"),
         (([(0, 2, 3)], 4), r"kv_shapes\[0\]=0"),
     ],
@@ -329,7 +331,9 @@ def test_impossible_numbers_of_frozen_positions(frozen):
 def test_merged_and_joined_attention_agree_and_auto_is_one_of_them(t):
     q, k, v = (torch.randn(1, 2, t, 8, requires_grad=True) for _ in range(3))
     prefix = [torch.randn(2, 5, 8, requires_grad=True) for _ in range(2)]
-    outs = [prefix_attention(q, k, v, *prefix, method=m) for m in ("concat", "merge", "auto")]
+    with mp.use_kernels(True):
+        outs = [f(q, k, v, *prefix, is_causal=True)
+                for f in (joined_attention, merged_prefix_attention, prefix_attention)]  # fmt: skip
     # float32, sums of up to 605 weights in another order
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-5, atol=1e-5)
     assert torch.equal(outs[2], outs[1] if t == 600 else outs[0])
@@ -338,18 +342,28 @@ def test_merged_and_joined_attention_agree_and_auto_is_one_of_them(t):
         torch.testing.assert_close(joined, merged, rtol=1e-4, atol=1e-4)
 
 
-def test_a_method_is_refused_where_it_cannot_be_done():
+def test_plain_mode_joins_and_backend_says_so():
+    q, k, v = (torch.randn(1, 2, 600, 8) for _ in range(3))
+    prefix, gate = torch.randn(2, 5, 8), torch.tensor([0.3])
+    with mp.use_kernels(True):
+        merged = prefix_attention(q, k, v, prefix, prefix)
+        gated = prefix_attention(q, k, v, prefix, prefix, gate=gate)
+        assert mp.backend()["prefix_attention"] == "pytorch"
+        assert mp.backend("cuda")["prefix_attention"].startswith("plain (not pytorch: not for")
+    with mp.use_kernels("plain"):
+        joined = prefix_attention(q, k, v, prefix, prefix)
+        # float32, sums of up to 605 weights in another order
+        torch.testing.assert_close(
+            prefix_attention(q, k, v, prefix, prefix, gate=gate), gated, rtol=1e-5, atol=1e-5
+        )
+        assert mp.backend()["prefix_attention"] == "plain (not pytorch: only plain rows are on)"
+    assert torch.equal(joined, joined_attention(q, k, v, prefix, prefix))
+    assert not torch.equal(joined, merged)
+
+
+def test_merged_and_joined_attention_refuse_the_same_prefixes():
     q, k, v = (torch.randn(1, 2, 600, 8) for _ in range(3))
     prefix = torch.randn(2, 5, 8)
-    with pytest.raises(ValueError, match="expected 'auto'"):
-        prefix_attention(q, k, v, prefix, prefix, method="x")
-    mask = torch.ones(1, 1, 1, 600, dtype=torch.bool)
-    with pytest.raises(ValueError, match="there is a mask"):
-        prefix_attention(q, k, v, prefix, prefix, mask=mask, method="merge")
-    gate = torch.tensor([0.3])
-    outs = [prefix_attention(q, k, v, prefix, prefix, gate=gate, method=m)
-            for m in ("merge", "concat")]  # fmt: skip
-    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
     for wrong in (torch.randn(3, 5, 8), torch.randn(2, 5, 6), torch.randn(3, 2, 5, 8)):
         with pytest.raises(ValueError, match="prefix"):
             prefix_attention(q, k, v, wrong, prefix)
@@ -361,11 +375,11 @@ def test_compiled_and_transformed_attention_is_joined(plain_python):
     plain_python(
         """
 import torch
-from minipeft import prefix_attention
+from minipeft.prefix import joined_attention, prefix_attention
 q, k, v = (torch.randn(1, 2, 600, 8, requires_grad=True) for _ in range(3))
 p = torch.randn(2, 5, 8, requires_grad=True)
 compiled = torch.compile(prefix_attention, backend="aot_eager", fullgraph=True)
-a, b = compiled(q, k, v, p, p), prefix_attention(q, k, v, p, p, method="concat")
+a, b = compiled(q, k, v, p, p), joined_attention(q, k, v, p, p)
 assert torch.allclose(a, b, atol=1e-5)
 a.sum().backward()
 torch.func.grad(lambda p: prefix_attention(q, k, v, p, p).sum())(p)

@@ -66,25 +66,33 @@ def test_rows_use_lora_and_prefixes_of_their_own_at_once():
     assert difference(case.logits()[0], alone["deep",]) == 0
 
 
-def test_use_restores_what_was_on_also_after_an_error():
+def test_names_that_do_not_exist_change_nothing():
     case = Case("LLaMA")
-    prefix = case.attach()
+    case.attach()
     mp.attach_prefix(case.model, 3, name="other", init_std=1.0)
     mp.use_adapters(case.model, rows=["default", "other"])
     before = case.logits()
-    with pytest.raises(KeyError), prefix.use("other"):
-        raise KeyError
-    with pytest.raises(ValueError, match="no prefix 'nobody'"), prefix.use("nobody"):
-        pass
-    with pytest.raises(ValueError, match="no prefix 'x'"), prefix.use([None, "x"]):
-        pass
-    assert torch.equal(case.logits(), before)
-    with prefix.use(["other", None]):
-        assert not torch.equal(case.logits(), before)
-    assert torch.equal(case.logits(), before)
-    with pytest.raises(ValueError, match="no adapter"):
-        mp.use_adapters(case.model, rows=["default", "nobody"])
-    assert torch.equal(case.logits(), before)
+    for wrong in ({"names": "nobody"}, {"rows": [None, "nobody"]}, {"rows": ["default", "nobody"]}):
+        with pytest.raises(ValueError, match="no adapter"):
+            mp.use_adapters(case.model, **wrong)
+        assert torch.equal(case.logits(), before)
+    mp.use_adapters(case.model, rows=["other", None])
+    assert not torch.equal(case.logits(), before)
+
+
+def test_load_tokens_runs_without_any_prefix_and_puts_back_what_was_on():
+    case, alone = Case("LLaMA"), Case("LLaMA")
+    first = alone.attach(tokens=False)
+    first.load_tokens(case.prompt)
+    case.attach()
+    prefix = mp.attach_prefix(case.model, case.prompt.shape[1], name="other")
+    mp.use_adapters(case.model, rows=["default", "other"])
+    prefix.load_tokens(case.prompt, name="other")
+    assert torch.equal(prefix.encoders["other"].flat(), first.encoder.flat())
+    rows = case.logits()
+    for row, name in enumerate(["default", "other"]):
+        mp.use_adapters(case.model, name)
+        assert difference(rows[row], case.logits()[row]) <= TOLERANCE
 
 
 def test_an_encoder_of_ones_own_joins_with_add_adapter():
@@ -97,7 +105,7 @@ def test_an_encoder_of_ones_own_joins_with_add_adapter():
     mp.use_adapters(case.model, "own")
     assert list(mp.adapter_parameters(case.model, name="own")) == list(encoder.parameters())
     on = case.logits()
-    with prefix.use(None):
+    with mp.disable_adapters(case.model):
         assert difference(on, case.logits()) > 1e-3
     with pytest.raises(ValueError, match="the encoder has layers"):
         mp.add_adapter(case.model, "other", mp.PrefixEncoder([(2, 8, 8)] * 2, 4))
@@ -153,7 +161,7 @@ def test_locations_of_an_encoder_decoder_are_chosen(family, locations):
                 assert difference(table, torch.zeros_like(table)) > 0
     assert difference(case.logits(), whole.logits()) > 1e-4
     encoded = case.model.get_encoder()(case.text).last_hidden_state
-    with prefix.use(None):
+    with mp.disable_adapters(case.model):
         plain = case.model.get_encoder()(case.text).last_hidden_state
     assert (difference(encoded, plain) > 1e-4) == ("encoder" in locations)
 

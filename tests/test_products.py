@@ -8,7 +8,7 @@ from torch import nn
 
 import minipeft as mp
 from benchmarks.models import training_dtype
-from minipeft.fast import products
+from minipeft.adapters import products
 from minipeft.layers.mixture import by_expert
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minipeft.adapters.products import without_autocast
 from minipeft.adapters.protocol import has_stored_weight, is_conv1d, is_packed, linear_shape, trials
 from minipeft.adapters.trial_copy import copy_for_trial
-from minipeft.ops import without_autocast
 
 _CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -162,15 +162,21 @@ def keeps_statistics(module: nn.Module) -> bool:
     return any(module._buffers.get(name) is not None for name in names)
 
 
+def expect(owner: str, name: str, value: object, fits: object, expected: str) -> None:
+    """Raise a ValueError that names the owner, the value and what was expected, unless it fits."""
+    if not fits:
+        raise ValueError(f"{owner}: {name}={value!r}; expected {expected}")
+
+
 def whole(owner: str, name: str, value: object, *, least: int = 1) -> int:
     """The value, if it is a whole number of at least `least`, and neither True nor False.
 
     Raises:
         ValueError: it is something else; the message names the owner and the value.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{owner}: {name}={value!r}; expected a whole number of at least {least}")
-    return value
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    expect(owner, name, value, fits, f"a whole number of at least {least}")
+    return value  # type: ignore[return-value]
 
 
 # linearity.py, which tries modules, adds its functions when the package is imported

@@ -23,8 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.products import autocast_is_on, without_autocast
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed, why_not
-from minipeft.ops import autocast_is_on, without_autocast
 
 # in the __dict__ of a module held in eval mode (model/buffers.py): what it was last told
 HELD_MODE = "_minipeft_mode"

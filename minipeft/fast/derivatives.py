@@ -1,14 +1,14 @@
 """Derivatives of the operators that multiply by a 4-bit weight, in every mode that PyTorch has.
 
-Each is linear in what it differentiates: y = x W^T + b.  So its derivatives are operators again,
-and nothing dense is kept:
+Each operator is linear in the arguments that have derivatives: y = x W^T + b.  So its derivatives
+are operators again, and nothing dense is kept:
 
     backward       dx = dy W                   the gradients beside the plain function (qlora.py)
     forward mode   ty = tx W^T + tb            dual numbers, torch.func.jvp, jacfwd
     vmap           rows of the batch are rows of x: one product; batched codes go one by one
 
-torch.library.register_autograd knows backward alone: a tangent would be dropped without a word,
-and torch.func refused.  So the operators get an implementation for autograd of their own, below.
+torch.library.register_autograd knows backward alone: it would drop a tangent without a word, and
+torch.func would refuse the operator.  So the operators get an autograd implementation here.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from minipeft.ops import IN_TRANSFORMS, LIBRARY, OPERATORS, call
+from minipeft.ops import LIBRARY, OPERATORS, call
 
 Arguments = tuple[Any, ...]
 
 
 def _keep(ctx: Any, linear: Arguments, args: Arguments) -> None:
-    """Keep tensors but the linear arguments, of which the shape is kept, and all that is none."""
+    """Keep the arguments for backward; of the linear ones only their shapes."""
     tensors = [a if isinstance(a, Tensor) and i not in linear else None for i, a in enumerate(args)]
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)  # references: it costs no memory
@@ -35,7 +35,7 @@ def _keep(ctx: Any, linear: Arguments, args: Arguments) -> None:
 
 
 def _kept(ctx: Any) -> list[Any]:
-    """The operator's arguments again, with shapes for the linear ones."""
+    """What `_keep` kept: the operator's arguments, with shapes for the linear ones."""
     pairs = zip(ctx.saved_tensors, ctx.rest, strict=True)
     return [rest if tensor is None else tensor for tensor, rest in pairs]
 
@@ -69,11 +69,11 @@ def _batched(name: str, count: int) -> Callable[..., tuple[Any, Any]]:
 
 
 def _functions(name: str, linear: dict[int, Any], vmap_rule: Any) -> tuple[Any, Any]:
-    """Two autograd functions that compute the operator: by backward alone, and in every mode.
+    """Two autograd functions that compute the operator: one for backward, one for every mode.
 
-    `linear` has the gradient of each place that may have one.  The first function is what training
-    uses.  The second has the form that torch.func asks for, which takes 30 microseconds longer to
-    call (a tenth of a layer of 64 x 64).
+    `linear` has the gradient of each place that may have one.  Training uses the first function.
+    The second has the form that torch.func asks for, and takes 30 microseconds longer to call (a
+    tenth of a layer of 64 x 64).
     """
     operator = getattr(torch.ops.minipeft, name).default
     places = tuple(linear)
@@ -90,7 +90,7 @@ def _functions(name: str, linear: dict[int, Any], vmap_rule: Any) -> tuple[Any, 
         shape = args[places[0]]
         for place in places:
             args[place] = tangents[place]
-        if args[places[0]] is None:  # the one that is never optional
+        if args[places[0]] is None:  # this one must be given
             other = next(tangents[place] for place in places if tangents[place] is not None)
             args[places[0]] = other.new_zeros(()).expand(shape)
         return call(name, *args)
@@ -136,25 +136,24 @@ def _register(name: str) -> None:
     torch.library.register_vmap(f"minipeft::{name}", vmap_rule, lib=LIBRARY)
     if not defined.gradients:
         return
-    names = defined.arguments
+    names = [argument.name for argument in operator._schema.arguments]
     linear = {names.index(argument): rule for argument, rule in defined.gradients.items()}
     backward, everywhere = _functions(name, linear, vmap_rule)
 
     def autograd(keyset: Any, *args: Any) -> Any:
         given = [x for place in linear if (x := args[place]) is not None]
-        filled = (*args, *[None] * (len(names) - len(args)))  # torch leaves defaults out
         if any(unpack_dual(x).tangent is not None for x in given):  # type: ignore[no-untyped-call]
-            return everywhere.apply(*filled)
+            return everywhere.apply(*args)
         if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-            return backward.apply(*filled, keyset)
+            return backward.apply(*args, keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-    IN_TRANSFORMS[name] = everywhere.apply
+    defined.in_transforms = everywhere.apply
 
 
 def register() -> None:
     """Tell torch the derivatives of all operators; once, after all of them are defined."""
-    for name in OPERATORS:
+    for name in (name for name, defined in OPERATORS.items() if defined.arguments):
         _register(name)

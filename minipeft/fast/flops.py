@@ -1,7 +1,7 @@
 """FLOPs of the 4-bit products for torch.utils.flop_counter: those of the dense ones.
 
-torch's counter keeps formulas by operator, and counts nothing for an operator that has none.  It
-is not imported here, since it imports triton; the formulas are added when somebody imports it.
+torch's counter has a formula for each operator, and counts nothing where it has none.  It is not
+imported here, since it imports triton; the formulas are added when somebody else imports it.
 """
 
 import importlib.abc
@@ -30,7 +30,7 @@ def _add_formulas(counter: ModuleType) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds the counter as others do, once, and adds the formulas after it has run."""
+    """Finds the counter's module as other finders do, once, and has it add the formulas."""
 
     def find_spec(
         self, fullname: str, path: object = None, target: ModuleType | None = None
@@ -51,7 +51,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
 
 
 def count_products() -> None:
-    """Let torch's counter know the operators: now if it is there, or once it is imported."""
+    """Give torch's counter the formulas: now if it is imported, else once it is."""
     if COUNTER in sys.modules:
         _add_formulas(sys.modules[COUNTER])
     else:

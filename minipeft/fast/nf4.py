@@ -1,32 +1,29 @@
 """NF4 by tables, a chunk at a time: the bits of nf4.py in a quarter of the time.
 
 Encoding looks a weight up instead of searching among 15 midpoints, decoding looks up a whole byte
-instead of two codes, and both work on chunks whose float32 temporaries are small.  `decode_at` and
-`absmax_of_blocks` decode chosen weights and scales; the others stay codes.
+instead of two codes, and both work on chunks whose float32 temporaries are small.
 """
 
 import functools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from minipeft.double_quant import ABSMAX_BLOCK_SIZE, decoded_absmax, dynamic_tables
+from minipeft.double_quant import decoded_absmax
 from minipeft.nf4 import NF4_CODEBOOK, check_finite, codebook_on, pack_pairs, scaled_blocks
+from minipeft.ops import Packed
 
 _BINS = 4096  # of the encoding table; the narrowest gap between midpoints is 334 bins wide
-
-Encode = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 @functools.cache
 def _encoding_table(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Per bin of [-1, 1]: the code at its lower edge, and the midpoint above that code.
+    """For each bin of [-1, 1]: the code at its lower edge, and the midpoint above that code.
 
     A bin is narrower than any gap between midpoints, so one comparison with that midpoint gives
-    the code.  The edge is taken 1e-6 lower, since computing a bin's number in float32 is off by
-    up to 2e-7 of [-1, 1]: a value is never in a bin whose lower code is already too high.
+    the code.  A bin's number is computed in float32 and off by up to 2e-7, so edges are taken 1e-6
+    lower: the code at the edge is then never above that of a value in the bin.
     """
     values = torch.tensor(NF4_CODEBOOK, dtype=torch.float32)
     midpoints = (values[1:] + values[:-1]) / 2
@@ -47,22 +44,38 @@ def _nf4_pairs(device: torch.device) -> Tensor:
     return _pair_table(codebook_on(device))
 
 
-def chunk_elements(device: torch.device) -> int:
-    """Weights to work on at a time.
+def pairs_of(weight: Packed) -> Tensor:
+    """The table of pairs for the values of this weight."""
+    own = weight.codebook
+    return _nf4_pairs(weight.packed.device) if own is None else _pair_table(own)
 
-    On a CPU the float32 temporaries of a chunk stay in a core's cache; elsewhere launches are
-    few and temporaries below 64 MiB.
+
+def chunk_elements(device: torch.device) -> int:
+    """How many weights to work on at a time.
+
+    On a CPU the float32 temporaries of a chunk stay in a core's cache.  On other devices chunks are
+    larger, for few launches, and temporaries still below 64 MiB.
     """
     return 2**17 if device.type == "cpu" else 2**21
 
 
 def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """The operator quantize_nf4."""
-    return quantize_in_chunks("quantize_nf4", w, block_size, _encode)
+    w, n = w.detach(), w.numel()
+    packed = torch.empty(math.ceil(n / 2), dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32, device=w.device)
+    step = max(block_size, chunk_elements(w.device))  # powers of two: whole blocks
+    for first in range(0, n, step):
+        part, scales = _encode(_flat_range(w, first, min(first + step, n)), block_size)
+        absmax[first // block_size :][: scales.numel()] = scales
+        rest = packed[first // 2 :]
+        rest[: part.numel()] = part[: rest.numel()]
+    check_finite("quantize_nf4", w, absmax)
+    return packed, absmax
 
 
 def _encode(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Bytes and absmax of a chunk."""
+    """Bytes and absmax of a chunk, as whole blocks."""
     lower, above = _encoding_table(x.device)
     blocks, absmax = scaled_blocks(x, block_size)
     scaled = blocks.flatten()
@@ -71,32 +84,8 @@ def _encode(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return pack_pairs(lower.index_select(0, bins) + step_up.view(torch.uint8)), absmax
 
 
-def quantize_in_chunks(
-    caller: str, w: Tensor, block_size: int, encode: Encode
-) -> tuple[Tensor, Tensor]:
-    """Codes as bytes and absmax of `w` over its flattened blocks, a chunk of them at a time.
-
-    `encode` turns flat weights into the bytes of whole blocks and absmax; how many weights share a
-    byte is seen from it.
-    """
-    w = w.detach()
-    n, n_blocks = w.numel(), math.ceil(w.numel() / block_size)
-    in_byte = block_size // encode(w.new_zeros(block_size), block_size)[0].numel()
-    codes = torch.empty(math.ceil(n / in_byte), dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(n_blocks, dtype=torch.float32, device=w.device)
-    step = max(1, chunk_elements(w.device) // block_size)
-    for first in range(0, n_blocks, step):
-        last = min(first + step, n_blocks)
-        chunk = _flat_range(w, first * block_size, min(last * block_size, n))
-        block_codes, absmax[first:last] = encode(chunk, block_size)
-        part = codes[first * block_size // in_byte :][: block_codes.numel()]
-        part.copy_(block_codes[: part.numel()])
-    check_finite(caller, w, absmax)
-    return codes, absmax
-
-
 def _flat_range(w: Tensor, first: int, last: int) -> Tensor:
-    """w.flatten()[first:last]; of a tensor that is not contiguous only the rows it takes."""
+    """w.flatten()[first:last]; if w is not contiguous, only the rows in this range are copied."""
     while w.dim() > 1 and not w.is_contiguous():
         row = w[0].numel()
         top, bottom = first // row, max(first // row + 1, math.ceil(last / row))
@@ -106,33 +95,18 @@ def _flat_range(w: Tensor, first: int, last: int) -> Tensor:
     return w.reshape(-1)[first:last]
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    block_size: int,
-    dtype: torch.dtype,
-    codebook: Tensor | None = None,
-) -> Tensor:
+def dequantize(weight: Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
     """The operator dequantize_nf4."""
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    decode_into(out, packed, decoded_absmax(absmax, scale, offset), block_size, codebook)
+    out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
+    decode_into(out, weight)
     return out
 
 
-def decode_into(
-    out: Tensor, packed: Tensor, absmax: Tensor, block_size: int, codebook: Tensor | None = None
-) -> None:
-    """Write code * absmax into `out` (contiguous, any float dtype), rounding each product once.
-
-    `packed` and `absmax` hold the blocks of `out` from its first element on; `codebook` is sixteen
-    float32 values, NF4's if None.
-    """
-    flat, packed, absmax = out.view(-1), packed.reshape(-1), absmax.reshape(-1)
-    table = _nf4_pairs(out.device) if codebook is None else _pair_table(codebook)
-    n, step = flat.numel(), max(1, chunk_elements(out.device) // block_size) * block_size
+def decode_into(out: Tensor, weight: Packed) -> None:
+    """Write code * absmax into `out` (contiguous, any float dtype), rounding each product once."""
+    flat, packed, block_size = out.view(-1), weight.packed.reshape(-1), weight.block_size
+    absmax, table = decoded_absmax(weight).reshape(-1), pairs_of(weight)
+    n, step = flat.numel(), max(block_size, chunk_elements(out.device))
     whole = n - n % block_size
     for first in range(0, whole, step):
         last = min(first + step, whole)
@@ -143,24 +117,3 @@ def decode_into(
     if whole < n:
         pairs = table.index_select(0, packed[whole // 2 :].int()).view(torch.float32)
         flat[whole:] = pairs[: n - whole] * absmax[-1]
-
-
-def decode_at(packed: Tensor, index: Tensor, codebook: Tensor | None = None) -> Tensor:
-    """The float32 codebook values, before scaling, of the weights with these flat numbers."""
-    table = _nf4_pairs(packed.device) if codebook is None else _pair_table(codebook)
-    byte = packed.reshape(-1).index_select(0, (index // 2).reshape(-1)).int()
-    pairs = table.index_select(0, byte).view(torch.float32).view(-1, 2)
-    return pairs.gather(1, (index % 2).view(-1, 1)).view(index.shape)
-
-
-def absmax_of_blocks(
-    absmax: Tensor, scale: Tensor | None, offset: Tensor | None, blocks: Tensor
-) -> Tensor:
-    """float32 scales of the blocks with these numbers, in their shape; the others stay codes."""
-    wanted = blocks.reshape(-1)
-    chosen = absmax.reshape(-1).index_select(0, wanted)
-    if scale is not None and offset is not None:
-        values, _ = dynamic_tables(absmax.device)
-        chosen = values.index_select(0, chosen.int())
-        chosen.mul_(scale.index_select(0, wanted // ABSMAX_BLOCK_SIZE)).add_(offset)
-    return chosen.view(blocks.shape)

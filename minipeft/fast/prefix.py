@@ -1,8 +1,8 @@
 """Prefix attention without joining keys: two attentions, merged through their log-sum-exp.
 
-The softmax over prefix and tokens together is a mean of the softmax over each, weighted by the
-sums of exponentials (lse: the logarithm of such a sum; Dao et al. 2022, FlashAttention, merges its
-blocks so):
+The softmax over prefix and tokens together is a weighted mean of the softmax over each.  Its
+weights are the sums of exponentials; lse is the logarithm of such a sum.  FlashAttention (Dao et
+al. 2022) merges its blocks in the same way:
 
     q --+-- attention over the tokens, causal kernel --> y_x, lse_x --+
         |                                                             +--> y, lse
@@ -11,7 +11,7 @@ blocks so):
     y = y_x + sigmoid(lse_p - lse_x) (y_p - y_x)          lse = log(exp(lse_x) + exp(lse_p))
 
 Joining copies all keys and values and needs a mask, and with a mask the kernel cannot skip the half
-of the scores that causality forbids.  Read next: prefix.py, `prefix_attention`.
+of the scores that causality forbids.  Here no key is copied.
 """
 
 from typing import Any
@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from minipeft.ops import autocast_is_on, without_autocast
+from minipeft.adapters.products import product_dtype, without_autocast
+from minipeft.prefix import check_prefix, check_tokens, joined_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,14 +39,11 @@ def why_not_merge(
     is_causal: bool = True,
     dropout: float = 0.0,
 ) -> str | None:
-    """What keeps `merged_prefix_attention` from taking these arguments; None if nothing does.
+    """Why `merged_prefix_attention` cannot take these arguments; None if it can.
 
-    Every reason is one for attention over joined keys, none is an error of the caller; shapes that
-    do not belong together are not looked for.
+    Attention over joined keys can.  Shapes are taken to belong together.
     """
     tensors = (q, k, v, prefix_k, prefix_v)
-    if torch.compiler.is_compiling():
-        return "torch.compile traces the plain form"
     if mask is not None:
         return "there is a mask"
     if dropout:
@@ -104,7 +102,7 @@ def merge_is_faster(
     return k.numel() * k.itemsize + v.numel() * v.itemsize >= least
 
 
-def merged_if_better(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -115,24 +113,14 @@ def merged_if_better(
     is_causal: bool,
     scale: float | None,
     dropout: float,
-    always: bool,
-) -> Tensor | None:
-    """`merged_prefix_attention` where it can be and is faster, or wherever it can be if `always`.
-
-    None: use attention over joined keys.
-
-    Raises:
-        ValueError: `always`, and a case that `why_not_merge` names.
-    """
+) -> Tensor:
+    """`prefix_attention`, merged where it can be and is faster; over joined keys otherwise."""
     tensors = (q, k, v, prefix_k, prefix_v)
-    if not (always or merge_is_faster(*tensors, is_causal=is_causal)):
-        return None
-    reason = why_not_merge(*tensors, mask=mask, is_causal=is_causal, dropout=dropout)
-    if reason is None:
+    if merge_is_faster(*tensors, is_causal=is_causal) and not why_not_merge(
+        *tensors, mask=mask, is_causal=is_causal, dropout=dropout
+    ):
         return merged_prefix_attention(*tensors, is_causal=is_causal, scale=scale)
-    if always:
-        raise ValueError(f"prefix_attention: method='merge', but {reason}; leave it 'auto'")
-    return None
+    return joined_attention(*tensors, mask=mask, is_causal=is_causal, scale=scale, dropout=dropout)
 
 
 def merged_prefix_attention(
@@ -152,9 +140,9 @@ def merged_prefix_attention(
     that their gradients are summed in it.  With `is_causal` t must be s or 1.  `scale` None:
     1 / sqrt(d).  The result has q's dtype; under autocast, autocast's.
 
-    Backward keeps its inputs, the result and one float32 number a query and head.  Where neither
-    q, k nor v need a gradient (the first layer of a frozen model), only the prefix's is computed.
-    A second derivative raises a RuntimeError.
+    Backward keeps its inputs, the result and one float32 number for each query and head.  Where
+    neither q, k nor v need a gradient (the first layer of a frozen model), only the prefix's is
+    computed.  A second derivative raises a RuntimeError.
 
     Raises:
         ValueError: shapes that do not belong together, or a case `why_not_merge` names.
@@ -164,27 +152,14 @@ def merged_prefix_attention(
     >>> y[0, 0, 0]  # six equal scores: the mean of three zeros and three ones
     tensor([0.5000, 0.5000, 0.5000, 0.5000])
     """
-    (batch, heads, _, size), (_, groups, s, _) = q.shape, k.shape
-    lengths = prefix_k.shape[-2:-1]
-    if (
-        k.shape != (batch, groups, s, size)
-        or v.shape[:3] != k.shape[:3]
-        or heads % groups
-        or any(x.shape[-3:] != (groups, *lengths, size) for x in (prefix_k, prefix_v))
-        or any(x.shape[:-3] not in ((), (1,), (batch,)) for x in (prefix_k, prefix_v))
-    ):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, prefix_k, prefix_v))
-        raise ValueError(
-            f"merged_prefix_attention: q, k, v, prefix_k, prefix_v are {shapes}; expected "
-            "(b, h, t, d), (b, g, s, d) twice, (g, p, d) or (b, g, p, d) twice, with h a multiple "
-            "of g"
-        )
+    check_tokens(q, k, v, None, is_causal=is_causal)
+    check_prefix(k, v, prefix_k, prefix_v)
     reason = why_not_merge(q, k, v, prefix_k, prefix_v, is_causal=is_causal)
     if reason is not None:
         raise ValueError(f"merged_prefix_attention: {reason}; use prefix_attention")
     is_causal = is_causal and q.shape[2] > 1
-    if autocast_is_on(q.device) and q.dtype != torch.float64:  # as autocast treats attention
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    dtype = product_dtype(q)  # as autocast treats attention
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     with without_autocast(q.device):
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, prefix_k, prefix_v)):
             return _Merged.apply(q, k, v, prefix_k, prefix_v, is_causal, scale)  # type: ignore[no-any-return, no-untyped-call]
@@ -209,9 +184,9 @@ class _Merged(torch.autograd.Function):
     """`_forward`, and the gradients of each part under the common softmax.
 
     A softmax over all keys has probabilities exp(score - lse), and the gradient of the scores is
-    probability * (dy . v - dy . y).  Both take what is common, y and lse, and else one key and
-    value at a time: the flash kernel's backward, given the merged y and lse, is exact on any part
-    of the keys.  dq is the sum of the parts.
+    probability * (dy . v - dy . y).  Both need y and lse, which all keys share, and otherwise one
+    key and value at a time.  So the flash kernel's backward is exact on any part of the keys, if
+    it is given the merged y and lse.  dq is the sum of the parts.
     """
 
     @staticmethod
@@ -235,7 +210,7 @@ class _Merged(torch.autograd.Function):
 class _Gradients(torch.autograd.Function):
     """`_gradients`, not to be differentiated.
 
-    torch's once_differentiable does not do: where dy is a constant it hands out gradients without
+    torch's once_differentiable is not enough: where dy is a constant it returns gradients without
     a graph, and a penalty on them would train nothing, silently.
     """
 
@@ -255,7 +230,7 @@ def _gradients(
     dy: Tensor, q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, y: Tensor, lse: Tensor,
     needed: tuple[bool, ...], is_causal: bool, scale: float | None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of q, k, v, prefix_k, prefix_v, those of a part only where one is needed."""
+    """Gradients of q, k, v, prefix_k, prefix_v; a part of which none is needed gets none."""
     dq = dk = dv = None
     dpk, dpv = (torch.zeros_like(x) for x in (pk, pv))
     with without_autocast(q.device):

@@ -15,6 +15,18 @@ from typing import NamedTuple
 
 from minipeft.io.replace import current
 
+# PEFT's fields that say where an adapter is from and how it was made; they change no number.
+ORIGIN = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "inference_mode",
+    "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+# Such fields of other trainers (Unsloth, ms-swift, PEFT before 0.3, LoRA+).
+ORIGIN_ELSEWHERE = {
+    "unsloth_fixed", "unsloth_version", "lora_dtype", "merge_weights", "lorap_lr_ratio",
+    "lorap_emb_lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "base_model_class",
+    "parent_library", "torch_dtype", "transformers_version", "library_name",
+}  # fmt: skip
 LARGEST = 2**24  # bytes of a configuration; real ones have a few thousand
 _LARGEST_NUMBER = 2**31
 
@@ -83,7 +95,7 @@ def is_off(value: object) -> bool:
 def check(
     where: str, found: Mapping[str, object], table: Mapping[str, Kind], needed: Iterable[str] = ()
 ) -> None:
-    """Check the fields of the table that are there; fields outside the table are not looked at.
+    """Check those fields of the table that `found` has; fields outside the table are not looked at.
 
     Raises:
         ValueError: a field is of another kind, or one of those `needed` is absent.
@@ -97,8 +109,8 @@ def read_object(path: Path, *, largest: int = LARGEST) -> dict[str, object]:
     """The JSON object in a file, in its place or in a commit that is not finished (replace.py).
 
     Raises:
-        ValueError: no such file, one that cannot be read or has more than `largest` bytes, or as
-            of parse_object.
+        ValueError: no such file, one that cannot be read or has more than `largest` bytes, or no
+            JSON object (see parse_object).
     """
     place = current(path)
     try:
@@ -111,16 +123,37 @@ def read_object(path: Path, *, largest: int = LARGEST) -> dict[str, object]:
         raise ValueError(f"{path}: cannot be read ({error})") from error
 
 
+def read_config(path: Path, writer: str, other: str, reader: str) -> dict[str, object]:
+    """The JSON object in a configuration, its fields not checked yet.
+
+    Raises:
+        ValueError: as of read_object; where there is no such file, the message says who writes it,
+            and, if the `other` configuration is there, who reads that.
+    """
+    if not current(path).is_file():
+        hint = f"; it holds {other}: use {reader}" if (path.parent / other).is_file() else ""
+        raise ValueError(f"{path}: no such file; expected a directory that {writer} wrote{hint}")
+    return read_object(path)
+
+
 def parse_object(data: bytes, what: str) -> dict[str, object]:
     """A JSON object from bytes.
 
     Raises:
-        ValueError: not JSON, not an object, or nested too deeply.
+        ValueError: not JSON, not an object, nested too deeply, or a name that comes twice: readers
+            would not agree on its value.
     """
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: no valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{what}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice")
+    return found

@@ -1,71 +1,14 @@
-"""safetensors files: written whole or not at all, with a checksum for each tensor.
+"""safetensors files that fit into memory: written whole or not at all, with checksums."""
 
-Format: https://github.com/huggingface/safetensors.  In the file's metadata, where other readers
-ignore them:
-
-    minipeft_sha256     JSON: the sha256 of each tensor's dtype, shape and bytes
-    minipeft_format     "2": all of this must be there ("1", of older files: the line above)
-    minipeft_metadata   the sha256 of all other metadata
-    minipeft_config     the configuration that was saved with the file, see seal.py
-    minipeft_training   what other readers need not know, see the writers of adapters
-"""
-
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minipeft.io.fields import parse_object
-from minipeft.io.replace import current, write_file
-
-CHECKSUMS, FORMAT, WHOLE = "minipeft_sha256", "minipeft_format", "minipeft_metadata"
-
-
-def digest(tensor: Tensor) -> str:
-    """sha256 of a tensor: its dtype and shape, as in "float32 [2, 3]", then its bytes."""
-    described = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-    total = hashlib.sha256(described.encode())
-    if tensor.numel():
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        total.update(data.numpy().data)
-    return total.hexdigest()
-
-
-def metadata_with(sums: Mapping[str, str], more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The metadata of a file that minipeft writes; sums: a digest for each tensor."""
-    found = {"format": "pt", CHECKSUMS: json.dumps(sums), FORMAT: "2", **(more or {})}
-    return {**found, WHOLE: _digest_of(found)}
-
-
-def _digest_of(metadata: Mapping[str, str]) -> str:
-    own = {key: value for key, value in metadata.items() if key != WHOLE}
-    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
-
-
-def checksums_in(path: Path, metadata: Mapping[str, str]) -> dict[str, object] | None:
-    """The digests that a file's metadata holds; None if nobody wrote any.
-
-    Raises:
-        ValueError: they are damaged, or missing from a file that minipeft wrote; or other metadata
-            is.
-    """
-    if not any(key.startswith("minipeft") for key in metadata):
-        return None
-    if CHECKSUMS not in metadata:
-        raise ValueError(f"{path}: its checksums are missing; the file is damaged")
-    form = metadata.get(FORMAT, "1")  # the first files had no such line
-    if form not in ("1", "2"):
-        raise ValueError(
-            f"{path}: {FORMAT} is {form!r:.40}, expected '1' or '2'; the file is damaged, or of a "
-            "newer version"
-        )
-    expected = metadata.get(WHOLE)
-    if (form == "2" or expected is not None) and expected != _digest_of(metadata):
-        raise ValueError(f"{path}: its metadata differs from its checksum; the file is damaged")
-    return parse_object(metadata[CHECKSUMS].encode(), f"{path}: checksums")
+from minipeft.io.header import digest, metadata_with
+from minipeft.io.replace import write_file
+from minipeft.io.shards import Reader
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -118,26 +61,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_all(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file as of read_tensors, and the file's metadata.
+    """The tensors of a safetensors file, as read_tensors gives them, and the file's metadata.
 
     Raises:
         ValueError: as read_tensors.
     """
-    from safetensors import SafetensorError, safe_open
+    with Reader([path]) as reader:
+        return {name: reader.view(name) for name in reader.specs}, reader.metadata[path]
 
-    place = current(path)
-    if not place.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with safe_open(place, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
-    sums = checksums_in(path, metadata)
-    for name, tensor in tensors.items():
-        if sums is not None and sums.get(name) != digest(tensor):
-            raise ValueError(f"{path}: {name} differs from its checksum; the file is damaged")
-    if sums is not None and (lost := sums.keys() - tensors.keys()):
-        raise ValueError(f"{path}: {sorted(lost)[0]:.80} is missing; the file is damaged")
-    return tensors, metadata
+
+def check_values(where: object, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Check a file's tensors against the tensors that they are to fill, before anything changes.
+
+    Raises:
+        ValueError: a name is missing or unexpected; another shape or kind of numbers, floats of 8
+            bits, NaN or Inf, or a value that is so in the dtype of its place (float32 at least).
+    """
+    if wrong := sorted(found.keys() ^ own.keys()):
+        how = "unexpected" if wrong[0] in found else "missing"
+        raise ValueError(f"{where}: {wrong[0]:.80} is {how} ({len(wrong)} such names in all)")
+    for name, value in found.items():
+        place = own[name]
+        floats = place.is_floating_point()
+        fits = value.is_floating_point() == floats and not (floats and value.element_size() < 2)
+        if not fits or value.shape != place.shape:
+            raise ValueError(
+                f"{where}: {name} is {value.dtype} of shape {tuple(value.shape)}; expected "
+                f"{'floats of 16 bits or more' if floats else place.dtype} of shape "
+                f"{tuple(place.shape)}"
+            )
+        wide = torch.promote_types(place.dtype, torch.float32) if floats else place.dtype
+        if not bool(value.to(wide).isfinite().all()):
+            raise ValueError(f"{where}: {name} holds NaN or Inf, or what is so in {wide}")

@@ -3,17 +3,30 @@
 Format: https://github.com/huggingface/safetensors: 8 bytes of header length, a JSON header, then
 the tensors' bytes without gaps.  For disks where mapping a file is slow or unsafe: on a network
 file system a page of a mapped file can be gone when it is touched, which ends the process.
+
+In the metadata of files that minipeft writes, where other readers ignore them:
+
+    minipeft_sha256     JSON: the sha256 of each tensor's dtype, shape and bytes
+    minipeft_format     "2": all of this must be there ("1", of older files: the line above)
+    minipeft_metadata   the sha256 of all other metadata
+    minipeft_config     the configuration that was saved with the file, see seal.py
+    minipeft_training   what other readers need not know, see the writers of adapters
 """
 
+import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from minipeft.io.fields import parse_object
+
+CHECKSUMS, FORMAT, WHOLE = "minipeft_sha256", "minipeft_format", "minipeft_metadata"
 Spec = tuple[torch.dtype, tuple[int, ...]]
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -49,7 +62,10 @@ class UnmappedFile:
             if size < 8 or length > min(size - 8, _LARGEST):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             self._start = 8 + length
-            header = _parsed(bytes(self._bytes(8, length)))
+            text = bytes(self._bytes(8, length))
+            if not text.startswith(b"{"):
+                raise ValueError("its header is no JSON object")
+            header: dict[str, Any] = parse_object(text, "its header")
             self.metadata = _metadata(header.pop("__metadata__", {}))
             self._places: dict[str, tuple[int, int]] = {}
             self.specs: dict[str, Spec] = {}
@@ -97,23 +113,6 @@ class UnmappedFile:
             room = room[count:]
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
-    if not text.startswith(b"{"):
-        raise ValueError("its header is no JSON object")
-    try:
-        header: dict[str, Any] = json.loads(text, object_pairs_hook=_once)
-    except RecursionError as error:
-        raise ValueError("its header is nested too deeply") from error
-    return header
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name comes twice")
-    return found
-
-
 def _metadata(found: object) -> dict[str, str]:
     if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
         raise ValueError("__metadata__ holds more than strings")
@@ -135,3 +134,47 @@ def _entry(name: str, entry: object) -> tuple[Spec, tuple[int, int]]:
     if len(shape) > 64 or len(offsets) != 2 or offsets[1] - offsets[0] != nbytes(spec):
         raise ValueError(f"{name} of {dtype} {shape[:8]} does not fit its offsets {offsets[:2]}")
     return spec, (offsets[0], offsets[1])
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of a tensor: its dtype and shape, as in "float32 [2, 3]", then its bytes."""
+    described = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    total = hashlib.sha256(described.encode())
+    if tensor.numel():
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        total.update(data.numpy().data)
+    return total.hexdigest()
+
+
+def metadata_with(sums: Mapping[str, str], more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The metadata of a file that minipeft writes; sums: a digest for each tensor."""
+    found = {"format": "pt", CHECKSUMS: json.dumps(sums), FORMAT: "2", **(more or {})}
+    return {**found, WHOLE: _digest_of(found)}
+
+
+def _digest_of(metadata: Mapping[str, str]) -> str:
+    own = {key: value for key, value in metadata.items() if key != WHOLE}
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def checksums_in(path: Path, metadata: Mapping[str, str]) -> dict[str, object] | None:
+    """The digests that a file's metadata holds; None if nobody wrote any.
+
+    Raises:
+        ValueError: they are damaged, or missing from a file that minipeft wrote; or other metadata
+            is.
+    """
+    if not any(key.startswith("minipeft") for key in metadata):
+        return None
+    if CHECKSUMS not in metadata:
+        raise ValueError(f"{path}: its checksums are missing; the file is damaged")
+    form = metadata.get(FORMAT, "1")  # the first files had no such line
+    if form not in ("1", "2"):
+        raise ValueError(
+            f"{path}: {FORMAT} is {form!r:.40}, expected '1' or '2'; the file is damaged, or of a "
+            "newer version"
+        )
+    expected = metadata.get(WHOLE)
+    if (form == "2" or expected is not None) and expected != _digest_of(metadata):
+        raise ValueError(f"{path}: its metadata differs from its checksum; the file is damaged")
+    return parse_object(metadata[CHECKSUMS].encode(), f"{path}: checksums")

@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import adapters_called
 from minipeft.adapters.protocol import innermost, is_adapter
+from minipeft.io.files import check_values
 from minipeft.layers.trained import TrainedModule
 
 Heads = dict[str, dict[str, Tensor]]  # module name: its state
 
 
-def head_tensors(
-    model: nn.Module, name: str, gathered: Mapping[int, Tensor] | None = None
-) -> Heads:
+def head_tensors(model: nn.Module, name: str, gathered: Mapping[int, Tensor]) -> Heads:
     """The states of the modules that train whole with the adapter.
 
     `gathered` maps the id of a parameter to the values to write in its place.
@@ -23,12 +22,12 @@ def head_tensors(
     for place, stack in adapters_called("save", model, name).items():
         for layer in stack:
             if isinstance(layer, TrainedModule):
-                found[place] = _state(layer.copy, gathered or {})
+                found[place] = _state(layer.copy, gathered)
     return found
 
 
 def task_heads(model: nn.Module, endings: Iterable[str], gathered: Mapping[int, Tensor]) -> Heads:
-    """The states of the model's own modules whose names end so, as they compute now."""
+    """The states of the model's own modules with these endings of names, as they compute now."""
     found: Heads = {}
     for place, module in model.named_children():
         if place.endswith(tuple(endings)):
@@ -43,7 +42,7 @@ def _state(module: nn.Module, gathered: Mapping[int, Tensor]) -> dict[str, Tenso
 
 
 def by_module(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> Heads:
-    """Tensors under the modules that they are of: of these names, or one level up."""
+    """Tensors by their modules: those of `modules` that their names begin with, or the parents."""
     names = sorted(modules, key=len, reverse=True)
     grouped: Heads = {}
     for key, value in tensors.items():
@@ -53,53 +52,40 @@ def by_module(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> Heads:
 
 
 def check_heads(caller: str, model: nn.Module, heads: Heads) -> list[str]:
-    """The names of the modules these tensors are of.
+    """Check tensors against the modules that they are for; returns the modules' names.
 
     Raises:
         ValueError: a module that the model lacks, that trains already or that holds layers; other
-            shapes or kinds of numbers, values that it cannot hold, two values for a shared one.
+            names, shapes or kinds of numbers; NaN or Inf; two values for one shared parameter.
     """
     for place, own in heads.items():
         module = _module(caller, model, place)
-        state = module.state_dict()
-        if state.keys() != own.keys():
-            wrong = sorted(state.keys() ^ own.keys())
-            raise ValueError(f"{caller}: head {place!r}: missing or unexpected {wrong[:3]}")
+        state, where = module.state_dict(), f"{caller}: head {place!r}"
+        check_values(where, own, state)
         shared: dict[int, str] = {}
         for key, value in own.items():
-            mine = state[key]
-            if value.shape != mine.shape or value.is_floating_point() != mine.is_floating_point():
-                raise ValueError(
-                    f"{caller}: {place}.{key} is {value.dtype} {tuple(value.shape)}; the model's "
-                    f"is {mine.dtype} {tuple(mine.shape)}"
-                )
-            # a copy is float32 over any base: what is beyond float16 is refused when merged
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise ValueError(f"{caller}: {place}.{key} holds NaN or Inf")
-            first = shared.setdefault(mine.data_ptr(), key)
+            first = shared.setdefault(state[key].data_ptr(), key)
             if first != key and not torch.equal(own[first], value):
-                raise ValueError(f"{caller}: {place}: {first} and {key} are one, and differ")
+                raise ValueError(f"{where}: {first} and {key} are one, and differ")
     return list(heads)
 
 
 def _module(caller: str, model: nn.Module, place: str) -> nn.Module:
-    try:
-        module = model.get_submodule(place) if place else None
-    except AttributeError:
-        module = None
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    module = modules.get(place) if place else None
     if module is None or any(is_adapter(part) for part in module.modules()):
         raise ValueError(
             f"{caller}: the file has a trained head {place!r:.80}, which the model lacks or trains "
             f"already; it is a {type(model).__name__}"
         )
-    # a file must not train or overwrite a base: its layers are in lists
+    # a file must not train or overwrite the base, whose layers are in a ModuleList
     if any(isinstance(part, nn.ModuleList) for part in module.modules()):
         raise ValueError(f"{caller}: {place!r:.80} is no head: it holds layers of the model")
     return module
 
 
 def fill_heads(model: nn.Module, name: str, heads: Heads) -> None:
-    """Copy the tensors, which check_heads has seen, into the modules that train."""
+    """Copy tensors that check_heads has accepted into the modules that train."""
     if not heads:
         return
     adapters = adapters_called("load", model, name)

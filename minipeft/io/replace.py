@@ -61,7 +61,7 @@ class Replacement:
 
     def __init__(self, folder: Path, *, check: Callable[[], None] | None = None) -> None:
         self.folder = folder.absolute()
-        self._check = check  # called with the lock held: whether the folder may be written to
+        self._check = check  # called while the lock is held; raises if the folder is not to be used
 
     def __enter__(self) -> "Replacement":
         self._made = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
@@ -128,7 +128,7 @@ class Replacement:
             _finish(self.folder)
             if self._check is not None:
                 self._check()
-            os.rename(self._stage, self.folder / COMMIT)  # the moment
+            os.rename(self._stage, self.folder / COMMIT)  # from here on the new state holds
             self._made = []
             _sync(self.folder)
             _finish(self.folder)
@@ -195,7 +195,7 @@ def _refuse_links(commit: Path) -> None:
 
 
 def read_whole(folder: Path, read: Callable[[], Result]) -> Result:
-    """What `read` returns; again where it fails because files were replaced while it read.
+    """What `read` returns; called again if it failed because files were replaced meanwhile.
 
     `read` changes nothing when it fails.  Gives up after ten seconds with its last error.
     """
@@ -231,7 +231,7 @@ def _seen(folder: Path) -> list[object]:
 
 
 def finish(folder: Path) -> None:
-    """Move to their places what a dead save has committed, of this folder or of the one above.
+    """Move the files that a dead save has committed to their places, here or in the folder above.
 
     The one above goes first, and every save into this folder sees to that: so where both have a
     commit the one above is the later.

@@ -7,9 +7,11 @@ that), so nothing below io/ knows of this file.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,9 +19,9 @@ from minipeft.adapters.names import DEFAULT, named
 from minipeft.adapters.protocol import is_adapter, is_packed
 from minipeft.adapters.state import named_adapters
 from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress
-from minipeft.io.peft.save import describe, stage_adapter
+from minipeft.io.peft.save import describe
 from minipeft.io.prefixes import config as own_files
-from minipeft.io.prefixes import save as own_format
+from minipeft.io.prefixes import save as prefixes
 from minipeft.io.replace import Replacement
 from minipeft.io.seal import stage
 
@@ -33,12 +35,13 @@ def save_adapters(
 ) -> None:
     """In the place of `model.save_pretrained`: save the adapter files, never base weights.
 
-    Each adapter in PEFT's format; a prefix that it cannot express, that would lose its network or
-    frozen positions, or that shares its name with LoRA, in the format of io.prefixes.save_prefix in
-    the same directory, which load_prefix reads.
+    Each adapter is written in PEFT's format if that can express it.  A prefix or prompt is written
+    in the format of io.prefixes.save_prefix too, in the same directory: load_prefix reads all of
+    it, with its network and frozen positions.  Where a prefix shares its name with LoRA, PEFT's
+    files hold the LoRA.
 
-    All files of all adapters are of one save, as of save_peft; those of an earlier one that are not
-    written now go with it.
+    All files of all adapters are of one save, as of save_peft; files of an earlier one that are not
+    written now are removed.
 
     Sharding, variants and serialisation options have no meaning for an adapter and are accepted.
 
@@ -54,34 +57,31 @@ def save_adapters(
         )
     if not is_main_process:
         return
-    gathered = own_format.gathered_by_id(model, state_dict or {})
-    staged: list[Callable[[Replacement], None]] = []
+    gathered = prefixes.gathered_by_id(model, state_dict or {})
+    # two names of files, and what to write into them; None: they are removed
+    staged: list[tuple[tuple[str, str], tuple[Any, ...] | None]] = []
     for name in named(model):
-        folder, in_peft, beside = "" if name == DEFAULT else name, True, False
-        try:
-            found = describe(model, [name], gathered, beside_prefix=False)
-        except CannotExpress:
-            in_peft = beside = own_format.has_more_than_prefix(model, name)
-            if beside:
-                found = describe(model, [name], gathered, beside_prefix=True)
-        own = not in_peft or beside or own_format.loses_in_peft(model, name)
-        own = own and own_format.has_prefix(model, name)
-        inside = f"{folder}/" if folder else ""
-        files = [f"{inside}{file}" for file in (own_files.CONFIG_NAME, own_files.WEIGHTS_NAME)]
-        if in_peft:
-            staged.append(partial(stage_adapter, folder=folder, adapter=found[name]))
-        if own:
-            config, tensors = own_format.describe_prefix(
+        inside = "" if name == DEFAULT else f"{name}/"
+        beside = prefixes.has_more_than_prefix(model, name)
+        peft: tuple[Any, ...] | None = None
+        with suppress(CannotExpress):
+            found = describe(model, [name], gathered, beside_prefix=beside)[name]
+            peft = (found.config, found.tensors, found.training)
+        own = None
+        if prefixes.has_prefix(model, name):
+            own = prefixes.describe_prefix(
                 model, name, gathered, reparametrization=True, heads=not beside
             )
-            names = (files[0], files[1])
-            staged.append(partial(stage, names=names, config=config, tensors=tensors))
-        stale = [] if in_peft else [f"{inside}{file}" for file in (CONFIG_NAME, WEIGHTS_NAME)]
-        for file in [*stale, *([] if own else files)]:  # of an earlier save into the same directory
-            staged.append(partial(Replacement.remove, name=file))
+        staged.append(((f"{inside}{CONFIG_NAME}", f"{inside}{WEIGHTS_NAME}"), peft))
+        staged.append(((f"{inside}{own_files.CONFIG_NAME}", f"{inside}{own_files.WEIGHTS_NAME}"),
+                       own))  # fmt: skip
     with Replacement(Path(save_directory)) as unit:
-        for write in staged:
-            write(unit)
+        for files, content in staged:
+            if content is not None:
+                stage(unit, files, *content)
+            else:
+                for file in files:
+                    unit.remove(file)
 
 
 def adopt(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""A configuration and the weights that were saved with it: the weights' file knows both.
+"""A configuration and the weights that were saved with it: the file of weights holds both.
 
 The metadata of a weights file holds the configuration as it was written.  A reader reads the
 configuration, then the weights, and compares: it notices when another save came between the two,
@@ -13,21 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from minipeft.io.fields import parse_object
+from minipeft.io.fields import ORIGIN, ORIGIN_ELSEWHERE, is_off, parse_object
 from minipeft.io.files import encoded, read_all
 from minipeft.io.replace import NotOneSave, Replacement
 
+_FREE = ORIGIN | ORIGIN_ELSEWHERE | {"model"}  # may be edited
 CONFIG, TRAINING = "minipeft_config", "minipeft_training"
-# No number depends on these: where the adapter is from, how it was made, what PEFT fills in.
-_FREE = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "model", "peft_version",
-    "revision", "task_type", "megatron_core", "qalora_group_size", "init_lora_weights",
-    "corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config",
-    "unsloth_fixed", "unsloth_version", "lora_dtype", "merge_weights", "base_model_class",
-    "parent_library", "torch_dtype", "transformers_version", "library_name",
-}  # fmt: skip
 _SETS = {"exclude_modules", "modules_to_save", "target_modules", "target_parameters"}
-_OFF: tuple[object, ...] = (None, False, [], {}, "")
 
 
 def stage(
@@ -73,7 +65,7 @@ def _compare(
 ) -> None:
     for key in sorted(saved.keys() | found.keys() - _FREE):
         here, there = found.get(key), saved.get(key)
-        if key in _FREE or (here in _OFF and there in _OFF) or _same(key, here, there):
+        if key in _FREE or (is_off(here) and is_off(there)) or _same(key, here, there):
             continue
         raise NotOneSave(
             f"{path}: was saved with {key:.40} = {there!r:.60}, and {config_name} says "

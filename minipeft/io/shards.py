@@ -17,10 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minipeft.io.files import checksums_in, digest, metadata_with
-from minipeft.io.header import DTYPES, NAMES, UnmappedFile
-from minipeft.io.header import Spec as Spec  # for those who write
-from minipeft.io.header import nbytes as nbytes
+from minipeft.io.fields import LARGEST, read_object
+from minipeft.io.header import (
+    DTYPES,
+    NAMES,
+    Spec,
+    UnmappedFile,
+    checksums_in,
+    digest,
+    metadata_with,
+    nbytes,
+)  # fmt: skip
 from minipeft.io.replace import current
 
 
@@ -119,8 +126,11 @@ class ShardWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Names in their order, in groups of at most `max_bytes` (one name at least in each)."""
+def split(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """Names in their order, in files of at most `max_bytes` (one name at least in each).
+
+    The files are called as Hugging Face's libraries call them.
+    """
     groups: list[list[str]] = []
     filled = max_bytes
     for name, size in sizes.items():
@@ -129,14 +139,10 @@ def split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
             filled = 0
         groups[-1].append(name)
         filled += size
-    return groups
-
-
-def shard_names(count: int) -> list[str]:
-    """File names of `count` shards, as Hugging Face's libraries choose them."""
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i + 1:05d}-of-{count:05d}.safetensors": own for i, own in enumerate(groups)}
 
 
 class Reader:
@@ -154,6 +160,7 @@ class Reader:
         self.mmap = mmap
         self._files: dict[Path, Any] = {}
         self._sums: dict[Path, dict[str, object] | None] = {}
+        self.metadata: dict[Path, dict[str, str]] = {}
         self.file_of: dict[str, Path] = {}
         self.specs: dict[str, Spec] = {}
         try:
@@ -167,8 +174,8 @@ class Reader:
             place = current(path)
             if not place.is_file():
                 raise ValueError(f"{path}: no such file")
-            self._files[path], metadata, specs = _opened(place, self.mmap)
-            self._sums[path] = sums = checksums_in(path, metadata)
+            self._files[path], self.metadata[path], specs = _opened(place, self.mmap)
+            self._sums[path] = sums = checksums_in(path, self.metadata[path])
             if sums is not None and (lost := sums.keys() - specs.keys()):
                 raise ValueError(f"{path}: {sorted(lost)[0]:.80} is missing; the file is damaged")
             for name, spec in specs.items():
@@ -216,6 +223,41 @@ class Reader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def indexed(index: Path, *, largest: int = LARGEST, mmap: bool = True) -> Reader:
+    """The files that an index names: each tensor is in its file, and those files hold no others.
+
+    Raises:
+        ValueError: a damaged index, or one of more than `largest` bytes; a file elsewhere, missing
+            or damaged; the index and the files disagree.
+    """
+    places = read_object(index, largest=largest).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index}: no 'weight_map' from names to files")
+    for name, file in places.items():
+        # a plain name: no other folder, no drive, nothing hidden
+        plain = isinstance(file, str) and file == Path(file).name and "\\" not in file
+        if not plain or file.startswith(".") or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{index}: {name:.80} is in {str(file)[:80]!r}; expected the name of a "
+                ".safetensors file in the same directory"
+            )
+    reader = Reader([index.parent / file for file in dict.fromkeys(places.values())], mmap=mmap)
+    found = {name: path.name for name, path in reader.file_of.items()}
+    if places == found:
+        return reader
+    reader.close()
+    for name, file in found.items():
+        if places.get(name) != file:
+            raise ValueError(
+                f"{index.parent / file}: {name:.80} is in this file; {index.name} does not say so"
+            )
+    lost = sorted(places.keys() - found.keys())
+    raise ValueError(
+        f"{index}: {lost[0]:.80} is not in {places[lost[0]]} ({len(lost)} names in all, of "
+        f"{len({places[name] for name in lost})} files)"
+    )
 
 
 def _opened(path: Path, mmap: bool) -> tuple[Any, dict[str, str], dict[str, Spec]]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.ops import autocast_is_on
+from minipeft.adapters.products import autocast_is_on
 
 Dtypes = tuple[torch.dtype, ...]
 

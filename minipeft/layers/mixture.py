@@ -16,10 +16,10 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minipeft.adapters import products
+from minipeft.adapters.products import without_autocast
 from minipeft.adapters.protocol import innermost
-from minipeft.fast import products
 from minipeft.lora import LowRank
-from minipeft.ops import without_autocast
 from minipeft.qlora import frozen
 from minipeft.quantized.experts import NF4Experts
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, adapters_called, check_new_name, give_name, named
+from minipeft.adapters.prefix_holder import holds_prefixes
 from minipeft.adapters.ready import check_model
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.adapters.targets import Head, Names, Target, survey
@@ -71,7 +72,7 @@ def add_adapter(
 
 def _add_prefix(model: nn.Module, name: str, encoder: PrefixEncoder) -> Names:
     for place, module in model.named_modules():
-        if callable(getattr(type(module), "add_encoder", None)):
+        if holds_prefixes(module):
             module.add_encoder(name, encoder)
             give_name(name, [encoder])
             return Names([f"{place}.encoders.{name}"])

@@ -2,7 +2,7 @@
 
 A data type is its codebook: 2 to 256 numbers in [-1, 1], which a block's absmax scales.  With at
 most 16 of them two codes share a byte.  These are the types that the QLoRA paper compares
-(Dettmers et al. 2023); NF4 has a faster path in fast/nf4.py with equal bytes.
+(Dettmers et al. 2023), here to be measured: quantising a layer gives NF4 (nf4.py).
 
     NF4       quantiles of a normal distribution        normal_float_codebook(4)
     FP4       a sign, 2 bits of exponent, 1 of mantissa FP4_CODEBOOK, in bitsandbytes' order
@@ -10,7 +10,6 @@ most 16 of them two codes share a byte.  These are the types that the QLoRA pape
     Int4      -7..7, evenly spaced                      int_codebook(4)
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -18,10 +17,15 @@ import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from minipeft.fast.nf4 import quantize_in_chunks
-from minipeft.nf4 import check_block_size, check_weights, pack_pairs, scaled_blocks
-
-_CHUNK = 2**17  # weights decoded at a time
+from minipeft.nf4 import (
+    check_block_size,
+    check_finite,
+    check_sizes,
+    check_weights,
+    pack_pairs,
+    scaled_blocks,
+    unpack_pairs,
+)
 
 
 def _signed(magnitudes: Sequence[float]) -> tuple[float, ...]:
@@ -70,14 +74,6 @@ def check_codebook(caller: str, codebook: Sequence[float]) -> tuple[float, ...]:
     return values
 
 
-@functools.lru_cache(maxsize=32)
-def _encoder(codebook: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The float32 midpoints between neighbouring values, and the code of each value, ascending."""
-    values = torch.tensor(codebook, dtype=torch.float32, device=device)
-    ascending, codes = torch.sort(values, stable=True)
-    return (ascending[1:] + ascending[:-1]) / 2, codes.to(torch.uint8)
-
-
 def quantize_blockwise(
     w: Float[Tensor, "*shape"], codebook: Sequence[float], *, block_size: int = 64
 ) -> tuple[UInt8[Tensor, " bytes"], Float32[Tensor, " n_blocks"]]:
@@ -85,12 +81,13 @@ def quantize_blockwise(
 
     The code is that of the value nearest to weight / absmax, the lower of two at a tie; the rules
     of `quantize_nf4` otherwise.  Up to 16 values: (ceil(n/2),) bytes with two codes each, the
-    first one high; more: (n,) bytes.  An odd count is padded with the code nearest to zero.
+    first one high; more: (n,) bytes.  An odd count is padded with the code nearest to zero.  Works
+    on the whole tensor at once, for which it needs about 20 bytes a weight.
 
     Raises:
         TypeError: `w` is no tensor.
-        ValueError: `w` holds integers, NaN or Inf; a codebook that is none; block_size is no
-            power of two in 32..4096.
+        ValueError: `w` holds integers, NaN or Inf; the codebook is not 2 to 256 numbers in [-1, 1]
+            of which one has magnitude 1; block_size is no power of two in 32..4096.
 
     >>> codes, absmax = quantize_blockwise(torch.tensor([7.0, -3.0, 1.0]), int_codebook(4))
     >>> [hex(code) for code in codes], absmax
@@ -99,14 +96,15 @@ def quantize_blockwise(
     check_weights("quantize_blockwise", w)
     check_block_size("quantize_blockwise", block_size)
     values = check_codebook("quantize_blockwise", codebook)
-    midpoints, code_of = _encoder(values, w.device)
-
-    def encode(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-        scaled, absmax = scaled_blocks(x, block_size)
-        codes = code_of[torch.bucketize(scaled.flatten(), midpoints)]
-        return (pack_pairs(codes) if len(values) <= 16 else codes), absmax
-
-    return quantize_in_chunks("quantize_blockwise", w, block_size, encode)
+    table = torch.tensor(values, dtype=torch.float32, device=w.device)
+    ascending, code_of = torch.sort(table, stable=True)
+    midpoints = (ascending[1:] + ascending[:-1]) / 2
+    scaled, absmax = scaled_blocks(w.detach().flatten(), block_size)
+    check_finite("quantize_blockwise", w, absmax)
+    codes = code_of.to(torch.uint8)[torch.bucketize(scaled.flatten(), midpoints, out_int32=True)]
+    if len(values) > 16:
+        return codes[: w.numel()], absmax
+    return pack_pairs(codes)[: math.ceil(w.numel() / 2)], absmax
 
 
 def dequantize_blockwise(
@@ -121,29 +119,15 @@ def dequantize_blockwise(
     """codebook[code] * absmax, of `shape`, in float32 and rounded once to `dtype`.
 
     Raises:
-        ValueError: sizes that do not belong together, a code beyond the codebook.
+        ValueError: the sizes of codes, absmax and shape do not belong together, or a code is
+            beyond the codebook.
     """
     values = check_codebook("dequantize_blockwise", codebook)
-    check_block_size("dequantize_blockwise", block_size)
     n, in_byte = math.prod(shape), 2 if len(values) <= 16 else 1
-    expected = (math.ceil(n / in_byte), math.ceil(n / block_size))
-    if (codes.numel(), absmax.numel()) != expected:
-        raise ValueError(
-            f"dequantize_blockwise: shape {tuple(shape)} takes {expected[0]} bytes and "
-            f"{expected[1]} scales; got {codes.numel()} and {absmax.numel()}"
-        )
+    check_sizes("dequantize_blockwise", codes, absmax, shape, block_size, in_byte)
+    numbers = (unpack_pairs(codes) if in_byte == 2 else codes)[:n].int()
+    if n and (largest := int(numbers.max())) >= len(values):
+        raise ValueError(f"dequantize_blockwise: code {largest} in a codebook of {len(values)}")
     table = torch.tensor(values, dtype=torch.float32, device=codes.device)
-    out = torch.empty(n, dtype=dtype, device=codes.device)
-    for first in range(0, n, _CHUNK):  # a multiple of every block size
-        last = min(first + _CHUNK, n)
-        part = codes[first // in_byte : math.ceil(last / in_byte)]
-        if in_byte == 2:
-            part = torch.stack([part >> 4, part & 15], dim=1).flatten()[: last - first]
-        if part.numel() and int(part.max()) >= len(values):
-            raise ValueError(
-                f"dequantize_blockwise: code {int(part.max())} in a codebook of {len(values)}"
-            )
-        scales = absmax[first // block_size : math.ceil(last / block_size)]
-        spread = scales.repeat_interleave(block_size)[: last - first]
-        out[first:last] = table[part.int()] * spread
-    return out.view(shape)
+    scales = absmax.repeat_interleave(block_size)[:n]
+    return (table[numbers] * scales).to(dtype).view(shape)

@@ -4,14 +4,14 @@ The codes are those of the transposed weight, (out_features, in_features), as in
 files: blocks run along the inputs of one output.  `weight` has Conv1D's own layout.
 """
 
-from typing import cast
+from typing import Unpack, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import is_conv1d
-from minipeft.qlora import NF4Linear, frozen
+from minipeft.qlora import NF4Linear, Quantized, frozen
 
 
 class NF4Conv1D(NF4Linear):
@@ -31,9 +31,8 @@ class NF4Conv1D(NF4Linear):
         cls,
         linear: nn.Module,
         *,
-        block_size: int = 64,
-        double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        **settings: Unpack[Quantized],
     ) -> "NF4Conv1D":
         """The same layer with its transposed weight rounded to NF4; the bias is shared, frozen."""
         if not is_conv1d(linear) or type(linear).__name__ != "Conv1D":
@@ -41,12 +40,8 @@ class NF4Conv1D(NF4Linear):
                 f"NF4Conv1D: {type(linear).__name__} is no transformers Conv1D; NF4Linear is for "
                 "nn.Linear"
             )
-        weight: Tensor = linear.weight  # type: ignore[assignment]
-        bias = cast(Tensor | None, linear.bias)
-        made = cls.from_weight(
-            weight.T, bias, block_size=block_size, double_quant=double_quant,
-            compute_dtype=compute_dtype,
-        )  # fmt: skip
+        weight, bias = cast(Tensor, linear.weight), cast(Tensor | None, linear.bias)
+        made = cls.from_weight(weight.T, bias, compute_dtype=compute_dtype, **settings)
         layer = cast(NF4Conv1D, made)
         layer.dense_class = type(linear)
         return layer.train(linear.training)
@@ -66,8 +61,8 @@ class NF4Conv1D(NF4Linear):
         """The dequantised weight in Conv1D's layout, computed on read."""
         return self.dequantize().T
 
-    def requantized(self, weight: Tensor) -> NF4Linear:
-        """A layer with this one's settings and the codes of another (in, out) weight."""
+    def requantized(self, weight: Tensor) -> "NF4Conv1D":
+        """A layer like this one with the codes of another (in, out) weight."""
         layer = cast(NF4Conv1D, super().requantized(weight.T))
         layer.dense_class = self.dense_class
         return layer

@@ -8,24 +8,17 @@
 stand where the 3-D parameter stood.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minipeft import ops
-from minipeft.fast import products
-from minipeft.fast.nf4 import absmax_of_blocks
-from minipeft.qlora import Packed, PackedModule, decode, encoded, frozen
-
-
-def _expert_state(number: int, n_experts: int, state: Packed) -> Packed:
-    """Codes and float32 scales of one expert."""
-    count, device = state.absmax.numel() // n_experts, state.absmax.device
-    blocks = torch.arange(number * count, (number + 1) * count, device=device)
-    scales = absmax_of_blocks(state.absmax, state.scale, state.offset, blocks)
-    return Packed(state.packed.view(n_experts, -1)[number], scales, codebook=state.codebook)
+from minipeft.adapters import products
+from minipeft.fast.gathered import check_numbers, one_expert
+from minipeft.ops import Packed
+from minipeft.qlora import PackedModule, Quantized, Stored, decode, encoded, frozen
 
 
 def _experts_shape(given: Any) -> Any:
@@ -36,46 +29,27 @@ def _experts_shape(given: Any) -> Any:
 def _gradient_of_x(grad: Tensor, given: Any) -> Tensor:
     """y[t] = W[expert[t]] x[t]: its gradient is the same operator with the transposed weights."""
     return ops.call(
-        "nf4_experts", grad, given.expert, given.packed, given.absmax, given.scale, given.offset,
-        given.shape, not given.transposed, given.block_size, given.codebook,
-    )  # fmt: skip
+        "nf4_experts", grad, given.expert, *given.weight, given.shape, not given.transposed
+    )
 
 
 @ops.operator(
     "nf4_experts",
-    "(Tensor x, Tensor expert, Tensor packed, Tensor absmax, Tensor? scale, Tensor? offset, "
-    "SymInt[] shape, bool transposed, int block_size, Tensor? codebook=None) -> Tensor",
+    "(Tensor x, Tensor expert, Packed weight, SymInt[] shape, bool transposed) -> Tensor",
     shapes=_experts_shape,
     gradients={"x": _gradient_of_x},
     row_arguments=2,
 )
-def _experts(
-    x: Tensor,
-    expert: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    transposed: bool,
-    block_size: int,
-    codebook: Tensor | None = None,
+def experts(
+    x: Tensor, expert: Tensor, weight: Packed, shape: list[int], transposed: bool
 ) -> Tensor:
-    n_experts, *matrix = shape
-    state = Packed(packed, absmax, scale, offset, codebook)
-    order = expert.argsort(stable=True)  # rows of one expert together: one product for each
-    numbers, counts = torch.unique_consecutive(expert[order], return_counts=True)
-    rows, first = x[order], 0
-    out = x.new_empty(x.shape[0], matrix[1] if transposed else matrix[0])
-    for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
-        if not 0 <= number < n_experts:
-            raise IndexError(f"NF4Experts: expert {number} of {n_experts}")
-        weight = decode(_expert_state(number, n_experts, state), matrix, block_size, x.dtype)
-        part = rows[first : first + count]
-        out[order[first : first + count]] = products.matmul(
-            part, weight if transposed else weight.T
-        )
-        first += count
+    """Decode all experts, then multiply each one's rows."""
+    check_numbers("NF4Experts: expert {} of {}", expert, shape[0])
+    dense = decode(weight, shape, x.dtype)
+    dense = dense if transposed else dense.mT
+    out = x.new_empty(x.shape[0], dense.shape[-1])
+    for number, matrix in enumerate(dense):
+        out[expert == number] = x[expert == number] @ matrix
     return out
 
 
@@ -92,21 +66,15 @@ class NF4Experts(PackedModule):
         out_features: int,
         in_features: int,
         *,
-        block_size: int = 64,
-        double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        **stored: Unpack[Stored],
     ) -> None:
-        if (out_features * in_features) % block_size:
+        super().__init__((n_experts, out_features, in_features), **stored)
+        if (out_features * in_features) % self.block_size:
             raise ValueError(
                 f"NF4Experts: an expert of {out_features} x {in_features} weights is no whole "
-                f"number of blocks of {block_size}; choose a smaller block_size"
+                f"number of blocks of {self.block_size}; choose a smaller block_size"
             )
-        super().__init__(
-            (n_experts, out_features, in_features), block_size=block_size,
-            double_quant=double_quant, dtype=dtype, device=device,
-        )  # fmt: skip
         self.n_experts, self.compute_dtype = n_experts, compute_dtype
 
     @classmethod
@@ -115,9 +83,8 @@ class NF4Experts(PackedModule):
         cls,
         weight: Float[Tensor, "n_experts out_features in_features"],
         *,
-        block_size: int = 64,
-        double_quant: bool = True,
         compute_dtype: torch.dtype | None = None,
+        **settings: Unpack[Quantized],
     ) -> "NF4Experts":
         """The experts of a 3-D weight, rounded to NF4.
 
@@ -127,12 +94,14 @@ class NF4Experts(PackedModule):
         """
         n_experts, out_features, in_features = weight.shape
         layer = cls(
-            n_experts, out_features, in_features, block_size=block_size,
-            double_quant=double_quant, compute_dtype=compute_dtype, dtype=weight.dtype,
-            device="meta",
+            n_experts, out_features, in_features, compute_dtype=compute_dtype,
+            dtype=weight.dtype, device="meta", **settings,
         )  # fmt: skip
-        layer.fill(encoded(weight, block_size, double_quant))
+        layer.fill(encoded(weight, layer.block_size, layer.double_quant))
         return layer
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"compute_dtype": self.compute_dtype}
 
     def __getitem__(
         self, expert: int | Int[Tensor, ""]
@@ -140,8 +109,8 @@ class NF4Experts(PackedModule):
         number = int(expert)
         if not -self.n_experts <= number < self.n_experts:
             raise IndexError(f"NF4Experts: expert {number} of {self.n_experts}")
-        state = _expert_state(number % self.n_experts, self.n_experts, self.state())
-        return decode(state, list(self.shape[1:]), self.block_size, self.weight_dtype)
+        weight = one_expert(self.state(), number % self.n_experts, self.n_experts)
+        return decode(weight, self.shape[1:], self.weight_dtype)
 
     def __len__(self) -> int:
         return self.n_experts
@@ -155,23 +124,9 @@ class NF4Experts(PackedModule):
                 f"NF4Experts: x {tuple(x.shape)} and expert {tuple(expert.shape)}; expected "
                 f"(tokens, {in_features}) and (tokens,)"
             )
-        dtype = ops.product_dtype(x)
-        compute_dtype = self.compute_dtype or dtype
-        *codes, codebook = self.state()
-        out = ops.call(
-            "nf4_experts", x.to(compute_dtype), expert, *codes, list(self.shape), False,
-            self.block_size, codebook,
-        )  # fmt: skip
-        return out.to(dtype)
-
-    def requantized(self, weight: Tensor) -> "NF4Experts":
-        """A layer of the same settings with the codes of another 3-D weight."""
-        layer = self.from_weight(
-            weight.float(), block_size=self.block_size, double_quant=self.double_quant,
-            compute_dtype=self.compute_dtype,
-        )  # fmt: skip
-        layer.weight_dtype = self.weight_dtype
-        return layer.train(self.training)
+        dtype = products.product_dtype(x)
+        x = x.to(self.compute_dtype or dtype)
+        return ops.call("nf4_experts", x, expert, *self.state(), list(self.shape), False).to(dtype)
 
     def dense(self, weight: Tensor | None = None) -> nn.Parameter:
         """The 3-D parameter that this layer stands for, or another one; frozen."""

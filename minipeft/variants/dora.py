@@ -20,12 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from minipeft.adapters.linearity import check_own_weight
+from minipeft.adapters.products import without_autocast
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed
 from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.conv import LoRAConv, kernel_product
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.lora import LoRALinear, add_lora
-from minipeft.ops import without_autocast
 from minipeft.qlora import NF4Linear, multiply
 from minipeft.quantized.embedding import NF4Embedding
 
@@ -224,7 +224,7 @@ class DoRALinear(LoRALinear):
         if weight is not None:
             return torch.cat([part.to(a.dtype) @ a.T for part in _parts(weight)])
         base: Any = self.base
-        return multiply(a, base.state(), None, base.out_features, base.block_size).T
+        return multiply(a, base.state(), None, base.out_features).T
 
     def exact_parameters(self) -> dict[str, Tensor]:
         """m / |V| * V in the weight's own layout, float32 or better."""

@@ -381,13 +381,6 @@ def test_another_kind_is_refused_with_the_list_of_what_is_read(kind, tmp_path):
     refused(llama, tmp_path, f"{kind}.*read are LORA, PREFIX_TUNING, PROMPT_TUNING, P_TUNING")
 
 
-def test_the_kinds_that_are_read_are_those_that_have_readers():
-    from minipeft.io.peft.config import READ_KINDS
-    from minipeft.io.peft.prompts import KINDS
-
-    assert ("LORA", *KINDS) == READ_KINDS
-
-
 SAME = {
     "whole numbers as fractions": {"r": 4.0, "lora_alpha": 6.0},
     "fields that are off": {"lora_bias": False, "layers_to_transform": [], "use_qalora": False},

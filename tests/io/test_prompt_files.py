@@ -95,10 +95,9 @@ def test_pefts_adapters_come_in_and_go_out(family, kind, tmp_path, capsys):
     assert torch.equal(third.logits(), case.logits())
 
 
-@pytest.mark.parametrize("kind", ["lstm", "mlp"])
-def test_a_p_tuning_network_of_ours_goes_to_peft(kind, tmp_path):
+def test_a_p_tuning_network_of_ours_goes_to_peft(tmp_path):
     case, again = Case("LLaMA"), Case("LLaMA")
-    mp.attach_prompt(case.model, P, kind=kind, hidden=12)
+    mp.attach_prompt(case.model, P, kind="mlp", hidden=12)
     mp.save_peft(case.model, tmp_path)
     theirs = loaded(again.model, tmp_path)
     assert difference(logits_of(theirs, case.text), case.logits()) <= TOLERANCE
@@ -185,7 +184,7 @@ def trained_steps(case: Case, steps: int) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("attach", ["prefix", "lstm", "mlp"])
+@pytest.mark.parametrize("attach", ["prefix", "mlp"])
 def test_training_goes_on_from_a_file_with_its_network(attach, tmp_path, capsys):
     case, again = Case("LLaMA"), Case("LLaMA")
     if attach == "prefix":
@@ -279,7 +278,7 @@ def damage(path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(prefix_length=6), "expected \\(6, 96\\)"),
+        (lambda c: c.update(prefix_length=6), r"expected .* shape \(6, 96\)"),
         (lambda c: c.update(prefix_length=-1), "prefix_length is -1"),
         (lambda c: c.update(prefix_length=True), "prefix_length is True"),
         (lambda c: c.update(kind="other"), "kind is 'other', expected one of"),
@@ -291,17 +290,17 @@ def damage(path, change) -> None:
         (lambda c: c.update(frozen=9), "frozen=9"),
         (lambda c: c.update(gated="yes"), "gated is 'yes'"),
         (lambda c: c.update(dropout="a"), "dropout is 'a'"),
-        (lambda c: c.update(hidden=4), "missing or unexpected"),
+        (lambda c: c.update(hidden=4), "encoder.embedding is missing"),
         (lambda c: c.update(format=2), "format is 2, expected 1"),
         (lambda c: c.update(locations=["nowhere"] * 3), "nowhere"),
         (lambda c: c.update(prefix_length=2**30), "below 16777216"),
-        (lambda c: c.update(prefix_length=2**23), "expected \\(8388608, 96\\)"),
-        (lambda c: c.update(hidden=2**23), "missing or unexpected"),
+        (lambda c: c.update(prefix_length=2**23), r"expected .* shape \(8388608, 96\)"),
+        (lambda c: c.update(hidden=2**23), "encoder.embedding is missing"),
         (lambda c: c.update(format=True), "format is True"),
         (lambda c: c.update(heads=["classifier"]), "heads"),
         (lambda c: c.update(dropout=float("nan")), "dropout"),
         (lambda c: c.update(kind="prompt", embedding_dim=31), "embeddings have"),
-        (lambda c: c.update(LSTM, lstm_layers=10**7), "lstm_layers"),
+        (lambda c: c.update(LSTM), "of an LSTM only the table can be read"),
     ],
 )
 def test_damaged_files_leave_the_model_as_it_was(change, message, tmp_path):
@@ -374,13 +373,13 @@ def test_a_checkpoint_of_lora_prefix_and_head_of_one_name_comes_back(first, tmp_
     assert torch.equal(other.logits(), case.logits())
 
 
-@pytest.mark.parametrize("attach", ["mlp", "frozen", "lstm"])
+@pytest.mark.parametrize("attach", ["mlp", "frozen", "prompt"])
 def test_checkpoints_keep_what_training_needs(attach, tmp_path):
     case, again = Case("LLaMA"), Case("LLaMA")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if attach == "lstm":
-            mp.attach_prompt(case.model, P, kind="lstm", hidden=6)
+        if attach == "prompt":
+            mp.attach_prompt(case.model, P, kind="mlp", hidden=6)
         else:
             settings = {"mlp": {"hidden": 6}, "frozen": {"frozen": 2}}
             mp.attach_prefix(case.model, P, **settings[attach])
@@ -402,7 +401,10 @@ def test_a_directory_used_again_holds_the_last_save_only(tmp_path):
     mp.attach_prefix(other.model, P, position="none")
     other.model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
-    case.model.save_pretrained(tmp_path)
+    third = Case("LLaMA")
+    mp.inject_lora(third.model, "all-linear", rank=2)
+    third.model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
     assert not (tmp_path / "prefix_config.json").exists()
 
 
@@ -420,7 +422,7 @@ def test_a_file_cannot_train_or_overwrite_the_base(tmp_path):
         more = {f"head.{place}.{k}": v for k, v in inside.items()}
         write_tensors(tmp_path / "prefix.safetensors", tensors | more)
         damage(tmp_path / "prefix_config.json", lambda c, place=place: c.update(heads=[place]))
-        with pytest.raises(ValueError, match=r"is no head|the model's is torch.float32"):
+        with pytest.raises(ValueError, match=r"is no head|int64 of shape .*; expected floats"):
             prefixes.load_prefix(other.model, tmp_path)
         assert all(p.requires_grad for p in other.model.parameters())
 
@@ -473,8 +475,8 @@ def test_gathered_values_are_what_is_written(kind, tmp_path):
 @pytest.mark.parametrize(
     ("made_on", "attach", "family", "message"),
     [
-        ("GPT-2", lambda m: mp.attach_prompt(m, P), "BERT", "is no decoder"),
-        ("GPT-2", lambda m: mp.attach_prompt(m, P), "T5", "is no decoder"),
+        ("GPT-2", lambda m: mp.attach_prompt(m, P), "BERT", "is not a decoder"),
+        ("GPT-2", lambda m: mp.attach_prompt(m, P), "T5", "is not a decoder"),
         ("GPT-2", lambda m: mp.attach_prefix(m, P, gated=True), "CodeGen", "takes none"),
     ],
 )
@@ -504,7 +506,9 @@ def test_tensors_that_a_prefix_cannot_hold_are_refused(tmp_path):
     for bad in (torch.ones(P, 96).long(), torch.full((P, 96), 1e300, dtype=torch.float64),
                 torch.ones(P, 96) + 0j):  # fmt: skip
         write_tensors(tmp_path / "prefix.safetensors", {"flat": bad})
-        with pytest.raises(ValueError, match="NaN or Inf, or no floating-point"):
+        with pytest.raises(
+            ValueError, match=r"NaN or Inf|expected floats of 16 bits|C64, which is not"
+        ):
             prefixes.load_prefix(Case("LLaMA").model, tmp_path)
     with torch.no_grad():
         case.model.minipeft_prefix.encoder.tables[0][0, 0] = float("nan")

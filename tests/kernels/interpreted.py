@@ -21,7 +21,7 @@ GUARD = 4096
 
 
 def case(seed: int):
-    """Packed state, shape, block size and dtype: tails of every kind, zero and tiny blocks."""
+    """Packed weight, shape and dtype: tails of every kind, zero and tiny blocks."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     shape = rng.choice([
@@ -33,10 +33,11 @@ def case(seed: int):
     if rng.random() < 0.3:
         w = w * (torch.rand(shape) < 0.05)
     packed, absmax = mp.quantize_nf4(w, block_size=block_size)
-    state = (packed, absmax, None, None)
+    weight = ops.Packed(packed, absmax, block_size)
     if rng.random() < 0.7:
-        state = (packed, *mp.quantize_absmax(absmax))
-    return state, list(shape), block_size, rng.choice(DTYPES)
+        code, scale, offset = mp.quantize_absmax(absmax)
+        weight = ops.Packed(packed, code, block_size, scale, offset)
+    return weight, list(shape), rng.choice(DTYPES)
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
@@ -46,9 +47,9 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 def test_the_sweep(capsys):
     weights = differing = 0
     for seed in range(CASES):
-        state, shape, block_size, dtype = case(seed)
-        expected = torch.ops.minipeft.dequantize_nf4(*state, shape, block_size, dtype)
-        got = nf4.dequantize(*state, shape, block_size, dtype)
+        weight, shape, dtype = case(seed)
+        expected = torch.ops.minipeft.dequantize_nf4(*weight, shape, dtype)
+        got = nf4.dequantize(weight, shape, dtype)
         assert got.dtype == dtype and got.shape == expected.shape
         weights += got.numel()
         differing += int((bits(got) != bits(expected)).sum())
@@ -68,14 +69,15 @@ def test_nothing_is_written_beyond_the_result(n, dtype):
         packed, code, scale, offset, *nf4._tables(packed.device), around[GUARD:], n,
         NESTED=True, BLOCK=64, GROUP=256, ROWS=rows, WIDTH=width,
     )  # fmt: skip
-    expected = torch.ops.minipeft.dequantize_nf4(packed, code, scale, offset, [n], 64, dtype)
+    weight = ops.Packed(packed, code, 64, scale, offset)
+    expected = torch.ops.minipeft.dequantize_nf4(*weight, [n], dtype)
     assert torch.equal(around[GUARD : GUARD + n], expected)
     assert (around[:GUARD] == 7).all() and (around[GUARD + n :] == 7).all()
 
 
 def test_no_weights():
-    empty = torch.empty(0, dtype=torch.uint8), torch.empty(0), None, None
-    assert nf4.dequantize(*empty, [0, 8], 64, torch.float32).shape == (0, 8)
+    empty = ops.Packed(torch.empty(0, dtype=torch.uint8), torch.empty(0), 64)
+    assert nf4.dequantize(empty, [0, 8], torch.float32).shape == (0, 8)
 
 
 def test_chosen_through_the_table_for_a_layer_and_its_backward():
@@ -91,15 +93,12 @@ def test_chosen_through_the_table_for_a_layer_and_its_backward():
         return y, grad
 
     expected = run()
-    ops.add_implementation(row)
-    try:
+    with ops.tried_first(row):
         assert mp.backend()["dequantize_nf4"] == "triton"
         for got, wanted in zip(run(), expected, strict=True):
             assert torch.equal(got, wanted)
         with mp.use_kernels(False):
             assert mp.backend()["dequantize_nf4"].startswith("pytorch (not triton: kernels are off")
-    finally:
-        ops.remove_implementation(row)
 
 
 def test_the_interpreter_still_needs_its_repair():

@@ -103,6 +103,23 @@ def test_embedding_equals_the_decoded_table(rows, dim, dtype, double_quant):
         layer(torch.tensor([0, -1]))
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", ["embedding", "ragged embedding", "experts", "ragged experts"])
+def test_the_plain_functions_equal_the_fast_ones_in_every_bit(kind, double_quant):
+    layer, found = MAKE[kind](double_quant=double_quant), []
+    for rows in (True, "plain"):
+        with mp.use_kernels(rows):
+            out, x = call(layer, grad=True)
+            results = [out]
+            if x.requires_grad:
+                results += torch.autograd.grad(out.square().sum(), x)
+            wrong = (torch.full(x.shape[:1], 99),)
+            with pytest.raises(IndexError, match="99 of"):
+                layer(*(x, *wrong) if isinstance(layer, NF4Experts) else wrong)
+        found.append(results)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_embedding_never_decodes_the_table(monkeypatch):
     layer = NF4Embedding.from_embedding(nn.Embedding(5000, 64))
     decoded = []
@@ -114,7 +131,8 @@ def test_embedding_never_decodes_the_table(monkeypatch):
         return out
 
     monkeypatch.setattr(torch, "empty", counting)
-    layer(torch.tensor([3, 4999]))
+    with mp.use_kernels(True):
+        layer(torch.tensor([3, 4999]))
     assert decoded and max(decoded) <= 2 * 64
 
 

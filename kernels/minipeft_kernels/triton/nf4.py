@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE, dynamic_codebook
 from minipeft.nf4 import NF4_CODEBOOK
+from minipeft.ops import Packed
 
 TILE = 512  # bytes a program decodes: 4 for each of 128 threads
 THREADS = 128
@@ -82,21 +83,13 @@ def tile_of(block_size: int) -> tuple[int, int]:
     return TILE // width, width
 
 
-def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    scale: Tensor | None,
-    offset: Tensor | None,
-    shape: list[int],
-    block_size: int,
-    dtype: torch.dtype,
-    codebook: Tensor | None = None,
-) -> Tensor:
+def dequantize(weight: Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
     """The operator `dequantize_nf4`, on CUDA and ROCm devices (or with TRITON_INTERPRET=1).
 
     Raises:
         RuntimeError: another device.
     """
+    packed, absmax, block_size, scale, offset, codebook = weight
     if not packed.is_cuda and not triton.knobs.runtime.interpret:
         raise RuntimeError(
             f"minipeft_kernels.triton: the weight is on {packed.device.type}; these kernels run on "

@@ -1,4 +1,4 @@
-"""What attaching has in common, whatever makes the keys and values: find, check, hook, name."""
+"""What all functions that attach share, whatever makes keys and values: find, check, hook, name."""
 
 import warnings
 from collections.abc import Callable, Iterable
@@ -36,7 +36,8 @@ def attach(
 
     `window_if_sliding` is the window of a model's first prefix where none is asked for and the
     model has sliding windows.  `train_head` True: new heads that do not train yet train too; a
-    list: these modules.  Errors begin with the name of the `caller`.
+    list: these modules.  `caller` is the public function that calls this: errors begin with its
+    name, and warnings point to the line that called it.
 
     Raises:
         ImportError: transformers is not installed.
@@ -77,8 +78,17 @@ def attach(
         table: Any = model.get_input_embeddings()
         with probe.errors_of(caller):
             encoder.to(positions.device_of(table)).train(model.training)
-        heads = _train_heads(caller, model, prefix, train_head, name)  # the last that can refuse
-        if prefix.rows is not None:
+        heads = _heads(caller, model, prefix, train_head)
+        trained = any(is_adapter(getattr(model, part, None)) for part in NEW_HEADS)
+        if trained and not heads and train_head is True:
+            warnings.warn(
+                f"{caller}: the model's head trains with another adapter already; {name!r} "
+                "has none of its own: keep that adapter on beside it, or use a model of its own",
+                stacklevel=3,
+            )
+        if heads:  # the last that can refuse
+            heads = list(train_modules(model, lambda place, _: place in heads, name=name))
+        if prefix.served is not None:
             encoder.enabled = False  # type: ignore[assignment]
         prefix.encoders[name] = encoder
         prefix.heads[name] = heads
@@ -100,27 +110,19 @@ def _refuse_inner(caller: str, model: nn.Module) -> None:
         raise ValueError(f"{caller}: a model around this one has a prefix; attach it there")
 
 
-def _train_heads(
-    caller: str, model: nn.Module, prefix: Prefix, train_head: bool | list[str], name: str
+def _heads(
+    caller: str, model: nn.Module, prefix: Prefix, train_head: bool | list[str]
 ) -> list[str]:
-    """The names of the modules that train with the prefix from now on."""
+    """The names of the modules that are to train with the prefix."""
     wanted = train_head if isinstance(train_head, list) else []
     if train_head is True:
         wanted = [part for part in NEW_HEADS if part != "lm_head" and _is_plain_head(model, part)]
-    if not wanted:
-        if train_head is True and any(is_adapter(getattr(model, part, None)) for part in NEW_HEADS):
-            warnings.warn(
-                f"{caller}: the model's head trains with another adapter already; {name!r} "
-                "has none of its own: keep that adapter on beside it, or use a model of its own",
-                stacklevel=5,
-            )
-        return []
-    if prefix.rows is not None:
+    if wanted and prefix.served is not None:
         raise ValueError(
             f"{caller}: rows use prefixes of their own, and a head would change for all of "
             "them; call use_adapters with names first"
         )
-    return list(train_modules(model, lambda place, _: place in wanted, name=name))
+    return wanted
 
 
 def _is_plain_head(model: nn.Module, part: str) -> bool:

@@ -1,13 +1,13 @@
 """attach_prefix: P-tuning v2 on any Hugging Face model.
 
-A token or two is sent through the model to see what reaches attention (probe.py); no name in the
-config is trusted for that.  The prefixes hang on the model in one module, a Prefix (prefixes.py),
-which answers what attention asks: attention.py, or cache.py where a model looks up no attention.
+A token or two runs through the model to see what reaches attention (probe.py); no name in the
+config is trusted for that.  One module of the model, a Prefix (prefixes.py), holds the prefixes and
+answers what attention asks (attention.py), or the cache where a model looks up no attention
+(cache.py).
 """
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
@@ -35,38 +35,34 @@ def attach_prefix(
 ) -> Prefix:
     """Put a trainable prefix before the keys and values of every attention layer of `model`.
 
-    For transformers models of any kind: decoders, encoders, encoder-decoders.  It enters through
-    the attention function with `sdpa` or `eager`, or through the cache where a model looks up no
-    such function (Falcon, BLOOM, MPT, CodeGen, GPT-J).  Caches hold real tokens only and masks
+    For transformers models of any kind: decoders, encoders, encoder-decoders.  The prefix enters
+    through the attention function (`sdpa` or `eager`), or through the cache where a model looks up
+    no such function (Falcon, BLOOM, MPT, CodeGen, GPT-J).  Caches hold real tokens only and masks
     cover real tokens only: use the model as before.
 
     `position` "shift" numbers tokens from prefix_length on, as if the prefix were tokens (the
-    convention of P-tuning v2 and PEFT); "none" leaves them at 0.  None: "shift" for decoders,
-    "none" for encoders, which so keep the full length of their position table, and for
-    encoder-decoders.  A gated prefix moves no token: it starts as no prefix at all.  `window`
-    "always": layers with a sliding window see the prefix from everywhere; "like_token": as if it
-    were tokens.  `locations` chooses among an encoder-decoder's "encoder", "decoder" and "cross"
-    (its attention to what was encoded); all of them unless given.
+    convention of P-tuning v2 and PEFT); "none" numbers them from 0, so that an encoder keeps the
+    full length of its position table.  None: "shift" for decoders, "none" for the others.  A gated
+    prefix shifts no token: it starts as if there were no prefix.  `window` "always": layers with a
+    sliding window see the prefix from everywhere; "like_token": as if it were tokens.  `locations`
+    chooses among an encoder-decoder's "encoder", "decoder" and "cross" (attention of the decoder to
+    the encoder's output); all of them unless given.
 
-    A second prefix needs a `name`, and follows the first in position, window and locations; see
-    use_adapters and Prefix.use.  A new head for a task (score, classifier, qa_outputs) trains too,
-    as train_modules does it, unless `train_head` is False or it trains already.  Other arguments
-    as of PrefixEncoder.  Freezes every parameter that no adapter owns.  The model gets a copy of
-    its config, so that others that share the object are unaffected.
+    A second prefix needs a `name`, and follows the first in position, window and locations;
+    use_adapters chooses between them.  A new head for a task (score, classifier, qa_outputs) trains
+    too, as in train_modules, unless `train_head` is False or the head trains already.  Other
+    arguments are those of PrefixEncoder.  Freezes every parameter that no adapter owns.  The model
+    gets a copy of its config, so that other models with the same config object are unaffected.
 
     Warns if an MLP (`hidden`) has more than a tenth of the base's parameters.
 
     Raises:
-        TypeError: no transformers model.
-        ValueError: a model whose attention cannot be reached in every layer (it says what was
-            tried), another attention implementation, a name that is taken, a length below 1 or
+        TypeError: not a transformers model.
+        ValueError: a model whose attention cannot be reached in every layer (the message says what
+            was tried), another attention implementation, a name that is taken, a length below 1 or
             beyond the position table, a position or window that the model cannot have.  The model
             is then as it was.
     """
-    settings: dict[str, Any] = {
-        "hidden": hidden, "embedding_dim": embedding_dim, "dropout": dropout,
-        "init_std": init_std, "frozen": frozen, "gated": gated,
-    }  # fmt: skip
 
     def make(prefix: Prefix) -> PrefixEncoder:
         if gated and prefix.route == "cache":
@@ -74,24 +70,21 @@ def attach_prefix(
                 f"attach_prefix: {type(model).__name__} is reached through its cache, where a "
                 "prefix cannot be gated"
             )
-        encoder = PrefixEncoder(prefix.kv_shapes, prefix_length, **settings)
-        _warn_of_large(model, encoder)
-        return encoder
+        return PrefixEncoder(
+            prefix.kv_shapes, prefix_length, hidden=hidden, embedding_dim=embedding_dim,
+            dropout=dropout, init_std=init_std, frozen=frozen, gated=gated,
+        )  # fmt: skip
 
-    return attach(
+    prefix = attach(
         model, prefix_length, make, caller="attach_prefix", name=name, position=position,
         window=window, locations=locations, train_head=train_head,
     )  # fmt: skip
-
-
-def _warn_of_large(model: nn.Module, encoder: PrefixEncoder) -> None:
-    if encoder.hidden is None:
-        return
-    size = sum(p.numel() for p in encoder.parameters())
-    base = sum(p.numel() for p in model.parameters())
-    if size > base / 10:
+    size = sum(p.numel() for p in prefix.encoders[name].parameters())
+    base = sum(p.numel() for p in model.parameters()) - size
+    if hidden is not None and size > base / 10:
         warnings.warn(
             f"attach_prefix: the MLP has {size:,} parameters, {size / base:.0%} of the base's "
             f"{base:,}; a smaller hidden, or a table (hidden=None), is usually enough",
-            stacklevel=5,
+            stacklevel=2,
         )
+    return prefix

@@ -11,7 +11,7 @@ from minipeft.integrations.transformers.prefixes import Prefix
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 
-KINDS = ("table", "lstm", "mlp")
+KINDS = ("table", "mlp")
 
 
 def attach_prompt(
@@ -21,7 +21,6 @@ def attach_prompt(
     name: str = DEFAULT,
     kind: str = "table",
     hidden: int | None = None,
-    dropout: float = 0.0,
     init: str | Tensor = "random",
     init_std: float = 0.02,
     position: str | None = None,
@@ -31,19 +30,19 @@ def attach_prompt(
     """Put trainable embeddings before the text of a decoder.
 
     `kind` "table" is prompt tuning (Lester et al. 2021): the embeddings are trained as they are.
-    "lstm" and "mlp" are P-tuning v1 (Liu et al. 2021): a network of that kind makes them, whose
-    inner size is `hidden` (None: that of the embeddings); `bake` drops it after training.  A table
+    "mlp" is P-tuning v1 (Liu et al. 2021): an MLP makes them, whose inner size is `hidden` (None:
+    that of the embeddings); `bake` drops it after training.  A table
     starts from N(0, init_std) (`init` "random"), from embeddings of tokens drawn from the
     vocabulary ("vocabulary"), or from those of a text: `init` is then a tensor of token ids, which
     are repeated or cut to the length.
 
-    The prompt is run through the model once a forward, for all rows of the batch; its keys and
-    values come before those of the text, as of a deep prefix.  So caches, masks and outputs are
-    those of the text, and all that is said of `attach_prefix` holds: names, rows, `position`,
-    `window`, heads.  `bake` makes it a deep prefix, for which nothing is run.
+    The prompt runs through the model once in each forward, for all rows of the batch.  Its keys and
+    values come before those of the text, as in a deep prefix, so caches, masks and outputs are
+    those of the text.  Names, rows, `position`, `window` and heads are as in `attach_prefix`.
+    `bake` makes the prompt a deep prefix, which needs no run.
 
     Raises:
-        TypeError: no transformers model.
+        TypeError: not a transformers model.
         ValueError: an encoder or encoder-decoder, whose text and prompt see each other; another
             kind or init; otherwise as `attach_prefix`.
     """
@@ -61,9 +60,7 @@ def attach_prompt(
         table: Any = model.get_input_embeddings()  # type: ignore[operator]
         size = int(table.embedding_dim)
         if kind != "table":
-            return RunPrompt(
-                PromptEncoder(prompt_length, size, hidden=hidden, kind=kind, dropout=dropout)
-            )
+            return RunPrompt(PromptEncoder(prompt_length, size, hidden=hidden))
         source = PromptEmbedding(prompt_length, size, init_std=init_std)
         if isinstance(init, Tensor):
             source.load_table(_embedded(table, init.reshape(-1), prompt_length))
@@ -92,6 +89,6 @@ def check_decoder(caller: str, model: nn.Module, prefix: Prefix) -> None:
     """Raise ValueError unless text never looks ahead: a prompt's keys then do not depend on it."""
     if set(prefix.locations) != {"self"} or not prefix.causal:
         raise ValueError(
-            f"{caller}: {type(model).__name__} is no decoder: its text and a prompt would see each "
-            "other; use attach_prefix"
+            f"{caller}: {type(model).__name__} is not a decoder: its text and a prompt would see "
+            "each other; use attach_prefix"
         )

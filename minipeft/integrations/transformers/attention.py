@@ -1,12 +1,12 @@
 """Route B: the attention that transformers calls where a prefix is attached.
 
 A model whose config says "minipeft3_sdpa" calls `sdpa` with the keys and values of prefix number 3
-in front, and nothing else changed: soft caps, sinks, dropout and scaling reach the implementation
-that the model had.  The mask function is the model's own too, told to build a mask even where sdpa
-could do without (a causal flag would hide the prefix), with the prefix's columns put in front.
+in front.  Nothing else changes: soft caps, sinks, dropout and scaling reach the implementation that
+the model had.  The mask function is the model's own too.  It is told to build a mask even where
+sdpa needs none (a causal flag would hide the prefix), and the prefix's columns are put in front.
 
-The mask is the only place that says who sees what.  It is made once in a forward and handed to
-each layer, so that a layer computed again by gradient checkpointing sees the same as before.
+The mask alone says who sees what.  It is made once in a forward and handed to each layer, so that
+a layer computed again by gradient checkpointing sees the same as before.
 """
 
 import itertools
@@ -50,11 +50,11 @@ class Owner(Protocol):
         ...
 
     def names(self) -> tuple[Any, ...]:
-        """Which prefixes take part: other columns, other names."""
+        """Which prefixes take part, to tell the mask of one choice from that of another."""
         ...
 
     def columns(self) -> int:
-        """The number of all prefix positions that take part, in whatever row."""
+        """The number of all prefix positions that take part, in any row."""
         ...
 
     def layer(self, layer: int) -> list["Part"]:
@@ -82,14 +82,11 @@ def stamped(mask: Tensor | None, owner: Owner) -> Tensor | None:
 
 
 class Part(NamedTuple):
-    """One prefix in one layer, whose columns in the mask are `columns`.
-
-    It is in front of the tokens; with a gate, as `gated_attention` says.
-    """
+    """One prefix in one layer; `columns` is the number of its columns in the mask."""
 
     k: Tensor  # (kv_heads, prefix, key_dim)
     v: Tensor
-    gate: Tensor | None  # (kv_heads,)
+    gate: Tensor | None  # (kv_heads,), see `gated_attention`
     columns: int
 
 
@@ -137,18 +134,15 @@ def own_implementation(name: str) -> str:
     return MARK.sub("", name, count=1) if MARK.match(name) else name
 
 
-def bind(module: nn.Module, owner: nn.Module, layer: int) -> None:
-    """Let `module` attend to that layer of `owner`; in its __dict__, not as a submodule."""
-    module.__dict__[ATTRIBUTE] = (owner, layer)
+def register(name: str, owner: nn.Module | None, number: int | None = None) -> str:
+    """Make "minipeft<number>_<name>" known to transformers for one prefix, and return that.
 
+    The name stays until the prefix is removed.  If Python frees the prefix first, the name goes
+    when the next one is registered.  Without an owner it only serves `recording`.
 
-def unbind(module: nn.Module) -> None:
-    """Take the prefix off."""
-    module.__dict__.pop(ATTRIBUTE, None)
-
-
-def check_implementation(name: str) -> None:
-    """Raise ValueError where masks are built in a form that no prefix can be put in front of."""
+    Raises:
+        ValueError: no columns can be put in front of the masks that `name` builds.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if name != "eager" and (
@@ -160,20 +154,6 @@ def check_implementation(name: str) -> None:
             f"attention implementation {name!r}; a prefix works with 'sdpa' and "
             "'eager': call model.set_attn_implementation('sdpa') first"
         )
-
-
-def register(name: str, owner: nn.Module | None, number: int | None = None) -> str:
-    """Make "minipeft<number>_<name>" known to transformers for one prefix, and return that.
-
-    It is known until the prefix is removed, or is gone when another one registers.  Without an
-    owner it only serves `recording`.
-
-    Raises:
-        ValueError: `name` builds its masks in a form that no prefix can be put in front of.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    check_implementation(name)
     known = f"minipeft{next(_numbers) if number is None else number}_{name}"
     if known in AttentionInterface._global_mapping:
         return known

@@ -1,8 +1,8 @@
 """Route A: a cache that hands each layer its prefix, for models that look up no attention.
 
 Every decoder asks its cache for all keys and values: `k, v = cache.update(k, v, layer)`.  For the
-time of one forward this view takes the place of the user's cache.  It stores in the user's cache,
-or nowhere if there is none, and returns what that returns with the prefix in front.  So the user's
+time of one forward this view takes the place of the user's cache.  It stores new keys in the user's
+cache (nowhere, if there is none) and returns all of them with the prefix in front.  So the user's
 cache holds real tokens only.
 """
 
@@ -18,7 +18,7 @@ from minipeft.prefix import with_prefix
 class PrefixedCache:
     """What transformers asks of a cache, over `inner` (None: nothing is stored).
 
-    `order` says in which order each row's keys are to come (columns.before_tokens).
+    `order` is the order of each row's keys (masks.before_tokens), None for the usual one.
     """
 
     is_compileable = False

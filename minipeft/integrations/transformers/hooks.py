@@ -1,14 +1,14 @@
 """What happens before and after each forward of a model that has a prefix.
 
-Before: the config names the attention with the prefix, tokens are numbered, masks that the caller
-built get the prefix's columns, and on route A a view takes the cache's place.  After: the caller's
-cache is back in its place.
+Before: the config names the attention with the prefix, tokens are numbered, and the caller's masks
+get the prefix's columns; on route A a view takes the cache's place.  After: the caller's cache is
+back in its place.
 
 All that the library leaves outside its own layers, why, and who takes it off (a test compares a
 model before and after, tests/test_hidden_state.py):
 
 For the whole process
-    torch.ops.minipeft, ops._table, ops._loaded     the operators and what computes them; stay
+    torch.ops.minipeft, ops.OPERATORS               the operators and what computes them; stay
     torch's flop counter, sys.meta_path             counts our products (fast/flops.py); the finder
                                                     goes once the counter is imported
     inject.after_swap                               who is told of a changed model: buffers.release,
@@ -39,16 +39,12 @@ For the time of a call, or with the object they are on
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minipeft.integrations.transformers import attention, positions
 from minipeft.integrations.transformers.cache import PrefixedCache
-from minipeft.integrations.transformers.masks import (
-    Query,
-    before_tokens,
-    pad_front,
-    put_in_front,
-)
+from minipeft.integrations.transformers.masks import Query, before_tokens, put_in_front
 from minipeft.integrations.transformers.positions import Arguments, names_of
 from minipeft.integrations.transformers.probe import Reach
 
@@ -69,7 +65,7 @@ class Hooks:
             holder.__dict__[attention.HELD] = True
         self.allowed: list[nn.Module] = []
         for layer, module in enumerate(reach.modules):
-            attention.bind(module, prefix, layer)
+            module.__dict__[attention.ATTRIBUTE] = (prefix, layer)  # not as a submodule
         self.handles = []
         for index, holder in enumerate(reach.holders):
             before = _Before(self, index)
@@ -92,7 +88,7 @@ class Hooks:
         for handle in self.handles:
             handle.remove()
         for module in self.modules:
-            attention.unbind(module)
+            module.__dict__.pop(attention.ATTRIBUTE, None)
         for holder in self.holders:
             holder.__dict__.pop(attention.HELD, None)
         for module in self.allowed:
@@ -106,9 +102,9 @@ class Hooks:
                     attention.forget(current)
 
     def name_attention(self) -> None:
-        """Let the configs name the attention with the prefix, over whatever they name now.
+        """Let the configs name the attention with the prefix, over the one that they name now.
 
-        It stays while the prefix is off: then it hands everything on as it is.
+        The name stays while the prefix is off: that attention then hands everything on as it is.
         """
         self.number = attention.name(self.configs(), self.prefix, self.number)
 
@@ -189,7 +185,7 @@ class _Embedded:
 
 
 def _see_all_encoded(given: Arguments) -> None:
-    """A mask for cross-attention where the caller gave none: there are no columns without it."""
+    """A mask for cross-attention where the caller gave none, to have the prefix's columns."""
     encoded = given["encoder_hidden_states"]
     if encoded is not None and given["encoder_attention_mask"] is None:
         shape = encoded.shape[:2]
@@ -197,7 +193,7 @@ def _see_all_encoded(given: Arguments) -> None:
 
 
 def _cover(given: Arguments, prefix: Any, batch: int) -> None:
-    """Put the prefix's columns in front of masks that the caller built, which are taken as is."""
+    """Put the prefix's columns in front of masks with four dimensions, which the caller built."""
     for name in ("attention_mask", "encoder_attention_mask"):
         mask = given[name]
         if isinstance(mask, dict):
@@ -258,7 +254,7 @@ def _view_cache(given: Arguments, hooks: Hooks, holder: Any, batch: int) -> None
                 visible = torch.ones(batch, 1, 1, columns, dtype=torch.bool, device=device)
             mask, order = before_tokens(mask, visible[:, 0, 0])
         elif visible is None:
-            mask = pad_front(mask, columns)
+            mask = F.pad(mask, (columns, 0), value=1)
         else:
             mask = torch.cat([visible[:, 0, 0].to(mask.dtype), mask], dim=1)
     given["attention_mask"] = mask
@@ -266,7 +262,7 @@ def _view_cache(given: Arguments, hooks: Hooks, holder: Any, batch: int) -> None
 
 
 def mask_is_packed(given: Arguments, cache: Any) -> bool:
-    """Whether transformers would take the row for several texts: by its numbers alone."""
+    """Whether transformers would take the row for several texts, by its position_ids alone."""
     numbers = given["position_ids"]
     if numbers is None or given["attention_mask"] is not None or cache is not None:
         return False
@@ -285,10 +281,10 @@ def _after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) ->
 
 
 def allow_checkpointing(holders: list[nn.Module]) -> list[nn.Module]:
-    """Tell transformers' checkpointed layers to keep the cache: the view only reads.
+    """Tell transformers' checkpointed layers to keep the cache; returns the layers.
 
-    transformers takes the cache, and with it the prefix, from layers that are checkpointed unless
-    the layer says that it only reads.  Returns the layers.
+    transformers takes the cache, and with it the prefix, from checkpointed layers, unless a layer
+    says that it only reads the cache, as it does with a view.
     """
     layers = [m for holder in holders for m in holder.modules() if hasattr(type(m), READS_ONLY)]
     for layer in layers:

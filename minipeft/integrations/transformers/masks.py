@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -21,7 +20,7 @@ from minipeft.prefix import pad_mask
 
 
 class Query(NamedTuple):
-    """For whom a mask is built: the arguments of a mask function that matter here."""
+    """The queries for which a mask is built: what matters here of a mask function's arguments."""
 
     batch: int
     length: int
@@ -40,7 +39,7 @@ class Query(NamedTuple):
         )  # fmt: skip
 
     def token_index(self) -> Int[Tensor, "batch queries"]:
-        """How many tokens of its row come before each query, padding not counted."""
+        """The number of tokens before each query in its row, padding not counted."""
         slots: Tensor = torch.arange(self.length, device=self.device) + self.offset
         slots = slots.expand(self.batch, -1)
         if self.mask is None:
@@ -53,12 +52,12 @@ def of_rows(rows: Bool[Tensor, "rows columns"], batch: int) -> Bool[Tensor, "bat
     """The rows' columns for a batch that repeats each row: beams, several answers to one prompt.
 
     Raises:
-        ValueError: the batch is no multiple of the rows.
+        ValueError: the batch is not a multiple of the rows.
     """
     if batch % len(rows):
         raise ValueError(
-            f"a batch of {batch} rows, but prefixes were chosen for {len(rows)} (use_adapters with "
-            "rows=, or Prefix.use with a list)"
+            f"a batch of {batch} rows, but prefixes were chosen for {len(rows)} "
+            "(use_adapters with rows=)"
         )
     return rows.repeat_interleave(batch // len(rows), 0)
 
@@ -66,7 +65,7 @@ def of_rows(rows: Bool[Tensor, "rows columns"], batch: int) -> Bool[Tensor, "bat
 def within_window(
     visible: Bool[Tensor, "batch columns"], token_index: Int[Tensor, "batch queries"], window: int
 ) -> Bool[Tensor, "batch queries columns"]:
-    """Of these columns those that a sliding window reaches, as if the prefix were tokens.
+    """The columns that a sliding window reaches, as if the prefix were tokens.
 
     A row's visible columns are its first tokens, one after the other; a query sees the last
     `window` tokens up to itself.
@@ -80,8 +79,8 @@ def within_window(
 def put_in_front(mask: Any, visible: Tensor | None, columns: int) -> Any:
     """The mask (batch or 1, 1, queries, keys) with the prefix columns in front.
 
-    `visible` broadcasts to (batch, 1, queries, columns); None: all are.  Bool masks say who sees
-    whom, others are added to the scores.
+    `visible` broadcasts to (batch, 1, queries, columns); None: all are visible.  Bool masks say who
+    sees whom, others are added to the scores.
     """
     if mask is None:
         return None
@@ -98,10 +97,10 @@ def put_in_front(mask: Any, visible: Tensor | None, columns: int) -> Any:
 def before_tokens(
     mask: Tensor, visible: Bool[Tensor, "batch columns"]
 ) -> tuple[Tensor, Int[Tensor, "batch slots"]]:
-    """A row's prefix right before its first token, padding and others' columns before that.
+    """Move a row's prefix right before its first token, behind padding and hidden columns.
 
-    For attention that counts distance in slots (ALiBi): returns the mask (batch, columns + slots)
-    and the order in which to take keys [prefix columns, slots].
+    For attention that counts distance in slots (ALiBi).  Returns the mask (batch, columns + slots)
+    and the order in which to take the keys, which come as [prefix columns, slots].
     """
     whole = torch.cat([visible.to(mask.device, mask.dtype), mask], dim=1)
     columns = visible.shape[1]
@@ -121,8 +120,3 @@ def reorder(x: Tensor, order: Int[Tensor, "batch slots"]) -> Tensor:
         order = torch.cat([order, more.expand(len(order), -1)], 1)
     index = order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return x.gather(2, index)
-
-
-def pad_front(mask: Tensor, columns: int) -> Tensor:
-    """A 2-D mask with ones for the prefix in front."""
-    return F.pad(mask, (columns, 0), value=1)

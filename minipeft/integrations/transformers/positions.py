@@ -1,4 +1,4 @@
-"""What a call of a transformers model says, and by which rule the model numbers its tokens."""
+"""The arguments of a call of a transformers model, and the rule that numbers its tokens."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -70,7 +70,7 @@ def _counted(given: Arguments, pad: int | None) -> Tensor:
 
 
 def _unpadded(given: Arguments, pad: int | None) -> Tensor:
-    """The number of tokens before that are no padding, -1 for padding: OPT."""
+    """The number of tokens before it, padding not counted; -1 for padding: OPT."""
     mask = given["attention_mask"]
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return _counted(given, pad)
@@ -78,7 +78,7 @@ def _unpadded(given: Arguments, pad: int | None) -> Tensor:
 
 
 def _behind_padding_id(given: Arguments, pad: int | None) -> Tensor:
-    """From the id of the padding token on, which padding itself gets: RoBERTa."""
+    """Counted from the padding token's id, which is the number of padding itself: RoBERTa."""
     ids = given["input_ids"]
     if pad is None or ids is None:
         return _counted(given, pad) + 1 + (pad or 0)
@@ -100,7 +100,7 @@ def padding_id(base: nn.Module) -> int | None:
 
 
 def renumber(given: Arguments, rule: str, pad: int | None, by: int | Tensor) -> None:
-    """Give the positions that the caller or the rule says, plus `by` (a number, or (batch, 1))."""
+    """Add `by` (a number, or (batch, 1)) to the caller's positions, or to those of the rule."""
     positions = given["position_ids"]
     if positions is None:
         positions = RULES[rule](given, pad)
@@ -168,10 +168,10 @@ def run(model: nn.Module, *, use_cache: bool = False, **arguments: Any) -> Any:
 
 
 def find_rule(base: nn.Module) -> str | None:
-    """By which of RULES the model numbers its tokens; None if by none, or if it takes no numbers.
+    """The one of RULES by which the model numbers its tokens; None: another, or no numbers.
 
-    Looked at with three tokens of which the middle one is padding: a model that counts what the
-    mask keeps sees the outer two side by side.  So does one whose numbers make no difference.
+    The model gets three tokens of which the middle one is padding, once without numbers and once
+    with those of each rule.  The first rule with the same output is the model's.
     """
     if "position_ids" not in names_of(base):
         return None
@@ -203,9 +203,9 @@ def is_causal(base: nn.Module) -> bool:
     Up to rounding: experts batch tokens in another order when another is chosen.
     """
     device = device_of(base.get_input_embeddings())  # type: ignore[operator]
-    texts = (torch.tensor([[3, second]], device=device) for second in (4, 5))
-    one, other = (run(base, input_ids=text).last_hidden_state.float() for text in texts)
-    change = (one - other).abs().amax(dim=(0, 2))
+    texts = torch.tensor([[3, 4], [3, 5]], device=device)
+    one, other = run(base, input_ids=texts).last_hidden_state.float()
+    change = (one - other).abs().amax(1)
     return bool(change[0] <= 1e-2 * change[1])
 
 

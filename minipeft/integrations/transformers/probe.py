@@ -1,8 +1,8 @@
 """Where a model's attention is, and how a prefix can get there: found by running a token or two.
 
-Route B: the model looks up its attention in AttentionInterface; a registered function sees every
-call.  Route A: it does not, but asks its cache for all keys; a view of the cache adds to them.
-No name in the config is trusted for shapes: they are those of the keys and values seen.
+Route B: the model looks up its attention in AttentionInterface, and a registered function sees each
+call.  Route A: the model does not, but asks its cache for all keys, and a view of the cache adds to
+them.  Shapes are those of the keys and values seen; no name in the config is trusted for them.
 """
 
 import copy
@@ -19,7 +19,7 @@ from minipeft.integrations.transformers import attention, positions
 from minipeft.integrations.transformers.positions import names_of
 from minipeft.prefix import KVShape
 
-# self: of a model that is one stack; cross: from the decoder to what was encoded
+# self: a model of one stack; cross: the decoder's attention to the encoder's output
 LOCATIONS = ("self", "encoder", "decoder", "cross")
 
 
@@ -117,8 +117,8 @@ def _inputs(model: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Any]:
     if not hasattr(table, "num_embeddings"):
         kind = type(table).__name__
         raise ValueError(
-            f"{type(model).__name__} embeds its input by a {kind}, which is no nn.Embedding and "
-            "has no num_embeddings; prefixes are for models with a table of tokens"
+            f"{type(model).__name__} embeds its input by a {kind}, which is not an nn.Embedding "
+            "and has no num_embeddings; prefixes are for models with a table of tokens"
         )
     device = positions.device_of(table)
     one = torch.zeros(1, 1, dtype=torch.long, device=device)

@@ -1,12 +1,11 @@
 """Input-level prompts on a Hugging Face model, by the machinery of deep prefixes.
 
 Tokens of a causal model never look ahead.  So the keys and values of P prompt embeddings before
-the text do not depend on the text: one run of the model over the prompt alone gives them, for all
-rows of a batch at once, and from there on the prompt is a prefix.  Caches, masks and outputs stay
-those of the text, and a prompt can be on in one row and off in another.
+the text do not depend on the text: one run of the model over the prompt alone gives them for all
+rows of a batch.  From there on the prompt is a prefix: caches, masks and outputs are those of the
+text, and a prompt can be on in one row and off in another.
 """
 
-import itertools
 import threading
 import uuid
 import weakref
@@ -24,23 +23,22 @@ from minipeft.prefix import PrefixEncoder
 
 KEPT = "_minipeft_prompts"  # on a cache: the keys and values of the prompts it was filled with
 Pairs = list[tuple[Tensor, Tensor]]
-_numbers = itertools.count(1)
 
 
 class Run:
-    """What one run over a prompt gave, and its number among all runs."""
+    """What one run over a prompt gave; a class, since a list cannot be held by a weak reference."""
 
-    def __init__(self, pairs: Pairs, number: int) -> None:
-        self.pairs, self.number = pairs, number
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
 
 
 class LastRun:
     """The last run of each thread, for as long as the thread lives.
 
-    Backward may compute a layer again in a thread of its own, which has run nothing: that one gets
-    the last run of any thread, while the thread that made it lives.  Compiled code, which cannot
-    ask for its thread, keeps one run for all.  A copy has run nothing: tensors of a graph cannot
-    be copied.
+    Backward may compute a layer again in a thread of its own, which has run nothing.  That thread
+    gets the last run of any thread, while the thread that made it lives.  Compiled code cannot ask
+    for its thread and keeps one run for all.  A copy starts without a run: tensors of a graph
+    cannot be copied.
     """
 
     def __init__(self) -> None:
@@ -101,25 +99,18 @@ class RunPrompt(nn.Module):
     def before_forward(self, holder: nn.Module, cache: Any, *, by_attention: bool) -> None:
         """Run the prompt, before each forward in which it takes part.
 
-        A conversation that goes on without gradients keeps what its first turn ran, which its
-        cache was computed with: the pairs stay with the cache.
+        Without gradients the run stays with the cache, so that the later turns of a conversation
+        use the keys with which the cache was filled.
         """
-        keeps = cache is not None and not torch.is_grad_enabled() and not _compiling()
+        compiling = torch.compiler.is_compiling()
+        keeps = cache is not None and not torch.is_grad_enabled() and not compiling
         kept = cache.__dict__.setdefault(KEPT, {}) if keeps else {}
         run = kept.get(self.key) if keeps and cache.get_seq_length() else None
         if run is None:
             _refuse_reentrant(holder)
-            pairs = run_prompt(holder, self.source(), by_attention=by_attention)
-            run = kept[self.key] = Run(pairs, 0 if _compiling() else next(_numbers))
+            run = Run(run_prompt(holder, self.source(), by_attention=by_attention))
+            kept[self.key] = run
         self.last.set(run)
-
-    def run_number(self) -> int:
-        """Another number after each run of a network with dropout."""
-        lstm = getattr(self.source, "lstm", None)
-        if lstm is None or not lstm.dropout or not lstm.training:
-            return 0
-        run = self.last.get()
-        return 0 if run is None else run.number
 
     def part(self, layer: int) -> Part:
         """The keys and values of the last run, in one layer."""
@@ -133,10 +124,9 @@ class RunPrompt(nn.Module):
         """The keys and values that the prompt has now, as a prefix."""
         encoder = PrefixEncoder(prefix.kv_shapes, self.prefix_length)
         holder = prefix.hooks.holders[0]
-        with positions.quietly(holder), positions.quietly(self.source):
-            encoder.load_kv(
-                run_prompt(holder, self.source(), by_attention=prefix.route == "attention")
-            )
+        with positions.quietly(holder):
+            pairs = run_prompt(holder, self.source(), by_attention=prefix.route == "attention")
+        encoder.load_kv(pairs)
         encoder.to(next(self.parameters()).device).train(self.training)
         encoder.enabled = self.enabled
         return encoder
@@ -145,8 +135,7 @@ class RunPrompt(nn.Module):
 def run_prompt(holder: Any, rows: Tensor, *, by_attention: bool) -> Pairs:
     """Keys and values per layer, (kv_heads, prompt, dim), of embeddings (prompt, dim).
 
-    Gradients flow.  No prefix takes part, which a mark on the mask (or on the cache, where the
-    model is reached through that) says.
+    Gradients flow.  No prefix takes part: a mark says so, on the mask or (route A) on the cache.
     """
     from transformers import DynamicCache
 
@@ -165,10 +154,6 @@ def run_prompt(holder: Any, rows: Tensor, *, by_attention: bool) -> Pairs:
     with _as_plain_run(holder):
         holder(**given, past_key_values=cache, use_cache=True)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-
-
-def _compiling() -> bool:
-    return torch.compiler.is_compiling()
 
 
 @contextmanager

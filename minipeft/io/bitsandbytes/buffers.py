@@ -4,25 +4,14 @@ Rotary frequencies, causal masks and position numbers are computed in a construc
 device that leaves no values.  Hugging Face models compute them again in `_init_weights(module)`.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
-
-
-def _unsaved(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(full name, module, own name, buffer) of each meta buffer that is in no state dict."""
-    for path, module in model.named_modules():
-        for own in sorted(module._non_persistent_buffers_set):
-            buffer = module._buffers.get(own)
-            if buffer is not None and buffer.is_meta:
-                yield (f"{path}.{own}" if path else own), module, own, buffer
 
 
 def _initializer(model: nn.Module, path: str) -> nn.Module | None:
     """The innermost module around this path that can initialise its parts."""
     parts = path.split(".")
-    for length in range(len(parts) - 1, -1, -1):
+    for length in range(len(parts), -1, -1):
         module = model.get_submodule(".".join(parts[:length]))
         if callable(getattr(module, "_init_weights", None)):
             return module
@@ -44,26 +33,28 @@ def restore_buffers(model: nn.Module, device: torch.device) -> dict[str, Tensor]
                 "build the model with its buffers on a real device"
             )
     restored: dict[str, Tensor] = {}
-    by_module: dict[int, list[tuple[str, nn.Module, str, Tensor]]] = {}
-    for entry in _unsaved(model):
-        by_module.setdefault(id(entry[1]), []).append(entry)
-    for entries in by_module.values():
-        full, module = entries[0][0], entries[0][1]
-        owner = _initializer(model, full)
-        filled = []
-        # twice, over two fillings: what both rounds agree on has been written
+    for path, module in list(model.named_modules()):
+        buffers = {own: module._buffers.get(own)
+                   for own in sorted(module._non_persistent_buffers_set)}  # fmt: skip
+        metas = {own: b for own, b in buffers.items() if b is not None and b.is_meta}
+        if not metas:
+            continue
+        owner = _initializer(model, path)
+        filled: list[dict[str, Tensor | None]] = []
+        # over two different fillings: values that are equal after both were computed
         for filling in (0, 1):
             try:
-                for _, _, own, meta in entries:
+                for own, meta in metas.items():
                     module._buffers[own] = torch.full_like(meta, filling, device=device)
                 if owner is not None:
                     with torch.no_grad():
                         owner._init_weights(module)  # type: ignore[operator]
-                filled.append([module._buffers[own] for _, _, own, _ in entries])
+                filled.append({own: module._buffers[own] for own in metas})
             finally:
-                for _, _, own, meta in entries:
-                    module._buffers[own] = meta
-        for (name, *_), first, second in zip(entries, *filled, strict=True):
+                module._buffers.update(metas)
+        for own in metas:
+            name = f"{path}.{own}" if path else own
+            first, second = (found[own] for found in filled)
             if first is None or second is None or not torch.equal(first, second):
                 raise ValueError(
                     f"{name}: a buffer that no checkpoint holds and nothing computes again; build "

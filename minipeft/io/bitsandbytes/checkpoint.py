@@ -6,68 +6,36 @@ model.safetensors.index.json        {"weight_map": {tensor: file}}, model-00001-
 """
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 
 from minipeft.io.fields import read_object
 from minipeft.io.replace import current
-from minipeft.io.shards import Reader
+from minipeft.io.shards import Reader, indexed
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _MAX_JSON = 2**28  # an index has about 100 bytes a tensor
-_FILE_NAME = re.compile(r"[\w.-]+\.safetensors")
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint.
-
-    Raises:
-        ValueError: there is none (pickled weights are not read), an index that is damaged or
-            names a file elsewhere.
-    """
-    index = directory / INDEX
-    if not current(index).is_file():
-        if current(directory / SINGLE).is_file():
-            return [directory / SINGLE]
-        pickled = sorted(p.name for p in directory.glob("*.bin"))
-        why = f"; {pickled[:3]} are pickled files: convert them to safetensors" if pickled else ""
-        raise ValueError(f"{directory}: no {SINGLE} and no {INDEX}{why}")
-    weight_map = read_object(index, largest=_MAX_JSON).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: no weight_map")
-    for name in weight_map.values():
-        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
-            raise ValueError(f"{index}: {str(name)[:80]!r} is no name of a safetensors file here")
-    return [directory / name for name in dict.fromkeys(weight_map.values())]
 
 
 def open_weights(path: Path, *, mmap: bool = True) -> Reader:
     """All tensors of a checkpoint directory, or of one safetensors file.
 
     Raises:
-        ValueError: a file that is missing or damaged; the index and the files disagree.
+        ValueError: no weights (pickled ones are not read), or a damaged file or index.
     """
     if path.is_file():
         return Reader([path], mmap=mmap)
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory")
-    reader = Reader(weight_files(path), mmap=mmap)
     if current(path / INDEX).is_file():
-        weight_map = read_object(path / INDEX, largest=_MAX_JSON)["weight_map"]
-        found = {name: file.name for name, file in reader.file_of.items()}
-        if weight_map != found:
-            assert isinstance(weight_map, dict)
-            wrong = [n for n in weight_map.keys() | found.keys()
-                     if weight_map.get(n) != found.get(n)]  # fmt: skip
-            reader.close()
-            raise ValueError(
-                f"{path / INDEX}: disagrees with the files about {sorted(wrong)[:3]} "
-                f"({len(wrong)} in all)"
-            )
-    return reader
+        return indexed(path / INDEX, largest=_MAX_JSON, mmap=mmap)
+    if current(path / SINGLE).is_file():
+        return Reader([path / SINGLE], mmap=mmap)
+    pickled = sorted(p.name for p in path.glob("*.bin"))
+    why = f"; {pickled[:3]} are pickled files: convert them to safetensors" if pickled else ""
+    raise ValueError(f"{path}: no {SINGLE} and no {INDEX}{why}")
 
 
 def config_of(path: Path) -> dict[str, object]:
@@ -115,10 +83,10 @@ def quantization_config(
     }
 
 
-def index_text(files: Sequence[tuple[str, Mapping[str, int]]]) -> bytes:
-    """The index of several files: their names, and the bytes of each tensor in them."""
-    weight_map = {name: file for file, sizes in files for name in sizes}
-    total = sum(size for _, sizes in files for size in sizes.values())
+def index_text(files: Mapping[str, Iterable[str]], sizes: Mapping[str, int]) -> bytes:
+    """The index of several files: the tensors in each, and the bytes of each tensor."""
+    weight_map = {name: file for file, names in files.items() for name in names}
+    total = sum(sizes[name] for name in weight_map)
     return config_text({"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

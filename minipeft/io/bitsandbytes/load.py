@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from minipeft.adapters.linearity import why_not_replaceable
 from minipeft.adapters.protocol import is_conv1d
 from minipeft.adapters.targets import Names
+from minipeft.inject import put
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.buffers import restore_buffers
-from minipeft.io.bitsandbytes.weight import is_state_key, state_of, weight_of
+from minipeft.io.bitsandbytes.weight import state_of, weight_of
 from minipeft.io.replace import read_whole
 from minipeft.io.shards import Reader
 from minipeft.model.progress import Progress
@@ -29,7 +30,7 @@ from minipeft.quantized.conv1d import NF4Conv1D
 
 def _groups(reader: Reader) -> dict[str, list[str]]:
     """The keys that belong to each 4-bit weight, by the weight's own key."""
-    groups = {weight_of(key): [key] for key in reader.specs if is_state_key(key)}
+    groups = {weight: [key] for key in reader.specs if (weight := weight_of(key))}
     for key in reader.specs:
         name = key if key in groups else key.rpartition(".")[0]
         if name in groups and key not in groups[name]:
@@ -77,14 +78,14 @@ def _layer(
     return layer.train(module.training)
 
 
-def _dense_names(model: nn.Module, quantized: set[str]) -> dict[str, Tensor]:
-    """Every parameter and saved buffer of the model by name, but the 4-bit weights."""
-    state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if name not in quantized}
+def _check_dense(
+    path: Path, wanted: Mapping[str, Tensor], reader: Reader, packed: set[str]
+) -> None:
+    """Raise ValueError unless the file has what the model wants beside 4-bit weights, and no more.
 
-
-def _check_names(path: Path, wanted: Mapping[str, Tensor], present: set[str]) -> None:
-    """Raise unless the file has what the model wants and no more; a tied tensor may come once."""
+    A tied tensor may come once.
+    """
+    present = reader.specs.keys() - packed
     ids = {id(wanted[name]) for name in wanted.keys() & present}
     missing = sorted(name for name, value in wanted.items() if id(value) not in ids)
     unexpected = sorted(present - wanted.keys())
@@ -93,6 +94,12 @@ def _check_names(path: Path, wanted: Mapping[str, Tensor], present: set[str]) ->
             f"{path}: missing {missing[:5]} ({len(missing)} in all), unexpected {unexpected[:5]} "
             f"({len(unexpected)} in all); is the checkpoint another model's?"
         )
+    for name in present:
+        if reader.specs[name][1] != tuple(wanted[name].shape):
+            raise ValueError(
+                f"{reader.file_of[name]}: {name} has shape {reader.specs[name][1]}; the model's "
+                f"is {tuple(wanted[name].shape)}"
+            )
 
 
 def load_quantized(
@@ -123,58 +130,40 @@ def load_quantized(
     path, device = Path(path), torch.device(device)
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_quantized: expected a module, got {type(model).__name__}")
-    folder = path.parent if path.is_file() else path
-    return read_whole(
-        folder, lambda: _load(model, path, device, dtype, compute_dtype, progress, mmap)
-    )
 
-
-def _load(
-    model: nn.Module,
-    path: Path,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    compute_dtype: torch.dtype | None,
-    progress: bool | None,
-    mmap: bool,
-) -> Names:
-    checkpoint.check_four_bits(path, checkpoint.config_of(path))
-    with checkpoint.open_weights(path, mmap=mmap) as reader:
-        groups = _groups(reader)
-        if not groups:
-            raise ValueError(
-                f"{path}: no tensor is in 4 bits; load it as it is and call quantize_model, or "
-                "write a 4-bit checkpoint with quantize_checkpoint"
-            )
-        holders = {key: _holder(model, key) for key in groups}
-        wanted = _dense_names(model, set(groups))
-        inside = {key for keys in groups.values() for key in keys}
-        _check_names(path, wanted, reader.specs.keys() - inside)
-        for name in wanted.keys() & reader.specs.keys():
-            if reader.specs[name][1] != tuple(wanted[name].shape):
+    def load() -> Names:
+        checkpoint.check_four_bits(path, checkpoint.config_of(path))
+        with checkpoint.open_weights(path, mmap=mmap) as reader:
+            groups = _groups(reader)
+            if not groups:
                 raise ValueError(
-                    f"{reader.file_of[name]}: {name} has shape {reader.specs[name][1]}; the "
-                    f"model's is {tuple(wanted[name].shape)}"
+                    f"{path}: no tensor is in 4 bits; load it as it is and call quantize_model, or "
+                    "write a 4-bit checkpoint with quantize_checkpoint"
                 )
-        names = [*groups, *(name for name in wanted if name in reader.specs)]
-        layers: dict[str, NF4Linear] = {}
-        tensors: dict[str, Tensor] = {}
-        for name in Progress(names, desc="loading", unit="tensor", shown=progress):
-            if name not in groups:
-                tensors[name] = _converted(reader.read(name), device, dtype)
-                continue
-            found = {key: reader.read(key) for key in groups[name]}
-            try:
-                layers[name] = _layer(holders[name], name, found, device, compute_dtype)
-            except ValueError as error:
-                raise ValueError(f"{reader.file_of[name]}: {error}") from error
-    buffers = restore_buffers(model, device)
-    return _assign(model, layers, tensors, wanted, buffers)
+            holders = {key: _holder(model, key) for key in groups}
+            wanted: dict[str, Tensor] = {
+                name: value for name, value in model.state_dict(keep_vars=True).items()
+                if name not in groups
+            }  # fmt: skip
+            _check_dense(path, wanted, reader, {key for keys in groups.values() for key in keys})
+            names = [*groups, *(name for name in wanted if name in reader.specs)]
+            layers: dict[str, NF4Linear] = {}
+            tensors: dict[str, Tensor] = {}
+            for name in Progress(names, desc="loading", unit="tensor", shown=progress):
+                if name not in groups:
+                    value = reader.read(name)
+                    kept = dtype is None or not value.is_floating_point()
+                    tensors[name] = value.to(device, value.dtype if kept else dtype)
+                    continue
+                found = {key: reader.read(key) for key in groups[name]}
+                try:
+                    layers[name] = _layer(holders[name], name, found, device, compute_dtype)
+                except ValueError as error:
+                    raise ValueError(f"{reader.file_of[name]}: {error}") from error
+        buffers = restore_buffers(model, device)
+        return _assign(model, layers, tensors, wanted, buffers)
 
-
-def _converted(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return tensor.to(device=device, dtype=wanted)
+    return read_whole(path.parent if path.is_file() else path, load)
 
 
 def _assign(
@@ -193,24 +182,18 @@ def _assign(
                 f"{name}: tied to another tensor in the model, but the file has two values; untie "
                 "them (tie_word_embeddings=False)"
             )
-    made: dict[int, Tensor] = {}
-    for name, old in wanted.items():
-        if id(old) not in made:
-            value = by_id[id(old)]
-            is_parameter = isinstance(old, nn.Parameter)
-            made[id(old)] = nn.Parameter(value, old.requires_grad) if is_parameter else value
-        holder, _, own = name.rpartition(".")
-        setattr(model.get_submodule(holder), own, made[id(old)])
-    for name, value in buffers.items():
+    made = {
+        id(old): nn.Parameter(by_id[id(old)], old.requires_grad)
+        if isinstance(old, nn.Parameter) else by_id[id(old)]
+        for old in wanted.values()
+    }  # fmt: skip
+    for name, value in {**{n: made[id(old)] for n, old in wanted.items()}, **buffers}.items():
         holder, _, own = name.rpartition(".")
         setattr(model.get_submodule(holder), own, value)
-    names = []
-    for key, layer in layers.items():
-        name = key.rpartition(".")[0]
-        old_module = model.get_submodule(name)
-        if old_module.bias is not None:
-            layer.bias = nn.Parameter(old_module.bias.detach(), requires_grad=False)  # type: ignore[operator]
-        holder, _, own = name.rpartition(".")
-        setattr(model.get_submodule(holder), own, layer)
-        names.append(name)
-    return Names(names)
+    places = {key.rpartition(".")[0]: layer for key, layer in layers.items()}
+    for name, layer in places.items():
+        bias = model.get_submodule(name).bias
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[operator]
+    put(model, places)
+    return Names(places)

@@ -24,8 +24,9 @@ from minipeft.adapters.targets import Head, HeadWarning, Names, likely_head, sur
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import Settings, entries, specs
 from minipeft.io.fields import read_object
+from minipeft.io.header import Spec, nbytes
 from minipeft.io.replace import locked, write_file
-from minipeft.io.shards import Reader, ShardWriter, Spec, nbytes, shard_names, split
+from minipeft.io.shards import Reader, ShardWriter, split
 from minipeft.model.progress import Progress
 from minipeft.model.quantize import Skip, quantizable
 from minipeft.nf4 import check_block_size
@@ -41,7 +42,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def _chosen(
     model: nn.Module, reader: Reader, skip: Skip, block_size: int, double_quant: bool, head: Head
 ) -> tuple[dict[str, tuple[Settings, bool]], dict[str, str]]:
-    """By key: what each weight becomes and whether it is transposed first; what stays dense."""
+    """What each weight becomes, and whether it is transposed first; which modules stay dense."""
     chosen, left_out = quantizable(survey(model, head), skip=skip)
     weights: dict[str, tuple[Settings, bool]] = {}
     absent: dict[int, str] = {}
@@ -74,17 +75,6 @@ def _chosen(
     return weights, left_out
 
 
-def _check_places(source: Path, destination: Path) -> Path:
-    """The directory to work in; raises unless source and destination are apart."""
-    if not source.is_dir():
-        raise ValueError(f"{source}: no such directory")
-    if destination.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{destination}: lies in {source}, which is never written to")
-    if _is_taken(destination) and not (destination / PROGRESS).is_file():
-        raise ValueError(f"{destination}: exists already; choose another directory")
-    return destination.with_name(f"{destination.name}.unfinished")
-
-
 def _is_taken(destination: Path) -> bool:
     return destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
 
@@ -106,7 +96,7 @@ def _is_finished(destination: Path, wanted: Mapping[str, object]) -> bool:
 
 @contextmanager
 def _working_in(directory: Path, wanted: Mapping[str, object]) -> Iterator[None]:
-    """Hold the directory, new or of an interrupted run with the same source and settings.
+    """Hold the lock of a directory that is new, or left by an interrupted run of the same kind.
 
     Raises:
         ValueError: it belongs to another run, which still goes on or had other settings.
@@ -184,7 +174,11 @@ def quantize_checkpoint(
     check_block_size("quantize_checkpoint", block_size)
     if max_shard_bytes < 1:
         raise ValueError(f"quantize_checkpoint: max_shard_bytes={max_shard_bytes}")
-    directory = _check_places(source, destination)
+    if not source.is_dir():
+        raise ValueError(f"{source}: no such directory")
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{destination}: lies in {source}, which is never written to")
+    directory = destination.with_name(f"{destination.name}.unfinished")
     config = checkpoint.config_of(source)
     if config.get("quantization_config") is not None:
         raise ValueError(f"{source / checkpoint.CONFIG}: is quantised already")
@@ -203,11 +197,10 @@ def quantize_checkpoint(
             for key, spec in reader.specs.items()
         }
         sizes = {key: sum(map(nbytes, made.values())) for key, made in becomes.items()}
-        groups = split(sizes, max_shard_bytes)
-        files = list(zip(shard_names(len(groups)), groups, strict=True))
+        files = split(sizes, max_shard_bytes)
         expected = {
             file: {name: spec for key in keys for name, spec in becomes[key].items()}
-            for file, keys in files
+            for file, keys in files.items()
         }
         described = hashlib.sha256(repr((sorted(weights.items()), expected)).encode()).hexdigest()
         record: dict[str, object] = {
@@ -223,18 +216,18 @@ def quantize_checkpoint(
             Progress(total=sum(map(nbytes, reader.specs.values())), desc="quantising", unit="B",
                      unit_scale=True, shown=progress) as bar,
         ):  # fmt: skip
-            done = {
-                file for file, _ in files if _is_done(directory / file, expected[file], mmap=mmap)
-            }
-            _check_room(
-                directory, sum(sizes[k] for f, keys in files if f not in done for k in keys)
-            )
-            for file, keys in files:
-                if file not in done:
+            left = {file for file in files
+                    if not _is_done(directory / file, expected[file], mmap=mmap)}  # fmt: skip
+            needed = sum(sizes[key] for file in left for key in files[file])
+            if needed > (free := shutil.disk_usage(directory).free):
+                what = f"{needed:,} bytes to write, {free:,} bytes free"
+                raise OSError(errno.ENOSPC, what, str(directory))
+            for file, keys in files.items():
+                if file in left:
                     _write(directory / file, expected[file], keys, weights, reader, bar)
                 else:
                     bar.update(sum(nbytes(reader.specs[key]) for key in keys))
-            _finish(directory, source, config, model, weights, files, expected)
+            _finish(directory, source, config, model, weights, expected)
             if _is_taken(destination):
                 raise ValueError(f"{destination}: exists already; it was made meanwhile")
             if destination.exists():  # empty; Windows renames onto nothing
@@ -242,14 +235,6 @@ def quantize_checkpoint(
             os.replace(directory, destination)
             (destination / PROGRESS).unlink()
     return names
-
-
-def _check_room(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC, f"{needed:,} bytes to write, {free:,} bytes free", str(directory)
-        )
 
 
 def _write(
@@ -286,14 +271,13 @@ def _finish(
     config: dict[str, object],
     model: nn.Module,
     weights: Mapping[str, tuple[Settings, bool]],
-    files: list[tuple[str, list[str]]],
     expected: Mapping[str, Mapping[str, Spec]],
 ) -> None:
     """Everything but the weights, config.json last."""
     _copy_others(source, directory)
-    if len(files) > 1:
-        sizes = {file: {n: nbytes(spec) for n, spec in expected[file].items()} for file, _ in files}
-        write_file(directory / checkpoint.INDEX, checkpoint.index_text(list(sizes.items())))
+    if len(expected) > 1:
+        sizes = {name: nbytes(spec) for own in expected.values() for name, spec in own.items()}
+        write_file(directory / checkpoint.INDEX, checkpoint.index_text(expected, sizes))
     names = {key.removesuffix(".weight") for key in weights}
     dense = [n for n, m in model.named_modules() if n not in names and linear_shape(m)]
     first = next(iter(weights.values()))[0]

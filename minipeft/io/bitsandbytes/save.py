@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from minipeft.adapters.protocol import is_adapter, is_packed, linear_shape
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import entries
+from minipeft.io.header import nbytes
 from minipeft.io.replace import Replacement
-from minipeft.io.shards import ShardWriter, nbytes, shard_names, split
+from minipeft.io.shards import ShardWriter, split
 from minipeft.model.base_state import base_state_dict, plain_modules
 from minipeft.qlora import NF4Linear, PackedModule
 
@@ -99,8 +100,7 @@ def save_quantized(
     config = _config(model, layers, quant_storage)
     specs = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     sizes = {name: nbytes(spec) for name, spec in specs.items()}
-    groups = split(sizes, max_shard_bytes)
-    files = list(zip(shard_names(len(groups)), groups, strict=True))
+    files = split(sizes, max_shard_bytes)
 
     def refuse_another() -> None:
         present = [n for n in (checkpoint.CONFIG, checkpoint.INDEX) if (directory / n).exists()]
@@ -110,14 +110,13 @@ def save_quantized(
             )
 
     with Replacement(directory, check=refuse_another) as unit:
-        for file, names in files:
+        for file, names in files.items():
             announced = {name: specs[name] for name in names}
             with ShardWriter(unit.path(file), announced, shown=directory / file) as writer:
                 for name in names:
                     writer.write(name, tensors[name])
                 writer.finish()
         if len(files) > 1:
-            index = [(file, {n: sizes[n] for n in names}) for file, names in files]
-            unit.write(checkpoint.INDEX, checkpoint.index_text(index))
+            unit.write(checkpoint.INDEX, checkpoint.index_text(files, sizes))
         unit.write(checkpoint.CONFIG, checkpoint.config_text(config))
     return list(layers)

@@ -68,13 +68,8 @@ class Settings(NamedTuple):
         return math.ceil(math.prod(self.shape) / self.block_size)
 
 
-def is_state_key(key: str) -> bool:
-    """Whether this is the key of a weight's JSON."""
-    return f".{STATE_KEY}" in key
-
-
 def weight_of(key: str) -> str:
-    """The weight's own key, from that of its JSON."""
+    """The weight's own key, from that of its JSON; "" if this is no key of a weight's JSON."""
     return key.rpartition(f".{STATE_KEY}")[0]
 
 
@@ -113,7 +108,7 @@ def entries(
         raise ValueError(f"{name}: bitsandbytes has no data type with this codebook; dequantise it")
     if quant_storage not in (torch.uint8, *DTYPES.values()):
         raise ValueError(f"{name}: quant_storage={quant_storage}; uint8 or a float dtype")
-    packed, absmax, scale, offset, _ = layer.state()
+    packed, absmax, _, scale, offset, _ = layer.state()
     if packed.numel() % quant_storage.itemsize:
         raise ValueError(
             f"{name}: {packed.numel()} bytes of codes do not fill elements of {quant_storage}; use "
@@ -187,10 +182,10 @@ def state_of(name: str, found: Mapping[str, Tensor]) -> tuple[Settings, dict[str
     then say double_quant=False.
 
     Raises:
-        ValueError: an entry is missing, is one too many, or has another size or dtype than the
-            others demand, or scales that are not finite.
+        ValueError: an entry is missing or unexpected, has another size or dtype than the others ask
+            for, or holds scales that are not finite.
     """
-    keys = [key for key in found if is_state_key(key)]
+    keys = [key for key in found if weight_of(key)]
     if len(keys) != 1:
         raise ValueError(f"{name}: {len(keys)} descriptions ({keys}); expected one")
     settings, offset = settings_of(name, keys[0], found[keys[0]])

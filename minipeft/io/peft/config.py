@@ -5,12 +5,10 @@ Source: PEFT 0.21, `LoraConfig` as its `save_pretrained` writes it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from minipeft.io import fields
 from minipeft.io.fields import Kind
-from minipeft.io.replace import current
 from minipeft.model.train import BIAS_MODES
 
 CONFIG_NAME = "adapter_config.json"
@@ -23,23 +21,22 @@ class LoRAConfig:
 
     rank: int = 8
     alpha: float = 8
-    target_modules: list[str] | str = field(default_factory=list)
-    exclude_modules: list[str] | str | None = None
+    target_modules: frozenset[str] | str = frozenset()
+    exclude_modules: frozenset[str] | str | None = None
     dropout: float = 0.0
     rank_stabilized: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     dora: bool = False
     bias: str = "none"
-    modules_to_save: list[str] = field(default_factory=list)
-    target_parameters: list[str] = field(default_factory=list)
+    modules_to_save: frozenset[str] = frozenset()
+    target_parameters: frozenset[str] = frozenset()
     tokens: list[int] | dict[str, list[int]] | None = None
     tied: bool = False
     lora_bias: bool = False
     layers: list[int] | None = None  # layers_to_transform; None: all
     layers_pattern: list[str] = field(default_factory=list)
     ignored: dict[str, object] = field(default_factory=dict)  # fields that were read past
-    content: dict[str, object] = field(default_factory=dict, compare=False, repr=False)  # all of it
 
     @property
     def all_linear(self) -> bool:
@@ -82,37 +79,26 @@ _IN_OBJECTS = {
 }  # fmt: skip
 _NUMBERS = ("r", "lora_alpha", "lora_dropout")  # null is refused, not passed over as unused
 
-# peft_type: what is read here, LoRA and the prompt-learning kinds
-READ_KINDS = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+# the values of peft_type that are read
+PROMPT_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+READ_KINDS = ("LORA", *PROMPT_KINDS)
 
-# Fields that change what is computed or saved in ways that no layer here has.  They may be absent
-# or hold a value that means "off" (None, False, empty).
+# Fields that ask for something that no layer here computes.  They may be absent, or off: None,
+# False or empty.
 _MUST_BE_OFF = {
     "use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens", "arrow_config",
     "kasa_config", "megatron_config", "monteclora_config", "velora_config", "enable_lora",
 }  # fmt: skip
-# Fields that say where the adapter comes from, or how it was initialised.
-_IGNORABLE = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "loftq_config", "lora_ga_config", "megatron_core",
-    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-}  # fmt: skip
-# Fields of other trainers (Unsloth, ms-swift, PEFT before 0.3, LoRA+) that say how the adapter was
-# made or kept, and nothing of what it computes.
-_HARMLESS = {
-    "unsloth_fixed", "unsloth_version", "lora_dtype", "merge_weights", "lorap_lr_ratio",
-    "lorap_emb_lr", "loraplus_lr_ratio", "loraplus_lr_embedding", "base_model_class",
-    "parent_library", "torch_dtype", "transformers_version", "library_name",
-}  # fmt: skip
+_IGNORABLE = fields.ORIGIN | {"fan_in_fan_out", "peft_type"}
 # Initialisations that rewrite the base: the adapter alone is meaningless on the original base.
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga", "kasa")
 
 
 def _ignored(config: dict[str, object], where: str, *, strict: bool) -> dict[str, object]:
-    """What is read past: other trainers' fields; with strict=False also fields that nobody knows.
+    """The fields that are not used: other trainers', and with strict=False unknown ones.
 
     Raises:
-        ValueError: another kind of adapter; a field that says what no layer here computes; an
+        ValueError: another kind of adapter; a field that asks for what no layer here computes; an
             initialisation that changed the base; with `strict` a field that is not known here.
     """
     kind = config.get("peft_type")
@@ -127,7 +113,7 @@ def _ignored(config: dict[str, object], where: str, *, strict: bool) -> dict[str
             continue
         if key in _MUST_BE_OFF:
             raise ValueError(f"{where}: {key} = {value!r:.80} is not supported")
-        if strict and key not in _HARMLESS:
+        if strict and key not in fields.ORIGIN_ELSEWHERE:
             raise ValueError(
                 f"{where}: {key:.80} = {value!r:.80} is no field known here; strict=False reads "
                 "past it"
@@ -155,20 +141,14 @@ def _check_layers(config: Mapping[str, object], where: str) -> None:
         )
 
 
-def read_config(path: Path, *, strict: bool = True) -> LoRAConfig:
-    """Read and check adapter_config.json.
+def checked(content: dict[str, object], *, strict: bool = True) -> LoRAConfig:
+    """What the content of adapter_config.json says, each field checked.
 
     Raises:
-        ValueError: no such file, no JSON, another kind of adapter, a field with a value that no
-            layer here has, or with `strict` an unknown field that is switched on (each named).
+        ValueError: another kind of adapter, a field with a value that no layer here has, or with
+            `strict` an unknown field that is switched on (each named).
     """
-    if not current(path).is_file():
-        hint = "; it holds a prefix_config.json: use io.prefixes.load_prefix"
-        raise ValueError(
-            f"{path}: no such file; expected a directory that PEFT or save_peft wrote"
-            f"{hint if (path.parent / 'prefix_config.json').is_file() else ''}"
-        )
-    content, where = fields.read_object(path), path.name
+    where = CONFIG_NAME
     ignored = _ignored(content, where, strict=strict)
     config: dict[str, Any] = {
         key: value for key, value in content.items()
@@ -187,7 +167,10 @@ def read_config(path: Path, *, strict: bool = True) -> LoRAConfig:
     for key in ("layers_to_transform", "layers_pattern"):
         if key in config and not isinstance(config[key], list):
             config[key] = [config[key]]
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        if isinstance(config.get(key), list):
+            config[key] = frozenset(config[key])
     own = {name: config[key] for key, (name, _) in _FIELDS.items() if key in config}
     ranks = {key: int(value) for key, value in config.get("rank_pattern", {}).items()}
     own |= {"rank": int(config.get("r", 8)), "rank_pattern": ranks}
-    return LoRAConfig(**own, ignored=ignored, content=content)
+    return LoRAConfig(**own, ignored=ignored)

@@ -26,22 +26,21 @@ class Contents:
     biases: dict[str, Tensor] = field(default_factory=dict)
     saved: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)
-    tables: dict[str, Tensor] = field(default_factory=dict)  # base tables with new rows at the end
+    tables: dict[str, Tensor] = field(default_factory=dict)  # base tables that end in new rows
     resized: list[tuple[str, int, int]] = field(default_factory=list)  # rows in the file, the model
     untargeted: str = ""  # the fields that say which modules, if they fit none
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     example: str = ""  # the name of some module of the model
 
-    def complaint(self, where: Path) -> str:
-        """What is wrong with the file, for an error."""
+    def complaint(self) -> str:
+        """What is wrong with the file, for an error; empty if nothing is."""
         if self.resized:
             name, rows, own = self.resized[0]
             return (
-                f"{where}: {name!r} has {rows} rows in the file and {own} in the model: the "
-                "vocabulary was resized where the adapter was made; call "
-                f"model.resize_token_embeddings({rows}) first, or give the model tables of "
-                f"{rows} rows"
+                f"{name!r} has {rows} rows in the file and {own} in the model: the vocabulary was "
+                f"resized where the adapter was made; call model.resize_token_embeddings({rows}) "
+                f"first, or give the model tables of {rows} rows"
             )
         parts = []
         if self.untargeted:
@@ -57,18 +56,7 @@ class Contents:
                 f"no keys for {self.missing[0]!r} ({len(self.missing)} in all that {CONFIG_NAME} "
                 "asks for); is the file complete?"
             )
-        return f"{where}: {'; '.join(parts)}"
-
-    @property
-    def wrong(self) -> bool:
-        """Whether there is something for `complaint` to say."""
-        return bool(self.missing or self.unexpected or self.resized or self.untargeted)
-
-
-def _base_value(model: nn.Module, found: Located, key: Key) -> Tensor | None:
-    """The parameter of the plain model that a plain key names."""
-    module = innermost(found.modules[key.module]) if key.module else model
-    return None if is_packed(module) else module._parameters.get(key.part)
+        return "; ".join(parts)
 
 
 def sort_out(
@@ -76,19 +64,18 @@ def sort_out(
 ) -> Contents:
     """Give every tensor its purpose; what has none is unexpected, what lacks one is missing.
 
-    Base weights in the file (PEFT adds those of targeted embeddings) are passed over where they
-    equal the model's.  A table of them whose last rows alone differ is kept: rows of tokens that
-    were added, which are other random numbers in each model that is resized.
+    PEFT adds the base weights of targeted embeddings.  Base weights that equal the model's are
+    passed over.  A table that differs in its last rows alone is kept: they are of added tokens, for
+    which every resized model draws other random numbers.
 
     Raises:
         ValueError: two keys that mean the same tensor.
     """
     modules, contents = found.modules, Contents()
     contents.example = next(iter(reversed(modules)), "")
-    saved = _saved_modules(found, config)
+    saved, bias = _saved_modules(found, config), config.config.bias
     wrapped = _wrapped_ids(found, config)
     seen: dict[Key, str] = {}
-    by_depth: dict[str, dict[int, dict[Key, Tensor]]] = {}
     for in_file, value in tensors.items():
         key = found.keys[in_file]
         if key.role == "unknown":
@@ -99,37 +86,37 @@ def sort_out(
                 continue  # a module saved whole, in two spellings
             raise ValueError(f"{where}: {in_file!r} and {seen[key]!r} are the same tensor")
         seen[key] = in_file
-        if key.role == "tokens":
-            ids = config.token_ids(key.module)
-            if ids is None:
-                contents.unexpected.append(in_file)
-            else:
-                contents.tokens[key.module] = (ids, value)
-        elif key.role not in ("plain", "base"):
-            if id(modules[key.module]) in wrapped or config.has_expert_weights(key.module):
-                by_depth.setdefault(key.module, {}).setdefault(key.depth, {})[key] = value
-            else:
-                contents.unexpected.append(in_file)
-        elif key.role == "plain" and (root := _root(key, saved, config)) is not None:
-            own = ".".join(filter(None, [key.module[len(root) + 1 :], key.part]))
+        name, plain = key.module, key.role == "plain"
+        if key.role == "tokens" and (ids := config.token_ids(name)) is not None:
+            contents.tokens[name] = (ids, value)
+        elif key.role.startswith("lora_") and (
+            id(modules[name]) in wrapped or config.has_expert_weights(name)
+        ):
+            contents.low_rank.setdefault(name, {})[key] = value
+        elif plain and (root := _root(key, saved, config)) is not None:
+            own = ".".join(filter(None, [name[len(root) + 1 :], key.part]))
             contents.saved.setdefault(root, {})[own] = value
-        elif key.part == "bias" and key.role == "plain" and _is_trained(config.config.bias, key):
-            contents.biases[key.module] = value
-        elif not _is_the_models(model, found, key, value):
-            if key.part == "weight" and _has_new_rows(model, found, key, value):
-                if key.role == "plain":  # below a module saved whole it is not computed with
-                    contents.tables[key.module] = value
-            else:
-                contents.unexpected.append(in_file)
-    for name, levels in by_depth.items():
-        if config.has_expert_weights(name):
-            contents.experts[name] = [levels[depth] for depth in sorted(levels, reverse=True)]
+        elif (
+            plain and key.part == "bias" and (bias == "all" or (bias == "lora_only" and key.depth))
+        ):
+            contents.biases[name] = value
+        elif (plain or key.role == "base") and (
+            how := _beside_the_models(model, found, key, value)
+        ) != "other":
+            if plain and how == "new rows":  # below a module saved whole they are not computed with
+                contents.tables[name] = value
         else:
-            contents.low_rank[name] = {k: v for level in levels.values() for k, v in level.items()}
+            contents.unexpected.append(in_file)
+    for name in [name for name in contents.low_rank if config.has_expert_weights(name)]:
+        levels = contents.low_rank.pop(name)
+        contents.experts[name] = [
+            {key: value for key, value in levels.items() if key.depth == depth}
+            for depth in sorted({key.depth for key in levels}, reverse=True)
+        ]
     contents.biases = {
         name: value for name, value in contents.biases.items()
-        if not _is_the_models(model, found, Key(name, "plain", "bias"), value)
-        or name in contents.low_rank
+        if name in contents.low_rank
+        or _beside_the_models(model, found, Key(name, "plain", "bias"), value) != "same"
     }  # fmt: skip
     if config.config.target_modules and not wrapped:
         layers = "" if config.config.layers is None else " and layers_to_transform"
@@ -141,18 +128,14 @@ def sort_out(
 
 def _wrapped_ids(found: Located, config: MatchedConfig) -> set[int]:
     """The modules that PEFT would wrap, with the heads that follow an embedding."""
-    chosen = {name: module for name, module in found.modules.items()
-              if config.targets(name, module)
-              or (config.config.all_linear and isinstance(innermost(module), nn.MultiheadAttention))
-              }  # fmt: skip
+    chosen = [
+        name for name, module in found.modules.items()
+        if config.targets(name, module)
+        or (config.config.all_linear and isinstance(innermost(module), nn.MultiheadAttention))
+    ]  # fmt: skip
     if config.config.tied:
-        weights = {id(w) for name in chosen if (w := _weight(found, name)) is not None}
-        chosen |= {n: m for n, m in found.modules.items() if id(_weight(found, n)) in weights}
-    return {id(module) for module in chosen.values()}
-
-
-def _weight(found: Located, name: str) -> Tensor | None:
-    return innermost(found.modules[name])._parameters.get("weight")
+        chosen += [other for name in chosen for other in found.tied(name)]
+    return {id(found.modules[name]) for name in chosen}
 
 
 def _root(key: Key, saved: list[str], config: MatchedConfig) -> str | None:
@@ -163,43 +146,27 @@ def _root(key: Key, saved: list[str], config: MatchedConfig) -> str | None:
     return root
 
 
-def _is_trained(mode: str, key: Key) -> bool:
-    """Whether a bias with this key is trained in this mode."""
-    return mode == "all" or (mode == "lora_only" and key.depth == 1)
+def _beside_the_models(model: nn.Module, found: Located, key: Key, value: Tensor) -> str:
+    """What a plain tensor is beside the model's own: "same", "new rows" or "other".
 
-
-def _is_the_models(model: nn.Module, found: Located, key: Key, value: Tensor) -> bool:
-    own = _base_value(model, found, key)
+    New rows are in the last half of the table of an embedding or a head, and all else is the same.
+    """
+    module = innermost(found.modules[key.module]) if key.module else model
+    own = None if is_packed(module) else module._parameters.get(key.part)
     if own is None or own.is_meta or own.shape != value.shape:
-        return False
-    return torch.equal(own.detach().cpu().to(value.dtype), value)
-
-
-def _has_new_rows(model: nn.Module, found: Located, key: Key, value: Tensor) -> bool:
-    """Whether this is the model's table, or the head's weight, but for rows in its last half."""
-    own = _base_value(model, found, key)
-    if own is None or own.is_meta or own.shape != value.shape or value.dim() != 2:
-        return False
-    if not _is_vocabulary(found, key.module) or not value.is_floating_point():
-        return False
-    same = (own.detach().cpu().to(value.dtype) == value).all(dim=1)
-    first = int(same.logical_not().nonzero()[0])
-    return first > len(value) // 2
+        return "other"
+    base = own.detach().cpu().to(value.dtype)
+    if torch.equal(base, value):
+        return "same"
+    if key.part != "weight" or value.dim() != 2 or not _is_vocabulary(found, key.module):
+        return "other"
+    first = int((base != value).any(dim=1).nonzero()[0])
+    return "new rows" if value.is_floating_point() and first > len(value) // 2 else "other"
 
 
 def _is_vocabulary(found: Located, name: str) -> bool:
     """Whether a module has a row for each token: the input embedding, or the output head."""
     return bool(name) and id(innermost(found.modules[name])) in found.vocabulary
-
-
-def _rows(key: Key, value: Tensor) -> int | None:
-    """How many tokens a tensor of an embedding or a head is for, if it says so."""
-    if value.dim() != 2:
-        return None
-    if key.role == "lora_embedding_A":
-        return value.shape[1]
-    plain = key.role in ("plain", "base") and key.part == "weight"
-    return value.shape[0] if plain or key.role == "lora_B" else None
 
 
 def _resized(
@@ -208,14 +175,17 @@ def _resized(
     """Tables and heads that have another number of rows in the file."""
     result = []
     for key, in_file in seen.items():
-        rows = _rows(key, tensors[in_file])
-        if rows is None or not _is_vocabulary(found, key.module):
+        shape, plain = tensors[in_file].shape, key.role in ("plain", "base")
+        if key.role == "lora_embedding_A":
+            shape = shape[::-1]  # (rank, tokens)
+        elif key.role != "lora_B" and not (plain and key.part == "weight"):
             continue
-        plain = innermost(found.modules[key.module])
-        sizes = ("num_embeddings", "out_features")
-        own = next((n for n in (getattr(plain, size, None) for size in sizes) if n), rows)
-        if own != rows:
-            result.append((key.module, rows, own))
+        if len(shape) != 2 or not _is_vocabulary(found, key.module):
+            continue
+        module = innermost(found.modules[key.module])
+        own: int = getattr(module, "num_embeddings", getattr(module, "out_features", shape[0]))
+        if own != shape[0]:
+            result.append((key.module, shape[0], own))
     return result
 
 
@@ -224,11 +194,8 @@ def _saved_modules(found: Located, config: MatchedConfig) -> list[str]:
     roots = [name for name in found.modules if config.saves(name)]
     roots = [r for r in roots if not any(r.startswith(f"{other}.") for other in roots)]
     if config.config.tied:
-        weights = {id(w) for r in roots if (w := _weight(found, r)) is not None}
-        roots += [
-            name for name in found.modules
-            if name not in roots and id(_weight(found, name)) in weights
-        ]  # fmt: skip
+        tied = (other for root in roots for other in found.tied(root))
+        roots = list(dict.fromkeys([*roots, *tied]))
     return roots
 
 
@@ -240,27 +207,22 @@ def _missing(
     missing = [
         name for name, module in found.modules.items()
         if config.targets(name, module) and id(module) not in covered and name not in heads
-        and not _inside(name, contents.low_rank)
+        and not any(name.startswith(f"{outer}.") for outer in contents.low_rank)  # out_proj
     ]  # fmt: skip
     missing += [name for name in saved if name not in contents.saved]
     return [*missing, *_missing_tokens(found, config, contents)]
 
 
 def _missing_tokens(found: Located, config: MatchedConfig, contents: Contents) -> Iterator[str]:
-    """Entries of trainable_token_indices that have no rows of their own, nor follow a table's."""
+    """Entries of trainable_token_indices without rows: neither their own nor a tied table's."""
     wanted = config.config.tokens
     if not isinstance(wanted, dict):
         if wanted and not contents.tokens:
             yield "trainable_token_indices"
         return
-    tables = {id(_weight(found, name)): ids for name, (ids, _) in contents.tokens.items()}
     for entry, ids in wanted.items():
-        named = [n for n in found.modules if config.names(entry, n)]
-        follows = [n for n in named if tables.get(id(_weight(found, n))) == ids]
+        named = [name for name in found.modules if config.fits([entry], name)]
+        follows = [other for name in named for other in found.tied(name)
+                   if contents.tokens.get(other, (None,))[0] == ids]  # fmt: skip
         if not follows and not any(name in contents.tokens for name in named):
             yield entry
-
-
-def _inside(name: str, wrapped: dict[str, dict[Key, Tensor]]) -> bool:
-    """Whether the module lies in one that is wrapped as a whole (attention's out_proj)."""
-    return any(name.startswith(f"{outer}.") for outer in wrapped)

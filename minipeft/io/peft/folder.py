@@ -5,18 +5,16 @@ adapter_model.safetensors.index.json, adapter_model-00001-of-00002.safetensors, 
 adapter_model.bin                           refused: reading it can run code
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from minipeft.io.fields import read_object
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.replace import current
 from minipeft.io.seal import read_sealed
-from minipeft.io.shards import Reader
+from minipeft.io.shards import indexed
 
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 _PICKLE_NAME = "adapter_model.bin"
@@ -34,14 +32,15 @@ def read_weights(
         NotOneSave: the weights were saved with another configuration.
         ValueError: no such file, a pickle, a damaged file or index.
     """
-    refuse_pickle(directory)
+    _refuse_pickle(directory)
     single, index = directory / WEIGHTS_NAME, directory / INDEX_NAME
     if current(single).is_file() or not index.is_file():
         return read_sealed(single, config, CONFIG_NAME)
-    return _sharded(index), {}
+    with indexed(index) as reader:
+        return {name: reader.read(name) for name in reader.specs}, {}
 
 
-def refuse_pickle(directory: Path) -> None:
+def _refuse_pickle(directory: Path) -> None:
     """Raise ValueError if the weights are there as a pickle only."""
     safe = (directory / name for name in (WEIGHTS_NAME, INDEX_NAME))
     if (directory / _PICKLE_NAME).is_file() and not any(current(p).is_file() for p in safe):
@@ -52,31 +51,3 @@ def refuse_pickle(directory: Path) -> None:
             "    safetensors.torch.save_file({name: value.clone() for name, value in "
             f"state.items()}}, {str(directory / WEIGHTS_NAME)!r})"
         )
-
-
-def _sharded(index: Path) -> dict[str, Tensor]:
-    """The tensors that an index names: each in its file, and nothing else in those files."""
-    places = read_object(index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index}: no 'weight_map' from names to files")
-    for name, file in places.items():
-        # a plain name: no other folder, no drive, nothing hidden
-        plain = isinstance(file, str) and file == Path(file).name and "\\" not in file
-        if not plain or file.startswith(".") or not file.endswith(".safetensors"):
-            raise ValueError(
-                f"{index}: {name:.80} is in {str(file)[:80]!r}; expected the name of a "
-                ".safetensors file in the same directory"
-            )
-    with Reader(index.parent / file for file in sorted(set(places.values()))) as reader:
-        for name, path in reader.file_of.items():
-            if places.get(name) != path.name:
-                raise ValueError(
-                    f"{path}: {name:.80} is in this file; {index.name} does not say so"
-                )
-        if lost := sorted(name for name in places if name not in reader.file_of):
-            counts = Counter(places[name] for name in lost)
-            raise ValueError(
-                f"{index}: {lost[0]:.80} is not in {places[lost[0]]} ({len(lost)} names in all, of "
-                f"{len(counts)} files)"
-            )
-        return {name: reader.read(name) for name in reader.file_of}

@@ -52,17 +52,14 @@ def parse(key: str) -> Key:
     if found:
         depth = found["depth"].count(".base_layer")
         role = found["factor"] or found["other"] or "lora_bias"
-        if found["inner"] and depth == 0:  # a layer that is called out_proj, not attention's
-            return Key(f"{found['module']}.out_proj", role)
-        if found["inner"]:
-            return Key(found["module"], role, "out_proj", depth)
-        return Key(found["module"], role, "", depth)
+        part = "out_proj" if found["inner"] else ""
+        if part and depth == 0:  # a layer that is called out_proj, not attention's
+            return Key(f"{found['module']}.{part}", role)
+        return Key(found["module"], role, part, depth)
     module, _, own = key.rpartition(".")
-    if module.endswith(".token_adapter.base_layer"):
-        place = module.removesuffix(".token_adapter.base_layer").removesuffix(".base_layer")
-        return Key(place, "plain", own, 1)
     if module.endswith(".base_layer"):
-        return Key(module.removesuffix(".base_layer"), "plain", own, 1)
+        place = module.removesuffix(".base_layer").removesuffix(".base_layer.token_adapter")
+        return Key(place.removesuffix(".token_adapter"), "plain", own, 1)
     return Key(module, "plain", own)
 
 

@@ -16,12 +16,14 @@ from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, visible_modules
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
 from minipeft.inject import freeze, restoring, swap_shared
-from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME, read_config
+from minipeft.io.fields import read_config
+from minipeft.io.files import check_values
+from minipeft.io.peft.config import CONFIG_NAME, PROMPT_KINDS, WEIGHTS_NAME, checked
 from minipeft.io.peft.contents import Contents, sort_out
-from minipeft.io.peft.folder import read_weights, refuse_pickle
+from minipeft.io.peft.folder import read_weights
 from minipeft.io.peft.located import Located, locate
 from minipeft.io.peft.matched import MatchedConfig, matched
-from minipeft.io.peft.prompts import kind_in, load_prompts
+from minipeft.io.peft.prompts import load_prompts
 from minipeft.io.peft.tensors import copy_into, reaches_across_groups, taken_bias
 from minipeft.io.peft.training import PLAIN, Training, freeze_named, made_layer, parsed
 from minipeft.io.replace import read_whole
@@ -43,9 +45,12 @@ class Loaded(Names):
     those asked for; `ignored` are the configuration's fields that were read past.
     """
 
-    missing: list[str]
-    unexpected: list[str]
-    ignored: dict[str, object]
+    def __init__(
+        self, names: list[str], missing: list[str], unexpected: list[str],
+        ignored: dict[str, object],
+    ) -> None:  # fmt: skip
+        super().__init__(names)
+        self.missing, self.unexpected, self.ignored = missing, unexpected, ignored
 
 
 class _Builder:
@@ -73,12 +78,11 @@ class _Builder:
             "rank_stabilized": self.config.config.rank_stabilized,
         }  # fmt: skip
 
-    def sharing(self, weight: Tensor, *, but: str) -> list[str]:
-        """Names of other linear layers that hold this parameter: heads tied to an embedding."""
+    def heads_of(self, name: str) -> list[str]:
+        """Names of the linear layers that have an embedding's weight as theirs."""
         return [
-            name for name, module in self.modules.items()
-            if name != but and isinstance(innermost(module), nn.Linear)
-            and innermost(module)._parameters.get("weight") is weight
+            other for other in self.found.tied(name)
+            if other != name and isinstance(innermost(self.modules[other]), nn.Linear)
         ]  # fmt: skip
 
     def build(self) -> dict[str, nn.Module]:
@@ -142,20 +146,18 @@ class _Builder:
                     raise ValueError(
                         f"{where}: the file says how it trains, and holds no layer of it"
                     )
-                continue  # of a module that the model lacks, or of values that are the base's
+                continue  # the model lacks the module, or the file holds the base's own values
             freeze_named(where, _new_layers({name: self.made[name]}, self.modules),
                          training.frozen)  # fmt: skip
         return self.made
 
     def _tables(self) -> None:
-        """Copies of base tables that hold new tokens, frozen, with all that share their weight."""
+        """Frozen copies of base tables with new tokens, one for each module with that weight."""
         memo: dict[int, Any] = {}
         for name, value in self.contents.tables.items():
-            weight: Any = innermost(self.modules[name])._parameters["weight"]
-            sharing = [n for n, module in self.modules.items()
-                       if innermost(module)._parameters.get("weight") is weight
-                       and n not in self.contents.saved]  # fmt: skip
-            for place in sharing:
+            for place in self.found.tied(name):
+                if place in self.contents.saved:
+                    continue
                 if place in self.made:
                     copied = self.made[place].adapter_parameters()["copy.weight"]  # type: ignore[operator]
                     if not torch.equal(copied.cpu().to(value.dtype), value):
@@ -168,14 +170,12 @@ class _Builder:
                 self.made[place] = layer.requires_grad_(False)
 
     def _experts(self, name: str, levels: Sequence[Mapping[Any, Tensor]]) -> None:
+        packed = {n: m for n, m in self.modules.items() if isinstance(innermost(m), NF4Experts)}
         weights: dict[str, Any] = {
-            n: w for n, w in self.found.experts.items() if n.rpartition(".")[0] == name
-        }
-        weights |= {
-            n: m for n, m in self.modules.items()
-            if n.rpartition(".")[0] == name and isinstance(innermost(m), NF4Experts)
+            n: w for n, w in {**self.found.experts, **packed}.items()
+            if n.rpartition(".")[0] == name
         }  # fmt: skip
-        wanted = [n for n in weights if self.config.targets_parameter(n)]
+        wanted = [n for n in weights if self.config.fits(self.config.config.target_parameters, n)]
         if len(wanted) != len(levels):
             raise ValueError(
                 f"{WEIGHTS_NAME}: {name} has {len(levels)} expert weights; the model and "
@@ -194,32 +194,23 @@ class _Builder:
         for name, layer in list(self.made.items()):
             if not isinstance(layer, LoRAEmbedding):
                 continue
-            for head in self.sharing(innermost(layer)._parameters["weight"], but=name):  # type: ignore[arg-type]
-                before = self.made.pop(head, None)
-                if isinstance(before, TrainedModule):  # a table with new tokens
-                    below, before = before, None
-                else:
-                    below = self.modules[head] if before is None else before.base  # type: ignore[assignment]
-                tied = LoRATiedLinear(below, layer)
-                if before is not None:
-                    pairs = zip(before.factors(), tied.factors(), strict=True)  # type: ignore[operator]
-                    if not all(torch.equal(a, b) for a, b in pairs):
-                        raise ValueError(
-                            f"{WEIGHTS_NAME}: {head} is tied to {name}, but their factors differ"
-                        )
-                self.made[head] = tied
+            for head in self.heads_of(name):
+                below, factors = self.top(head), ()
+                if head in self.made and not isinstance(below, TrainedModule):  # no new tokens
+                    factors, below = below.factors(), below.base  # type: ignore[operator, assignment]
+                self.made[head] = tied = LoRATiedLinear(below, layer)
+                if factors and not all(map(torch.equal, factors, tied.factors())):
+                    raise ValueError(
+                        f"{WEIGHTS_NAME}: {head} is tied to {name}, but their factors differ"
+                    )
 
     def _bias(self, name: str, value: Tensor) -> None:
         if name in self.found.in_attention:
             raise ValueError(f"load_peft: the bias of {name!r} lies inside nn.MultiheadAttention")
         layer = TrainedBias(self.top(name))
-        where, bias = f"{WEIGHTS_NAME}: {name}.bias", stored_parameter(
-            "load_peft", innermost(layer), "bias"
-        )  # fmt: skip
-        if value.shape != bias.shape or not value.is_floating_point():
-            raise ValueError(
-                f"{where}: {value.dtype} {tuple(value.shape)}; expected {tuple(bias.shape)}"
-            )
+        where = f"{WEIGHTS_NAME}: {name}"
+        bias = stored_parameter("load_peft", innermost(layer), "bias")
+        check_values(where, {"bias": value}, {"bias": bias})
         delta = value.to(bias.device, torch.float32) - bias.float()
         copy_into(where, layer, {"bias_delta": delta})
         self.made[name] = layer
@@ -232,16 +223,9 @@ class _Builder:
         own = {inner.get(key, f"copy.{key}"): value for key, value in values.items()}
         buffers = {f"copy.{key}": value for key, value in layer.copy.named_buffers()}
         given = {key: own.pop(key) for key in list(own) if key in buffers}
-        for key, value in given.items():  # running means: older files lack them
-            if value.shape != buffers[key].shape or not bool(value.isfinite().all()):
-                raise ValueError(
-                    f"{where}: {key} has shape {tuple(value.shape)}, expected "
-                    f"{tuple(buffers[key].shape)} and finite numbers"
-                )
-        if unknown := own.keys() - layer.adapter_parameters().keys():
-            raise ValueError(f"{where}: {sorted(unknown)[0]} is no parameter of the module")
-        if lost := layer.adapter_parameters().keys() - own.keys():
-            raise ValueError(f"{where}: {sorted(lost)[0].removeprefix('copy.')} is missing")
+        # buffers are running means, which older files lack
+        check_values(where, given, {key: buffers[key] for key in given})
+        check_values(where, own, layer.adapter_parameters())
         copy_into(where, layer, own)
         for key, value in given.items():
             buffers[key].copy_(value)
@@ -258,8 +242,7 @@ class _Builder:
         layer: Any = TrainedHeadRows(module, ids) if head else TrainedTokens(module, ids)
         copy_into(where, layer, {"token_rows": rows})
         self.made[name] = layer
-        weight = innermost(layer)._parameters["weight"]
-        for other in self.sharing(weight, but=name) if not head else []:  # type: ignore[arg-type]
+        for other in [] if head else self.heads_of(name):
             own_ids, own_rows = self.contents.tokens.get(other, (ids, rows))
             if own_ids == ids and not torch.equal(own_rows, rows):
                 raise ValueError(f"{where} and {other} are tied, but their token rows differ")
@@ -297,18 +280,21 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
         check_new_name("load_peft", model, name)
     refuse_merged("load_peft", named_adapters(model))
     refuse_rows("load_peft", model)
-    if kind_in(directory) is not None:
-        return _prompts(model, directory, name, strict=strict)
-    plain = read_config(directory / CONFIG_NAME, strict=strict)
+    content = read_config(directory / CONFIG_NAME, "PEFT or save_peft", "prefix_config.json",
+                          "io.prefixes.load_prefix")  # fmt: skip
+    if content.get("peft_type") in PROMPT_KINDS:
+        names, unexpected = load_prompts(model, directory, content, name, strict=strict)
+        return Loaded(names, [], unexpected, {})
+    plain = checked(content, strict=strict)
     where = directory / WEIGHTS_NAME
-    tensors, training = read_weights(directory, plain.content)
+    tensors, training = read_weights(directory, content)
     found = locate(model, tensors, str(where))
-    config = matched(plain, found.spelled, CONFIG_NAME)
+    config = matched(plain, found, CONFIG_NAME)
     if strict and (unused := config.unused_patterns()):
         raise ValueError(f"{CONFIG_NAME}: the patterns {unused} fit no module of the model")
     contents = sort_out(where, tensors, model, config, found)
-    if strict and contents.wrong:
-        raise ValueError(contents.complaint(where))
+    if strict and (wrong := contents.complaint()):
+        raise ValueError(f"{where}: {wrong}")
     with restoring(model):
         built = _Builder(
             found, config, contents, stack=name != DEFAULT, strict=strict,
@@ -322,22 +308,12 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
         give_name(name, _new_layers(made, modules))
         freeze(model)
     order = {name: number for number, name in enumerate(modules)}
-    result = Loaded(sorted(made, key=lambda name: order.get(name, len(order))))
-    result.missing, result.unexpected = contents.missing, contents.unexpected
-    result.ignored = plain.ignored
-    return result
-
-
-def _prompts(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Loaded:
-    refuse_pickle(directory)
-    names, unexpected = load_prompts(model, directory, name, strict=strict)
-    result = Loaded(names)
-    result.missing, result.unexpected, result.ignored = [], unexpected, {}
-    return result
+    names = sorted(made, key=lambda name: order.get(name, len(order)))
+    return Loaded(names, contents.missing, contents.unexpected, plain.ignored)
 
 
 def _new_layers(made: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """Every layer of the stacks that were made, down to what was there before."""
+    """All layers that were made: each stack from its top down to what was there before."""
     layers: list[nn.Module] = []
     for name, layer in made.items():
         while isinstance(layer, Wrapper) and layer is not modules.get(name):

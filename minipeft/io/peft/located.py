@@ -1,7 +1,7 @@
-"""The module of a given model that each key of a file belongs to, however either spells the names.
+"""For each key of a file, the module of a given model that it belongs to.
 
-Both are compared by plain names (adapters/plain_names.py), without what torch wraps around
-modules.
+File and model may spell a name differently: what torch wraps around modules adds parts to it.  So
+they are compared by plain names (adapters/plain_names.py).
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ LONGEST_KEY = 1000  # characters; real names have some hundred, and matching lon
 
 @dataclass
 class Located:
-    """A model's modules under their plain names, and a file's keys by the modules they are of."""
+    """A model's modules by their plain names, and for each key of a file its module."""
 
     modules: dict[str, nn.Module]
     experts: dict[str, nn.Parameter]  # 3-D weights of experts
@@ -29,7 +29,16 @@ class Located:
     vocabulary: set[int]  # ids of the modules with a row for each token, below all adapters
     in_attention: dict[str, str]  # layers that nn.MultiheadAttention never calls, with the reason
     keys: dict[str, Key]  # key in the file: what it says; role "unknown" if the model lacks it
-    spelled: dict[str, set[str]]  # plain name of a module or 3-D weight: how the file may spell it
+    spelled: dict[str, list[str]]  # plain name: how the file spells it, where it does otherwise
+    by_weight: dict[int, list[str]]  # id of a parameter `weight`: the modules that have it
+
+    def tied(self, name: str) -> list[str]:
+        """The modules that share this one's weight, itself among them; none if it has no weight."""
+        return self.by_weight.get(id(_weight(self.modules[name])), [])
+
+
+def _weight(module: nn.Module) -> nn.Parameter | None:
+    return innermost(module)._parameters.get("weight")
 
 
 def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
@@ -50,7 +59,7 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
     if len(plain_keys) < len(keys):
         raise ValueError(f"{where}: the same key with and without {PREFIX!r}")
     parsed: dict[str, Key] = {}
-    differences = _Differences()
+    spelled: dict[str, list[str]] = {}
     for plain, in_file in plain_keys.items():
         key = parse(plain) if len(plain) <= LONGEST_KEY else Key(plain, "unknown")
         for candidate in (key, *beside(key)):
@@ -59,15 +68,36 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
             place = spellings.find(candidate.module)
             if place is not None and (place or candidate.role == "plain"):
                 parsed[in_file] = candidate._replace(module=place)
-                differences.note(candidate.module, place)
+                if place != candidate.module:
+                    _note(spelled, candidate.module, spellings)
                 break
         else:
             parsed[in_file] = key._replace(role="unknown")
-    spelled = {name: {differences.spelled(name)} for name in (*modules, *experts)}
+    for name in (*modules, *experts) if spelled else ():  # those without keys, after their parents
+        parent, _, own = name.rpartition(".")
+        if name not in spelled and parent in spelled:
+            spelled[name] = [f"{spelled[parent][-1]}.{own}"]
+    by_weight: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        if (weight := _weight(module)) is not None:
+            by_weight.setdefault(id(weight), []).append(name)
     return Located(
         modules, experts, real, names.by_plain(places.heads), _vocabulary(model),
-        names.by_plain(places.in_attention), parsed, spelled,
+        names.by_plain(places.in_attention), parsed, spelled, by_weight,
     )  # fmt: skip
+
+
+def _note(spelled: dict[str, list[str]], name: str, spellings: Spellings) -> None:
+    """Note how a file spells a module and the modules around it.
+
+    A wrapper and its content have one plain name: the shortest spelling of it is kept, which is
+    the module's own, and the longest, which the names of the module's parts begin with.
+    """
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        place, spelling = spellings.find(beginning := ".".join(parts[:end])), [beginning]
+        if place is not None and place != beginning:
+            spelled[place] = [*spelled.get(place, spelling)[:1], *spelling]
 
 
 def _vocabulary(model: nn.Module) -> set[int]:
@@ -84,41 +114,3 @@ def _vocabulary(model: nn.Module) -> set[int]:
     if not names_some:
         found = {id(part) for part in model.modules() if isinstance(part, nn.Embedding)}
     return found
-
-
-class _Differences:
-    """Where a file's names of modules have more parts than a model's, or fewer."""
-
-    def __init__(self) -> None:
-        self.more: dict[str, list[str]] = {}  # plain name of a part: what the file has after it
-        self.fewer: set[str] = set()  # plain names of parts that the file leaves out
-
-    def note(self, spelled: str, plain: str) -> None:
-        """Take over the differences of one name."""
-        if spelled == plain:
-            return
-        rest, place, more = plain.split(".") if plain else [], "", dict[str, list[str]]()
-        for part in spelled.split("."):
-            if part not in rest:
-                more.setdefault(place, []).append(part)
-                continue
-            while rest:
-                own = rest.pop(0)
-                place = f"{place}.{own}" if place else own
-                if own == part:
-                    break
-                self.fewer.add(place)
-        self.more |= more
-
-    def spelled(self, name: str) -> str:
-        """The name as the file would have it."""
-        if not self.more and not self.fewer:
-            return name
-        place, parts = "", list(self.more.get("", []))
-        for part in name.split("."):
-            place = f"{place}.{part}" if place else part
-            if place not in self.fewer:
-                parts.append(part)
-            if place != name:
-                parts += self.more.get(place, [])
-        return ".".join(parts)

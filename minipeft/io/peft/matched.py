@@ -11,10 +11,10 @@ from torch import nn
 
 from minipeft.adapters.protocol import linear_shape
 from minipeft.io.peft.config import LoRAConfig
+from minipeft.io.peft.located import Located
 from minipeft.io.peft.patterns import fitting, layer_numbers
 
 Number = TypeVar("Number", int, float)
-Spelled = Mapping[str, Iterable[str]]  # a module's name: how the file may spell it, and itself
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class MatchedConfig:
     """A configuration with its expressions matched against a model's module names."""
 
     config: LoRAConfig
-    spelled: Mapping[str, frozenset[str]]
+    spelled: Mapping[str, frozenset[str]]  # plain name: itself, and how the file spells it
     fitting: Mapping[str, set[str]]  # expression: the names that it matches, in any spelling
     layers: Mapping[str, int | None]  # name: its layer's number, where layers_to_transform asks
-    listed: frozenset[str] = frozenset()  # target_modules, if it is a list
+    ends: Mapping[str, frozenset[str]]  # name: all spellings, and what follows each dot of them
 
     def rank_of(self, name: str) -> int:
         """The rank for a module: the first pattern that fits, in PEFT's way, or the default."""
@@ -40,15 +40,24 @@ class MatchedConfig:
         keys = (*self.config.rank_pattern, *self.config.alpha_pattern)
         return [key for key in keys if not self.fitting[_of_pattern(key)]]
 
+    def fits(self, target: Iterable[str] | str, name: str) -> bool:
+        """Whether an expression, or one of several names or dotted ends of names, is this module's.
+
+        Fast for a set, however large.
+        """
+        if isinstance(target, str):
+            return name in self.fitting[target]
+        return not self.ends[name].isdisjoint(target)
+
     def targets(self, name: str, module: nn.Module) -> bool:
         """Whether PEFT would wrap this module: target_modules less those excluded or saved."""
         if self.saves(name):
             return False
-        if self.config.exclude_modules and self._fits(self.config.exclude_modules, name):
+        if self.config.exclude_modules and self.fits(self.config.exclude_modules, name):
             return False
         if self.config.all_linear:
             return linear_shape(module) is not None
-        if not self._fits(self.config.target_modules, name):
+        if not self.fits(self.config.target_modules, name):
             return False
         wanted = self.config.layers
         return wanted is None or self.layers[name] in wanted
@@ -57,53 +66,27 @@ class MatchedConfig:
         """Whether this module is, or lies in, one of modules_to_save."""
         parts = name.split(".")
         paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        return any(self._fits(self.config.modules_to_save, path) for path in paths)
+        return any(self.fits(self.config.modules_to_save, path) for path in paths)
 
     def may_save(self, name: str) -> bool:
-        """Whether PEFT would save this module: its rule is that the name ends so, dot or not."""
-        return any(s.endswith(e) for e in self.config.modules_to_save for s in self._spelled(name))
-
-    def targets_parameter(self, name: str) -> bool:
-        """Whether target_parameters names this 3-D weight."""
-        return self._fits(self.config.target_parameters, name)
+        """Whether PEFT would save this module: its name ends in an entry, after a dot or not."""
+        return any(s.endswith(e) for e in self.config.modules_to_save for s in self.spelled[name])
 
     def has_expert_weights(self, name: str) -> bool:
         """Whether target_parameters names weights of this module."""
         owners = [entry.rpartition(".")[0] for entry in self.config.target_parameters]
-        return self._fits(owners, name)
+        return self.fits(owners, name)
 
     def token_ids(self, name: str) -> list[int] | None:
         """The trained tokens of the embedding, or of the head, of this name."""
         tokens = self.config.tokens
         if not isinstance(tokens, dict):
             return tokens
-        return next((ids for entry, ids in tokens.items() if self.names(entry, name)), None)
-
-    def names(self, entry: str, name: str) -> bool:
-        """Whether an entry of a list means this module: its name, or how that ends."""
-        return self._fits([entry], name)
+        return next((ids for entry, ids in tokens.items() if self.fits([entry], name)), None)
 
     def _by_pattern(self, patterns: dict[str, Number], name: str, default: Number) -> Number:
         fits = (v for p, v in patterns.items() if name in self.fitting[_of_pattern(p)])
         return next(fits, default)
-
-    def _spelled(self, name: str) -> Iterable[str]:
-        return self.spelled.get(name, (name,))
-
-    def _fits(self, target: list[str] | str, name: str) -> bool:
-        if isinstance(target, str):
-            return name in self.fitting[target]
-        if target is self.config.target_modules and len(target) > _FEW:
-            return any(_ends_in(self.listed, s) for s in self._spelled(name))
-        return any(s == e or s.endswith(f".{e}") for e in target for s in self._spelled(name))
-
-
-_FEW = 16  # entries of a list, above which a set is asked
-
-
-def _ends_in(wanted: frozenset[str], name: str) -> bool:
-    """Whether the name, or a dotted end of it, is among these."""
-    return name in wanted or any(name[i + 1 :] in wanted for i, c in enumerate(name) if c == ".")
 
 
 def _of_pattern(pattern: str) -> str:
@@ -111,28 +94,34 @@ def _of_pattern(pattern: str) -> str:
     return rf"(.*\.)?({pattern})"
 
 
-def matched(config: LoRAConfig, spelled: Spelled, where: str) -> MatchedConfig:
-    """The configuration for a model whose modules have these names.
+def matched(config: LoRAConfig, found: Located, where: str) -> MatchedConfig:
+    """The configuration for a model whose modules a file was compared with.
 
     Raises:
-        ValueError: an expression that is none, or takes too long.
+        ValueError: an invalid expression, or one that takes too long.
     """
-    own = {name: frozenset((name, *others)) for name, others in spelled.items()}
+    own = {name: frozenset((name, *found.spelled.get(name, ())))
+           for name in (*found.modules, *found.experts)}  # fmt: skip
     expressions = [_of_pattern(p) for p in (*config.rank_pattern, *config.alpha_pattern)]
     for target in (config.target_modules, config.exclude_modules):
         if isinstance(target, str) and target.lower() != "all-linear":
             expressions.append(target)
     everything = sorted({spelling for names in own.values() for spelling in names})
     fits = {
-        expression: {name for name, names in own.items() if names & found}
-        for expression, found in fitting(expressions, everything, where).items()
+        expression: {name for name, names in own.items() if names & fitted}
+        for expression, fitted in fitting(expressions, everything, where).items()
     }
     layers: dict[str, int | None] = {}
     if config.layers is not None:
         numbers = layer_numbers(config.layers_pattern, everything, where)
         for name, names in own.items():
-            found = [numbers[s] for s in sorted(names, key=lambda s: s == name)]
-            layers[name] = next((number for number in found if number is not None), None)
-    targets = config.target_modules
-    listed = frozenset(() if isinstance(targets, str) else targets)
-    return MatchedConfig(config, own, fits, layers, listed)
+            several = [numbers[s] for s in sorted(names, key=lambda s: s == name)]
+            layers[name] = next((number for number in several if number is not None), None)
+    ends = {name: frozenset(end for s in names for end in _ends(s)) for name, names in own.items()}
+    return MatchedConfig(config, own, fits, layers, ends)
+
+
+def _ends(name: str) -> list[str]:
+    """The name, and what follows each of its dots."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]

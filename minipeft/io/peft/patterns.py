@@ -28,7 +28,7 @@ def fitting(patterns: Iterable[str], names: Iterable[str], where: str) -> dict[s
     """For each expression the names that it matches in full.
 
     Raises:
-        ValueError: an expression that is none, or that takes longer than ten seconds.
+        ValueError: an invalid expression, or one that takes longer than ten seconds.
     """
     patterns, names = list(dict.fromkeys(patterns)), list(names)
     plain = [p for p in patterns if _PLAIN.fullmatch(p)]

@@ -1,7 +1,8 @@
 """PEFT's prompt-learning adapters: prefix tuning, prompt tuning and P-tuning, both ways.
 
 Source: PEFT 0.21.  All three store one tensor `prompt_embeddings`: prefix tuning the flat table
-(tokens, layers * 2 * token_dim), the others (tokens, token_dim); networks are folded into it.
+(tokens, layers * 2 * token_dim), the others (tokens, token_dim).  PEFT folds networks (an MLP, or
+P-tuning's LSTM) into it, so a P-tuning file is read as the table of a prompt.
 PEFT counts a prefix as tokens: it shifts positions, and a sliding window leaves it behind.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
-from minipeft.io.fields import NAMES, Kind, check, is_off, one_of, optional, read_object, whole
+from minipeft.io.fields import NAMES, ORIGIN, Kind, check, is_off, one_of, optional, whole
 from minipeft.io.heads import (
     Heads,
     by_module,
@@ -24,24 +25,22 @@ from minipeft.io.heads import (
     task_heads,
 )
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
+from minipeft.io.peft.folder import read_weights
+from minipeft.io.peft.keys import PREFIX
 from minipeft.io.prefixes.load import check_prompt_size, encoder_of_table
-from minipeft.io.prefixes.save import has_more_than_prefix, with_values
-from minipeft.io.replace import current
-from minipeft.io.seal import read_sealed
+from minipeft.io.prefixes.save import has_more_than_prefix, prefix_of, with_values
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 from minipeft.prefix import PrefixEncoder
 
-KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
-_KEY, _HEADS, _LONG = "prompt_embeddings", ("base_model.",), "base_model.model."
+_KEY, _HEAD = "prompt_embeddings", "base_model."
 _SIZE = whole(1, 2**24)
-# Fields that are read past, but for those in _FIELDS: the values are in the table.
-_KNOWN = {
+# Fields that are known.  Only those in _FIELDS are used: the tensor holds what the rest produced.
+_KNOWN = ORIGIN | {
     "peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers",
     "num_transformer_submodules", "encoder_hidden_size", "prefix_projection", "init_weights",
     "encoder_dropout", "encoder_num_layers", "encoder_reparameterization_type",
     "prompt_tuning_init", "prompt_tuning_init_text", "prompt_tuning_init_state_dict_path",
-    "tokenizer_name_or_path", "tokenizer_kwargs", "modules_to_save", "auto_mapping",
-    "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type",
+    "tokenizer_name_or_path", "tokenizer_kwargs", "modules_to_save",
 }  # fmt: skip
 
 _FIELDS = {
@@ -54,22 +53,10 @@ _FIELDS = {
 _TRAINING = {"dropout": Kind("a fraction", lambda v: type(v) is float), "frozen": whole(0)}
 
 
-def kind_in(directory: Path) -> str | None:
-    """The kind that a directory's configuration names; None if it is not one of KINDS.
-
-    Only `peft_type` is looked at; `load_prompts` checks the other fields.
-    """
-    path = directory / CONFIG_NAME
-    if not current(path).is_file():
-        return None
-    kind = read_object(path).get("peft_type")
-    return kind if isinstance(kind, str) and kind in KINDS else None
-
-
 def load_prompts(
-    model: Any, directory: Path, name: str, *, strict: bool
+    model: Any, directory: Path, content: Mapping[str, Any], name: str, *, strict: bool
 ) -> tuple[list[str], list[str]]:
-    """Attach the adapter of a directory whose kind is in KINDS.
+    """Attach the adapter of a directory; `content` is its configuration's, of a prompt's kind.
 
     Returns the names of the modules that it is in, and the keys that belong to no module.
 
@@ -77,7 +64,11 @@ def load_prompts(
         ValueError: a file missing or damaged, an adapter of another model, an encoder-decoder.
             The model is then as it was.
     """
-    config = _checked(directory / CONFIG_NAME)
+    for key, value in content.items():
+        if key not in _KNOWN and not is_off(value):
+            raise ValueError(f"{CONFIG_NAME}: {key:.40} = {value!r:.40} is no field known here")
+    check(CONFIG_NAME, content, _FIELDS, needed=("num_virtual_tokens",))
+    config = {"modules_to_save": None, **content}
     length = config["num_virtual_tokens"]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
@@ -85,8 +76,11 @@ def load_prompts(
             f"{type(model).__name__} that cannot be said by attach_prefix"
         )
     where = directory / WEIGHTS_NAME
-    tensors, training = read_sealed(where, config, CONFIG_NAME)
-    settings = _settings(training.get("prefix", {}), where)
+    tensors, training = read_weights(directory, config)
+    settings = training.get("prefix", {})  # of a file of ours: dropout, frozen positions
+    if not isinstance(settings, dict) or not settings.keys() <= _TRAINING.keys():
+        raise ValueError(f"{where}: {settings!r:.80} is not how a prefix trains")
+    check(f"{where}: prefix", settings, _TRAINING)
     table = tensors.pop(_KEY, None)
     if table is None or table.dim() != 2 or not table.is_floating_point():
         raise ValueError(f"{where}: no floating-point {_KEY!r} of two dimensions")
@@ -120,24 +114,6 @@ def load_prompts(
     return [f"{NAME}.encoders.{name}", *modules], unexpected
 
 
-def _checked(path: Path) -> dict[str, Any]:
-    """adapter_config.json, with what is used of it checked."""
-    config: dict[str, Any] = read_object(path)
-    for key, value in config.items():
-        if key not in _KNOWN and not is_off(value):
-            raise ValueError(f"{CONFIG_NAME}: {key:.40} = {value!r:.40} is no field known here")
-    check(CONFIG_NAME, config, _FIELDS, needed=("num_virtual_tokens",))
-    return {"modules_to_save": None, **config}
-
-
-def _settings(found: object, where: Path) -> dict[str, Any]:
-    """What a file of ours says of the training of a prefix: its dropout, frozen positions."""
-    if not isinstance(found, dict) or not found.keys() <= _TRAINING.keys():
-        raise ValueError(f"{where}: {found!r:.80} is not how a prefix trains")
-    check(f"{where}: prefix", found, _TRAINING)
-    return found
-
-
 def _check_layers(config: Mapping[str, Any], prefix: Prefix, model: nn.Module) -> None:
     """Raise ValueError if the table is of a model of other layers, which may have its width."""
     layers, heads = config.get("num_layers"), config.get("num_attention_heads")
@@ -152,13 +128,12 @@ def _check_layers(config: Mapping[str, Any], prefix: Prefix, model: nn.Module) -
 def _heads_in(
     model: nn.Module, tensors: Mapping[str, Tensor], wanted: list[str], where: Path
 ) -> tuple[Heads, list[str]]:
-    """The tensors of modules by these, and keys of modules that the model lacks."""
+    """The tensors of modules by the modules' names, and names of modules that the model lacks."""
     modules = dict(model.named_modules())
     plain: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        found = next((key[len(p) :] for p in _HEADS if key.startswith(p)), key)
-        if found.split(".")[0] not in modules:  # of PEFT's longer prefix
-            found = key[len(_LONG) :] if key.startswith(_LONG) else found
+        names = (key.removeprefix(prefix) for prefix in (_HEAD, PREFIX, ""))
+        found = next((name for name in names if name.split(".")[0] in modules), key)
         if found in plain:
             raise ValueError(f"{where}: two keys for {found!r:.80}")
         plain[found] = value
@@ -168,24 +143,6 @@ def _heads_in(
     if missing := [m for m in saved if m not in heads and "." not in m and m in wanted]:
         raise ValueError(f"{where}: {CONFIG_NAME} asks for {missing[0]!r}, which has no tensors")
     return {p: own for p, own in heads.items() if p not in unknown}, unknown
-
-
-def prompt_in(model: nn.Module, name: str) -> Any:
-    """The prefix or prompt of the adapter called `name`, None if it has none.
-
-    Raises:
-        ValueError: it has LoRA layers too, for which PEFT's format has no place.
-    """
-    prefix = getattr(model, NAME, None)
-    if not isinstance(prefix, Prefix) or name not in prefix.encoders:
-        return None
-    if has_more_than_prefix(model, name):
-        raise CannotExpress(
-            f"save_peft: the adapter {name!r} is a prefix and other layers, and PEFT's format "
-            "holds one kind: attach the prefix under a name of its own, or write it by "
-            "io.prefixes.save_prefix and the rest by save_peft(..., beside_prefix=True)"
-        )
-    return prefix.encoders[name]
 
 
 class CannotExpress(ValueError):
@@ -201,9 +158,15 @@ def describe_prompts(
 
     Raises:
         CannotExpress: positions that are not shifted, a prefix that a sliding window does not
-            hide, gates, layers of different shapes, an encoder-decoder.
+            hide, gates, layers of different shapes, an encoder-decoder; LoRA of the same name.
     """
-    prefix, encoder = getattr(model, NAME), prompt_in(model, name)
+    if has_more_than_prefix(model, name):
+        raise CannotExpress(
+            f"save_peft: the adapter {name!r} is a prefix and other layers, and PEFT's format "
+            "holds one kind: attach the prefix under a name of its own, or write both by "
+            "model.save_pretrained"
+        )
+    prefix, encoder = prefix_of("save_peft", model, name)
 
     def refuse(why: str) -> CannotExpress:
         return CannotExpress(
@@ -223,7 +186,7 @@ def describe_prompts(
     encoder, states = with_values(encoder, gathered), head_tensors(model, name, gathered)
     if task in _TASK_HEADS:  # PEFT asks for them whether they train or not
         states = task_heads(model, _TASK_HEADS[task], gathered) | states
-    heads = {f"{_HEADS[0]}{place}.{key}": value
+    heads = {f"{_HEAD}{place}.{key}": value
              for place, state in states.items() for key, value in state.items()}  # fmt: skip
     text = model.config.get_text_config()
     config: dict[str, object] = {
@@ -243,22 +206,18 @@ def describe_prompts(
             "num_attention_heads": kv_heads, "encoder_hidden_size": kv_heads * size,
             "prefix_projection": False,
         }  # fmt: skip
-        training: dict[str, object] = {}
-        if encoder.dropout or encoder.frozen:
-            own = {"dropout": float(encoder.dropout), "frozen": encoder.frozen}
-            training = {"prefix": own}
+        trains = {"dropout": float(encoder.dropout), "frozen": encoder.frozen}
+        training: dict[str, object] = {"prefix": trains} if any(trains.values()) else {}
         return config, {_KEY: encoder.flat().detach(), **heads}, training
     source = encoder.source
     config |= {
         "token_dim": source.embedding_dim, "num_attention_heads": text.num_attention_heads,
     }  # fmt: skip
     if isinstance(source, PromptEncoder):
-        lstm = getattr(source, "lstm", None)
         config |= {
             "peft_type": "P_TUNING", "encoder_hidden_size": source.hidden,
-            "encoder_reparameterization_type": source.kind.upper(),
-            "encoder_num_layers": 2 if lstm is None else lstm.num_layers,
-            "encoder_dropout": 0.0 if lstm is None else lstm.dropout,
+            "encoder_reparameterization_type": "MLP",
+            "encoder_num_layers": 2, "encoder_dropout": 0.0,
         }  # fmt: skip
         source = source.bake()
     else:

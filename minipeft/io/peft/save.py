@@ -18,10 +18,10 @@ from minipeft.adapters.targets import matches, visible_modules
 from minipeft.io.files import check_writable
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
-from minipeft.io.peft.prompts import describe_prompts, prompt_in
+from minipeft.io.peft.prompts import describe_prompts
 from minipeft.io.peft.tensors import lora_biases, written, written_experts
 from minipeft.io.peft.training import described, half
-from minipeft.io.prefixes.save import gathered_by_id, is_prompt
+from minipeft.io.prefixes.save import gathered_by_id, has_prefix, is_prompt
 from minipeft.io.replace import Replacement
 from minipeft.io.seal import stage
 from minipeft.layers.bias import LoRABias
@@ -62,13 +62,11 @@ class Described:
     modules: list[str]
 
 
-def _collect(model: nn.Module, name: str, *, beside_prefix: bool = False) -> _Collected:
+def _collect(name: str, places: Mapping[str, list[Adapter]]) -> _Collected:
+    """Sort the layers of the adapter called `name`; `places` are its stacks by plain names."""
     found = _Collected()
     by_module: dict[str, list[LoRAExperts]] = {}
-    called = PlainNames(model).by_plain(adapters_called("save_peft", model, name))
-    for place, stack in called.items():
-        if beside_prefix and is_prompt(place):
-            continue
+    for place, stack in places.items():
         if not place or (isinstance(stack[0], LoRAExperts) and "." not in place):
             raise ValueError(
                 "save_peft: the model is the adapter layer itself, which has no name in PEFT's "
@@ -114,7 +112,7 @@ def _collect(model: nn.Module, name: str, *, beside_prefix: bool = False) -> _Co
     for owner, layers in by_module.items():
         found.tensors |= written_experts(owner, layers)
     for place in list(found.biases):
-        layer = next(a for a in called[place] if isinstance(a, TrainedBias))
+        layer = next(a for a in places[place] if isinstance(a, TrainedBias))
         inner = ".base_layer" if place in found.low_rank else ""
         key = f"{place}{inner}.bias"
         if key in found.tensors:  # of a module saved whole, whose bias trains once more
@@ -264,7 +262,6 @@ def save_peft(
     *,
     name: str | None = None,
     state_dict: Mapping[str, Tensor] | None = None,
-    beside_prefix: bool = False,
 ) -> list[str]:
     """Save the model's adapters in PEFT's format; returns the names of their modules.
 
@@ -273,9 +270,9 @@ def save_peft(
     each tensor) and adapter_config.json.  The same whether merged or not; the runtime factor of
     `scale_adapters` is not part of an adapter and is not saved.  An initialisation that subtracts
     its start is written as the plain LoRA of twice the rank that it is.  `state_dict` gives values
-    gathered elsewhere (a sharded model's), under the model's own names.  `beside_prefix` leaves out
-    prefixes and prompts: they are written by io.prefixes.save_prefix.  No name that is written or
-    returned has what torch wraps around modules in it (torch.compile, DDP, checkpointing).
+    gathered elsewhere (a sharded model's), under the model's own names.  No name that is
+    written or returned has what torch wraps around modules in it (torch.compile, DDP,
+    checkpointing).
 
     All files are of one save: whenever it dies, every adapter is the old one, or the new one, or,
     in a new folder, one that load_peft refuses; io/replace.py says what others see.  What training
@@ -293,35 +290,32 @@ def save_peft(
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_peft: expected a module, got {type(model).__name__}")
     names = list(named(model)) if name is None else [name]
-    found = describe(model, names, gathered_by_id(model, state_dict or {}),
-                     beside_prefix=beside_prefix)  # fmt: skip
+    found = describe(model, names, gathered_by_id(model, state_dict or {}))
     with Replacement(Path(path)) as unit:
         for adapter, own in found.items():
-            stage_adapter(unit, "" if name is not None or adapter == DEFAULT else adapter, own)
+            folder = "" if name is not None or adapter == DEFAULT else f"{adapter}/"
+            files = f"{folder}{CONFIG_NAME}", f"{folder}{WEIGHTS_NAME}"
+            stage(unit, files, own.config, own.tensors, own.training)
     return list(dict.fromkeys(place for own in found.values() for place in own.modules))
 
 
-def stage_adapter(unit: Replacement, folder: str, adapter: Described) -> None:
-    """Write an adapter's files among those that are replaced as one; folder "": the unit's own."""
-    inside = f"{folder}/" if folder else ""
-    names = f"{inside}{CONFIG_NAME}", f"{inside}{WEIGHTS_NAME}"
-    stage(unit, names, adapter.config, adapter.tensors, adapter.training)
-
-
 def describe(
-    model: nn.Module, names: list[str], gathered: Mapping[int, Tensor], *, beside_prefix: bool
-) -> dict[str, Described]:
-    """What to write of each of these adapters; arguments and errors as of save_peft.
+    model: nn.Module, names: list[str], gathered: Mapping[int, Tensor], *,
+    beside_prefix: bool = False,
+) -> dict[str, Described]:  # fmt: skip
+    """What to write of each of these adapters; raises what save_peft raises.
 
-    `gathered` maps the id of a parameter to the values to write in its place.
+    `gathered` maps the id of a parameter to the values to write in its place.  `beside_prefix`
+    leaves out prefixes and prompts.
     """
     found: dict[str, Described] = {}
     for name in names:
         places = PlainNames(model).by_plain(adapters_called("save_peft", model, name))
-        if not beside_prefix and prompt_in(model, name) is not None:
+        if not beside_prefix and has_prefix(model, name):
             found[name] = Described(*describe_prompts(model, name, gathered), list(places))
             continue
-        own = _collect(model, name, beside_prefix=beside_prefix)
+        places = {place: stack for place, stack in places.items() if not is_prompt(place)}
+        own = _collect(name, places)
         if own.alone:
             _say_alone(own)
         if own.own_bases:
@@ -334,8 +328,7 @@ def describe(
         tensors = {f"{PREFIX}{key}": gathered.get(id(value), value)
                    for key, value in own.tensors.items()}  # fmt: skip
         config = _config(model, own)
-        written = {place: stack for place, stack in places.items()
-                   if place not in own.alone and not is_prompt(place)}  # fmt: skip
+        written = {place: stack for place, stack in places.items() if place not in own.alone}
         modules = [*own.low_rank, *own.experts, *own.biases, *own.saved, *own.tokens]
         found[name] = Described(config, tensors, described(written, own.scales), modules)
     if not found:

@@ -11,12 +11,12 @@ A convolution in groups has the whole of `in` in PEFT's files, a block of it her
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost, linear_shape
+from minipeft.io.files import check_values
 from minipeft.io.peft.keys import Key
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv, full_from_grouped, grouped_from_full
@@ -29,52 +29,54 @@ from minipeft.lora import LoRALinear, LowRank
 Tensors = dict[str, Tensor]
 
 
+def _roles(layer: nn.Module) -> dict[str, tuple[str, str]]:
+    """What each adapter parameter of a layer is in a file: its role and part, as in keys.Key."""
+    if isinstance(layer, LoRAMultiheadAttention):
+        return {
+            "lora_a": ("lora_A", ""), "lora_b": ("lora_B", ""),
+            "out_lora_a": ("lora_A", "out_proj"), "out_lora_b": ("lora_B", "out_proj"),
+        }  # fmt: skip
+    kind = "lora_embedding" if isinstance(layer, LoRAEmbedding) else "lora"
+    roles = {"lora_a": (f"{kind}_A", ""), "lora_b": (f"{kind}_B", "")}
+    if "magnitude" in layer._parameters:
+        roles["magnitude"] = ("lora_magnitude_vector", "")
+    return roles
+
+
 def written(place: str, layer: nn.Module) -> Tensors:
     """The tensors of a low-rank layer by their keys, without the prefix.
 
     Raises:
         ValueError: a layer that PEFT's format cannot express.
     """
-    if isinstance(layer, LoRATiedLinear):
-        a, b = layer.factors()
-        return {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+    roles = _roles(layer)
     if isinstance(layer, LoRAMultiheadAttention):
-        return _written_attention(place, layer)
-    if isinstance(layer, LoRAExperts):
-        raise TypeError("experts are written by their module")
-    magnitude = getattr(layer, "magnitude", None)
-    extra = {} if magnitude is None else {f"{place}.lora_magnitude_vector": magnitude}
-    if isinstance(layer, LoRAEmbedding):
-        a, b = layer.factors()
-        return {f"{place}.lora_embedding_A": a, f"{place}.lora_embedding_B": b, **extra}
-    if isinstance(layer, LoRAConv):
-        a, b = layer.factors()
-        if not layer.across_groups:
-            a, b = full_from_grouped(a, b, layer.groups)
-        if magnitude is not None:
-            extra = {k: m.view(1, -1, *(1,) * (b.dim() - 2)) for k, m in extra.items()}
-        return {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, **extra}
-    if isinstance(layer, LowRank) and linear_shape(layer) is not None:
+        values: Tensors = {**layer.adapter_parameters()}
+        if values.keys() != roles.keys():
+            raise ValueError(
+                f"save_peft: {place} is an nn.MultiheadAttention whose keys or values have another "
+                "size, which PEFT's format cannot express"
+            )
+    elif isinstance(layer, LoRATiedLinear | LoRAEmbedding | LoRAConv) or (
+        isinstance(layer, LowRank) and linear_shape(layer) is not None
+    ):
         a, b = _fused(layer) if isinstance(layer, LoRAFusedLinear) else layer.factors()
-        return {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b, **extra}
-    raise ValueError(
-        f"save_peft: {place} is a {type(layer).__name__}, which PEFT's LoRA format cannot "
-        "express; use adapter_state_dict with safetensors"
-    )
-
-
-def _written_attention(place: str, layer: Any) -> Tensors:
-    own = layer.adapter_parameters()
-    if set(own) != {"lora_a", "lora_b", "out_lora_a", "out_lora_b"}:
+        if isinstance(layer, LoRAConv) and not layer.across_groups:
+            a, b = full_from_grouped(a, b, layer.groups)
+        values = {**layer._parameters, "lora_a": a, "lora_b": b}  # type: ignore[dict-item]
+        if isinstance(layer, LoRAConv) and "magnitude" in roles:
+            values["magnitude"] = values["magnitude"].view(1, -1, *(1,) * (b.dim() - 2))
+    else:
         raise ValueError(
-            f"save_peft: {place} is an nn.MultiheadAttention whose keys or values have another "
-            "size, which PEFT's format cannot express"
+            f"save_peft: {place} is a {type(layer).__name__}, which PEFT's LoRA format cannot "
+            "express; use adapter_state_dict with safetensors"
         )
-    inner = f"{place}.base_layer.out_proj"
-    return {
-        f"{place}.lora_A.weight": own["lora_a"], f"{place}.lora_B.weight": own["lora_b"],
-        f"{inner}.lora_A.weight": own["out_lora_a"], f"{inner}.lora_B.weight": own["out_lora_b"],
-    }  # fmt: skip
+    return {_key(place, *role): values[own] for own, role in roles.items()}
+
+
+def _key(place: str, role: str, part: str) -> str:
+    inside = f".base_layer.{part}" if part else ""
+    return f"{place}{inside}.{role}{'.weight' if role in ('lora_A', 'lora_B') else ''}"
 
 
 def _fused(layer: LoRAFusedLinear) -> tuple[Tensor, Tensor]:
@@ -125,25 +127,18 @@ def reaches_across_groups(module: nn.Module, found: Mapping[Key, Tensor]) -> boo
     return False
 
 
-def parameters(where: str, layer: nn.Module, found: Mapping[Key, Tensor]) -> Tensors:
+def parameters(
+    where: str, layer: nn.Module, found: Mapping[Key, Tensor], *, halves: int = 1
+) -> Tensors:
     """What `layer.adapter_parameters()` get from a file's tensors of its module.
+
+    With two `halves` the tensors have twice the layer's rank: the second half is a start.
 
     Raises:
         ValueError: a tensor is missing, one too many, or cannot be expressed by the layer.
     """
     roles = {(key.role, key.part): value for key, value in found.items()}
-    wanted: dict[str, tuple[str, str]]
-    if isinstance(layer, LoRAMultiheadAttention):
-        wanted = {
-            "lora_a": ("lora_A", ""), "lora_b": ("lora_B", ""),
-            "out_lora_a": ("lora_A", "out_proj"), "out_lora_b": ("lora_B", "out_proj"),
-        }  # fmt: skip
-    elif isinstance(layer, LoRAEmbedding):
-        wanted = {"lora_a": ("lora_embedding_A", ""), "lora_b": ("lora_embedding_B", "")}
-    else:
-        wanted = {"lora_a": ("lora_A", ""), "lora_b": ("lora_B", "")}
-    if hasattr(type(layer), "magnitude") or "magnitude" in layer._parameters:
-        wanted["magnitude"] = ("lora_magnitude_vector", "")
+    wanted = _roles(layer)
     missing = [".".join(filter(None, role[::-1])) for role in wanted.values() if role not in roles]
     extra = [".".join(filter(None, role[::-1])) for role in roles if role not in wanted.values()]
     if missing or extra:
@@ -152,6 +147,10 @@ def parameters(where: str, layer: nn.Module, found: Mapping[Key, Tensor]) -> Ten
             f"{type(layer).__name__}"
         )
     made = {own: roles[role] for own, role in wanted.items()}
+    if isinstance(layer, LoRAExperts):
+        _check_experts(where, made["lora_a"], made["lora_b"], layer, halves)
+        a, b = experts_from_peft(made["lora_a"], made["lora_b"], len(layer.lora_a))
+        return {"lora_a": a, "lora_b": b}
     if isinstance(layer, LoRAConv):
         kernel = made["lora_a"].dim() - 2
         shapes = [tuple(made[own].shape) for own in ("lora_a", "lora_b")]
@@ -207,27 +206,14 @@ def taken_bias(where: str, found: dict[Key, Tensor], *, wanted: bool) -> Tensor 
     return None if key is None else found.pop(key)
 
 
-def experts_parameters(
-    where: str, layer: LoRAExperts, found: Mapping[Key, Tensor], *, halves: int = 1
-) -> Tensors:
-    """What the adapter parameters of one expert weight get from a file's tensors.
-
-    With two `halves` the tensors have twice the layer's rank: the second half is a start.
-
-    Raises:
-        ValueError: other tensors than lora_A and lora_B, or tensors of other ranks.
-    """
-    roles = {key.role: value for key, value in found.items()}
-    if set(roles) != {"lora_A", "lora_B"} or any(value.dim() != 2 for value in roles.values()):
-        raise ValueError(f"{where}: {sorted(roles)}; expected lora_A and lora_B")
+def _check_experts(where: str, a: Tensor, b: Tensor, layer: LoRAExperts, halves: int) -> None:
+    """Raise ValueError unless these are the factors of all experts, in PEFT's layout."""
     n_experts, rank = len(layer.lora_a), layer.lora_a.shape[1] * halves
-    if roles["lora_A"].shape[0] != rank * n_experts or roles["lora_B"].shape[1] != rank * n_experts:
+    if not a.dim() == b.dim() == 2 or not len(a) == b.shape[1] == rank * n_experts:
         raise ValueError(
-            f"{where}: {tuple(roles['lora_A'].shape)} and {tuple(roles['lora_B'].shape)} are not "
-            f"of rank {rank} for {n_experts} experts"
+            f"{where}: {tuple(a.shape)} and {tuple(b.shape)} are not of rank {rank} for "
+            f"{n_experts} experts"
         )
-    a, b = experts_from_peft(roles["lora_A"], roles["lora_B"], n_experts)
-    return {"lora_a": a, "lora_b": b}
 
 
 def copy_into(where: str, layer: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -237,21 +223,9 @@ def copy_into(where: str, layer: nn.Module, values: Mapping[str, Tensor]) -> Non
         ValueError: another shape or dtype, NaN or Inf, or a layer on the meta device.
     """
     own = layer.adapter_parameters()  # type: ignore[operator]
-    for name, value in values.items():
-        target = own[name]
-        if target.is_meta:
-            raise ValueError(f"{where}: is on the meta device; load the base model's weights first")
-        if not value.is_floating_point() or value.element_size() < 2:
-            raise ValueError(
-                f"{where}: {name} is {value.dtype}; expected floats of 16 bits or more"
-            )
-        if value.shape != target.shape:
-            raise ValueError(
-                f"{where}: {name} has shape {tuple(value.shape)}; the model and the configuration "
-                f"ask for {tuple(target.shape)}"
-            )
-        if not bool(value.to(target.dtype).isfinite().all()):
-            raise ValueError(f"{where}: {name} holds NaN or Inf, or what is so in {target.dtype}")
+    if any(own[name].is_meta for name in values):
+        raise ValueError(f"{where}: is on the meta device; load the base model's weights first")
+    check_values(where, values, {name: own[name] for name in values})
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)

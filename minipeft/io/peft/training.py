@@ -1,4 +1,4 @@
-"""How layers train, where PEFT's format cannot say it: written to a file and read back.
+"""How layers train, written and read where PEFT's format has no field for it.
 
 PEFT's files say what a layer computes, but not always how it trains.  A weights file of ours says
 the rest in its metadata, as JSON, for the modules that need it:
@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from minipeft.adapters.protocol import Adapter, innermost, linear_shape
 from minipeft.io.fields import NAMES, Kind, check, list_of, one_of
 from minipeft.io.peft.keys import Key
-from minipeft.io.peft.tensors import copy_into, experts_parameters, parameters
+from minipeft.io.peft.tensors import copy_into, parameters
 from minipeft.layers.fused import LoRAFusedLinear
-from minipeft.layers.mixture import LoRAExperts
 from minipeft.lora import LowRank, lora_scaling
 
 _DTYPES = {"float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -67,7 +66,8 @@ def described(
 ) -> dict[str, object]:
     """What to write of the layers of one adapter, by module; scales: what the configuration says.
 
-    An adapter that was frozen as a whole, as one does before saving, is not said to be frozen.
+    Frozen parameters are written only if others of the adapter train: one who freezes a whole
+    adapter before saving it does not mean it to stay frozen.
     """
     found: dict[str, dict[str, object]] = {}
     trains = any(p.requires_grad for stack in places.values() for layer in stack
@@ -202,10 +202,7 @@ def made_layer(
         layer: Any = kind(base, **settings)
     except TypeError as error:  # across_groups of what is no convolution
         raise ValueError(f"{where}: {error}") from error
-    if isinstance(layer, LoRAExperts):
-        values = experts_parameters(where, layer, found, halves=1 + training.start)
-    else:
-        values = parameters(where, layer, found)
+    values = parameters(where, layer, found, halves=1 + training.start)
     if training.start:
         values["lora_a"], values["lora_b"], a0, b0 = layer.halves(
             values["lora_a"], values["lora_b"]

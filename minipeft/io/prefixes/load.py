@@ -1,9 +1,9 @@
 """Loads a directory of minipeft's own format; shapes are checked before anything is allocated."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,16 @@ from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.attach_prompt import check_decoder
 from minipeft.integrations.transformers.prefixes import Prefix
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
+from minipeft.io.files import check_values
 from minipeft.io.heads import by_module, check_heads, fill_heads
-from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME, read_config
+from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME, read_config, tensors_of
 from minipeft.io.replace import read_whole
 from minipeft.io.seal import read_sealed
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 from minipeft.prefix import KVShape, PrefixEncoder
 
 Path_ = str | os.PathLike[str]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @overload
@@ -84,9 +86,7 @@ def _fill_encoder(encoder: PrefixEncoder, loaded: PrefixEncoder, directory: Path
             raise ValueError(
                 f"{directory}: {key} is {found!s:.80}, the encoder's {own!s:.80}{more}"
             )
-    shapes = [{k: v.shape for k, v in e.state_dict().items()} for e in (encoder, loaded)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"{directory}: the encoder's MLP has other sizes")
+    check_values(directory, loaded.state_dict(), encoder.state_dict())
     encoder.load_state_dict(loaded.state_dict())
     encoder.dropout = loaded.dropout
     return encoder
@@ -113,13 +113,19 @@ def _load(model: nn.Module, directory: Path, name: str) -> Prefix:
     modules = check_heads("load_prefix", model, heads)
 
     def make(prefix: Prefix) -> nn.Module:
+        where = directory / WEIGHTS_NAME
+        if config["kind"] != "prefix":
+            check_prompt_size(where, prefix, config["embedding_dim"])
+            return RunPrompt(_filled(where, tensors, lambda: _prompt(config)))
         found = [list(shape) for shape in prefix.kv_shapes]
-        if config["kind"] != "prompt" and found != config["kv_shapes"]:
+        if found != config["kv_shapes"]:
             raise ValueError(
                 f"{directory}: made for layers of (kv_heads, key_dim, value_dim) "
                 f"{_few(config['kv_shapes'])} of a {config['model']}; this model has {_few(found)}"
             )
-        return _built(config, tensors, prefix, directory / WEIGHTS_NAME)
+        if config.get("gated") and prefix.route == "cache":
+            raise ValueError(f"{where}: a gated prefix; {type(model).__name__} takes none")
+        return _encoder(config, tensors, prefix.kv_shapes, where)
 
     locations = (
         None if set(config["locations"]) == {"self"} else list(dict.fromkeys(config["locations"]))
@@ -135,24 +141,6 @@ def _load(model: nn.Module, directory: Path, name: str) -> Prefix:
 
 def _few(shapes: list[Any]) -> str:
     return f"{shapes[:2]}{' ...' if len(shapes) > 2 else ''} ({len(shapes)})"
-
-
-def _built(
-    config: dict[str, Any], tensors: dict[str, Tensor], prefix: Prefix, where: Path
-) -> nn.Module:
-    """The encoder that a configuration describes, filled; nothing is allocated before it fits."""
-    kind, model = config["kind"], prefix.model
-    if kind == "prefix" and config.get("gated") and prefix.route == "cache":
-        raise ValueError(f"{where}: a gated prefix; {type(model).__name__} takes none")
-    if kind != "prefix":
-        check_prompt_size(where, prefix, config["embedding_dim"])
-    if kind == "prefix":
-        return _encoder(config, tensors, prefix.kv_shapes, where)
-    with torch.device("meta"):
-        _check_state(_prompt(config).state_dict(), tensors, where)
-    source = _prompt(config)
-    _fill(source, tensors, where, only="")
-    return RunPrompt(source)
 
 
 def check_prompt_size(where: Path, prefix: Prefix, size: int) -> None:
@@ -183,67 +171,36 @@ def encoder_of_table(
 
 
 def _encoder(
-    config: Mapping[str, Any], tensors: dict[str, Tensor], shapes: list[KVShape], where: Path
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], shapes: list[KVShape], where: Path
 ) -> PrefixEncoder:
-    """The PrefixEncoder that a configuration describes, filled; allocated when it fits."""
-
-    def empty() -> PrefixEncoder:
-        return PrefixEncoder(
-            shapes, config["prefix_length"], hidden=config.get("hidden"),
-            embedding_dim=config.get("embedding_dim"), dropout=config.get("dropout", 0.0),
-            frozen=config.get("frozen", 0), gated=config.get("gated", False),
-        )  # fmt: skip
-
-    if config.get("hidden") is None:
-        shape = (config["prefix_length"], sum(layer.width for layer in shapes))
-        if tuple(tensors.get("flat", torch.empty(0)).shape) != shape:
-            raise ValueError(f"{where}: no tensor 'flat'; expected {shape}")
-    else:
-        with torch.device("meta"):
-            _check_state(empty().state_dict(), tensors, where)
-    encoder = empty()
-    flat = tensors.pop("flat", None)
-    if flat is not None:
-        encoder.load_flat(flat)
-    _fill(encoder, tensors, where, only="gates" if flat is not None else "")
-    return encoder
+    """The PrefixEncoder that a configuration describes, filled."""
+    return _filled(where, tensors, lambda: PrefixEncoder(
+        shapes, config["prefix_length"], hidden=config.get("hidden"),
+        embedding_dim=config.get("embedding_dim"), dropout=config.get("dropout", 0.0),
+        frozen=config.get("frozen", 0), gated=config.get("gated", False),
+    ))  # fmt: skip
 
 
 def _prompt(config: Mapping[str, Any]) -> nn.Module:
     """The prompt that a configuration describes."""
-    length, kind = config["prefix_length"], config["kind"]
-    size = config["embedding_dim"]
-    if kind == "prompt":
+    length, size = config["prefix_length"], config["embedding_dim"]
+    if config["kind"] == "prompt":
         return PromptEmbedding(length, size)
-    return PromptEncoder(
-        length, size, hidden=config.get("hidden"), kind=config.get("network", "mlp"),
-        lstm_layers=config.get("lstm_layers", 2), dropout=config.get("dropout", 0.0),
-    )  # fmt: skip
+    return PromptEncoder(length, size, hidden=config.get("hidden"))
 
 
-def _check_state(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: Path, only: str = ""
-) -> None:
-    """Raise ValueError unless `encoder.*` are values for this state."""
-    expected = {f"encoder.{key}" for key in own if key.startswith(only)}
-    if expected != tensors.keys():
-        wrong = sorted(expected ^ tensors.keys())
-        raise ValueError(f"{where}: missing or unexpected {wrong[:3]} ({len(wrong)} in all)")
-    for key, value in tensors.items():
-        shape = own[key.removeprefix("encoder.")].shape
-        if value.shape != shape or not value.is_floating_point():
-            raise ValueError(
-                f"{where}: {key} is {value.dtype} {tuple(value.shape)}; expected {tuple(shape)}"
-            )
-        if not bool(value.to(torch.float32).isfinite().all()):
-            raise ValueError(f"{where}: {key} holds NaN or Inf")
-
-
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], where: Path, *, only: str) -> None:
-    """Copy `encoder.*` into a module's state; gates are named as in the module."""
-    named = {k if k.startswith("encoder.") else f"encoder.{k}": v for k, v in tensors.items()}
-    own = module.state_dict()
-    _check_state(own, named, where, only)
+def _filled(where: Path, tensors: Mapping[str, Tensor], make: Callable[[], Module]) -> Module:
+    """What `make` makes, filled with a file's tensors; allocated when they fit."""
+    with torch.device("meta"):
+        twin = make()
+    folded = getattr(twin, "hidden", None) is None
+    check_values(where, tensors, tensors_of(twin, folded=folded))
+    made = make()
+    own = tensors_of(made, folded=folded)
     with torch.no_grad():
-        for key, value in named.items():
-            own[key.removeprefix("encoder.")].copy_(value)
+        for key, value in tensors.items():
+            if key == "flat":
+                made.load_flat(value)  # type: ignore[operator]
+            else:
+                own[key].copy_(value)
+    return made

@@ -13,7 +13,7 @@ from minipeft.adapters.names import DEFAULT, adapters_called
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
 from minipeft.io.files import check_writable
 from minipeft.io.heads import head_tensors
-from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME
+from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME, tensors_of
 from minipeft.io.replace import Replacement
 from minipeft.io.seal import stage
 from minipeft.layers.prompt import PromptEncoder
@@ -39,16 +39,6 @@ def has_prefix(model: nn.Module, name: str) -> bool:
     """Whether the adapter called `name` has a prefix or prompt."""
     prefix = getattr(model, NAME, None)
     return isinstance(prefix, Prefix) and name in prefix.encoders
-
-
-def loses_in_peft(model: nn.Module, name: str) -> bool:
-    """Whether PEFT's format, which keeps a folded table, lacks what further training needs."""
-    if not has_prefix(model, name):
-        return False
-    encoder = prefix_of("save_prefix", model, name)[1]
-    if isinstance(encoder, PrefixEncoder):
-        return encoder.hidden is not None or encoder.frozen > 0
-    return isinstance(encoder.source, PromptEncoder)
 
 
 def is_prompt(place: str) -> bool:
@@ -94,49 +84,37 @@ def save_prefix(
 def describe_prefix(
     model: Any, name: str, gathered: Mapping[int, Tensor], *, reparametrization: bool, heads: bool
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The configuration and the tensors of one prefix or prompt; as of save_prefix.
+    """The configuration and the tensors of one prefix or prompt; arguments as in save_prefix.
 
     `gathered` maps the id of a parameter to the values to write in its place.
     """
-    if isinstance(model, PrefixEncoder):
-        config, tensors = _alone(with_values(model, gathered), reparametrization)
+    alone = isinstance(model, PrefixEncoder)
+    holder, encoder = (model, model) if alone else prefix_of("save_prefix", model, name)
+    settings, tensors = described(with_values(encoder, gathered), reparametrization)
+    states = head_tensors(model, name, gathered) if heads and not alone else {}
+    config = {
+        "format": 1, **settings, "heads": sorted(states),
+        "kv_shapes": [list(shape) for shape in holder.kv_shapes],
+    }  # fmt: skip
+    if alone:  # no model is known, so positions and windows are the attention's own
+        own = ["own"] * len(model.kv_shapes)
+        config |= {"kind": "encoder", "locations": own, "position": "own", "window": "own"}
     else:
-        prefix, encoder = prefix_of("save_prefix", model, name)
-        settings, tensors = _described(with_values(encoder, gathered), reparametrization)
-        states = head_tensors(model, name, gathered) if heads else {}
-        config = {
-            "format": 1, **settings,
-            "position": prefix.position, "window": prefix.window, "locations": prefix.locations,
-            "kv_shapes": [list(shape) for shape in prefix.kv_shapes],
-            "model": type(model).__name__,
-            "model_type": getattr(model.config, "model_type", ""), "heads": sorted(states),
+        config |= {
+            "position": holder.position, "window": holder.window, "locations": holder.locations,
+            "model": type(model).__name__, "model_type": getattr(model.config, "model_type", ""),
         }  # fmt: skip
-        for place, state in states.items():
-            tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
-    for key, value in tensors.items():
-        if not value.is_meta and not bool(value.isfinite().all()):
-            raise ValueError(f"save_prefix: {key} holds NaN or Inf; look for a diverged training")
+    for place, state in states.items():
+        tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
     check_writable(tensors)
+    for key, value in tensors.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"save_prefix: {key} holds NaN or Inf; look for a diverged training")
     return config, tensors
 
 
-def _alone(
-    encoder: PrefixEncoder, reparametrization: bool
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The configuration and tensors of an encoder for attention of the user's own.
-
-    No model is known, so positions and windows are written as "own".
-    """
-    settings, tensors = _described(encoder, reparametrization)
-    shapes = [list(shape) for shape in encoder.kv_shapes]
-    return {
-        "format": 1, **settings, "kind": "encoder", "kv_shapes": shapes,
-        "locations": ["own"] * len(shapes), "position": "own", "window": "own", "heads": [],
-    }, tensors  # fmt: skip
-
-
 def gathered_by_id(model: nn.Module, state: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Values by the id of the parameter that they are of."""
+    """Gathered values by the id of the parameter that they belong to."""
     own = dict(model.named_parameters(remove_duplicate=False))
     return {id(own[key]): value for key, value in state.items() if key in own}
 
@@ -151,7 +129,7 @@ def with_values(encoder: Any, gathered: Mapping[int, Tensor]) -> Any:
     return twin
 
 
-def _described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What to write of an encoder: how to build it, and its tensors."""
     if isinstance(encoder, PrefixEncoder):
         settings = {
@@ -160,25 +138,11 @@ def _described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], d
         }  # fmt: skip
         if reparametrization and encoder.hidden is not None:
             sizes = {"hidden": encoder.hidden, "embedding_dim": encoder.embedding.shape[1]}
-            return {**settings, **sizes}, _encoder_tensors(encoder)
-        gates = (
-            {f"gates.{i}": gate for i, gate in enumerate(encoder.gates)} if encoder.gated else {}
-        )
-        return settings, {"flat": encoder.flat().detach(), **gates}
+            return {**settings, **sizes}, tensors_of(encoder, folded=False)
+        return settings, tensors_of(encoder, folded=True)
     source = encoder.source
     settings = {"prefix_length": source.prompt_length, "embedding_dim": source.embedding_dim}
-    if isinstance(source, PromptEncoder):
-        if not reparametrization:
-            return {**settings, "kind": "prompt"}, {"encoder.table": source.bake().table.detach()}
-        lstm = getattr(source, "lstm", None)
-        more = {
-            "kind": "prompt_encoder", "hidden": source.hidden, "network": source.kind,
-            "lstm_layers": 2 if lstm is None else lstm.num_layers,
-            "dropout": 0.0 if lstm is None else lstm.dropout,
-        }  # fmt: skip
-        return {**settings, **more}, _encoder_tensors(source)
-    return {**settings, "kind": "prompt"}, _encoder_tensors(source)
-
-
-def _encoder_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {f"encoder.{name}": value for name, value in module.state_dict().items()}
+    if isinstance(source, PromptEncoder) and reparametrization:
+        more = {"kind": "prompt_encoder", "hidden": source.hidden, "network": "mlp"}
+        return {**settings, **more}, tensors_of(source, folded=False)
+    return {**settings, "kind": "prompt"}, tensors_of(source, folded=True)

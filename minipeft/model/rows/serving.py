@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import named, stacks
+from minipeft.adapters.prefix_holder import holds_prefixes
 from minipeft.adapters.protocol import Adapter, innermost
 from minipeft.adapters.state import refuse_merged, require_adapters
 from minipeft.inject import restoring, swap, swap_shared
@@ -48,9 +49,8 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
 
     Called again with as many rows it changes tensors in place.  A bank copies factors and scales;
     after changing them call this again.  The first axis of a layer's input must be the batch,
-    flattened with later axes at most; embeddings get (batch, tokens).  A module with a method
-    `serve_rows` of its own (the prefixes of a model) serves its adapters.  Returns the names of the
-    modules.
+    flattened with later axes at most; embeddings get (batch, tokens).  The prefixes of a model are
+    told of theirs.  Returns the names of the modules.
 
     Raises:
         ValueError: no rows, no such adapter, a merged model, NaN or Inf in LoRA on a linear layer,
@@ -69,8 +69,8 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
         raise ValueError(
             f"use_adapters: the model has no adapter {unknown}; it has {sorted(everything)}"
         )
-    owners: list[Any] = [module for module in model.modules() if _serves_rows(module)]
-    own = {id(part) for owner in owners for part in owner.modules()}
+    owners = [module for module in model.modules() if holds_prefixes(module)]
+    own = {id(part) for owner in owners for part in owner.modules()}  # type: ignore[attr-defined]
     names = list(everything)  # all of them: other rows may want others
     places = _places(model, everything, used, own)
     prompts = {name for owner in owners for name in owner.run_by_the_model()}
@@ -91,10 +91,6 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
             _fill(layers[name], place, names, wanted, lengths[name])
     found = [place for name in used for place in everything[name]]
     return list(dict.fromkeys([*places, *found]))
-
-
-def _serves_rows(module: nn.Module) -> bool:
-    return callable(getattr(type(module), "serve_rows", None))
 
 
 def _places(
@@ -263,8 +259,8 @@ def stop_rows(model: nn.Module) -> None:
         with restoring(model):
             _take_off(model)
     for module in model.modules():
-        if _serves_rows(module):
-            module.stop_rows()  # type: ignore[operator]
+        if holds_prefixes(module):
+            module.stop_rows()
 
 
 def refuse_rows(caller: str, model: nn.Module) -> None:

@@ -1,14 +1,14 @@
-"""Matrix products of 16-bit numbers on processors that have none.
+"""Matrix products, and the dtype in which they are computed.
 
-A CPU with AVX2 alone multiplies neither bfloat16 nor float16.  torch then takes a plain loop, which
-at 128 rows needs 16 to 290 times the time of float32.  On such a CPU the products here convert to
-float32, multiply, and round the result once: the numbers are those of other machines, up to the
-order of sums.  Elsewhere they are torch's own products.
-
-Backward then keeps float32 copies of what it multiplies.
+Under autocast a product has autocast's dtype.  A CPU with AVX2 alone multiplies neither bfloat16
+nor float16: torch then takes a plain loop, which at 128 rows needs 16 to 290 times the time of
+float32.  On such a CPU the products here convert to float32, multiply, and round the result once:
+the numbers are those of other machines, up to the order of sums.  Backward then keeps float32
+copies of what it multiplies.  Elsewhere they are torch's own products.
 """
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def _multiplied_by(name: str) -> bool:
-    """What oneDNN says of this CPU; False where this build of torch cannot be asked."""
+    """Whether oneDNN multiplies this dtype on this CPU; False if this build of torch cannot say."""
     try:
         return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
     except (AttributeError, RuntimeError):
@@ -37,8 +37,33 @@ class SlowProductsWarning(UserWarning):
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch multiplies matrices of this dtype by a plain loop there."""
+    """Whether torch multiplies matrices of this dtype on this device by a plain loop."""
     return dtype in SLOW_ON_CPU and device.type == "cpu"
+
+
+# asked once: a layer's forward is short
+_HAS_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "meta")}
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast would cast inputs of operations on this device."""
+    kind = device.type
+    known = _HAS_AUTOCAST.get(kind)
+    if known is None:
+        known = torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: x's own, or autocast's where that is on (not for float64)."""
+    if x.dtype == torch.float64 or not autocast_is_on(x.device):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which autocast casts nothing; it costs nothing where autocast is off."""
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -66,8 +91,8 @@ def addmm(out: Tensor, x: Tensor, y: Tensor, scaling: float) -> Tensor:
 def warn_of_dense(layer: nn.Module) -> None:
     """Warn, once in a process, if the products of this layer are slow and will stay so.
 
-    A table multiplies nothing, and codes are multiplied here.  Where there is an accelerator the
-    model may be about to move there: no warning then.
+    There is no warning of an embedding, which multiplies nothing, of codes, whose products are
+    computed here, and where there is an accelerator, to which the model may be about to move.
     """
     global _warned
     weight = next(layer.parameters())
