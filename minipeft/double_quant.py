@@ -98,17 +98,18 @@ def decode(code: Tensor, scale: Tensor, offset: Tensor, block_size: int) -> Tens
     """The scales of weights: value[code] * scale + offset."""
     values, _ = dynamic_tables(code.device)
     scales = scale.repeat_interleave(block_size)[: code.numel()]
-    rest = values.index_select(0, code.flatten().int()) * scales
-    return (rest + offset).view(code.shape)
+    rest = values.index_select(0, code.flatten().int())
+    return rest.mul_(scales).add_(offset).view(code.shape)
 
 
 def decoded_absmax(weight: Packed) -> Tensor:
     """The float32 scales of a 4-bit weight, decoded if they are 8-bit codes."""
     if weight.scale is None or weight.offset is None:
         return weight.absmax
-    return ops.call(
-        "dequantize_absmax", weight.absmax, weight.scale, weight.offset, ABSMAX_BLOCK_SIZE
+    absmax: Tensor = torch.ops.minipeft.dequantize_absmax(
+        weight.absmax, weight.scale, weight.offset, ABSMAX_BLOCK_SIZE
     )
+    return absmax
 
 
 @ops.operator(

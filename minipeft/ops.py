@@ -60,7 +60,7 @@ _FIELDS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # found by identity, which is the quickest hash
 class Implementation:
     """One row of the table: what computes `operator`, and when it may.
 
@@ -192,7 +192,7 @@ def _body(operator: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         first = args[0]
         dtype = next((a for a in args if isinstance(a, torch.dtype)), first.dtype)
-        function, _ = choose(operator, first.device, dtype, tuple(first.shape))
+        function, _, _ = choose(operator, first.device, dtype, tuple(first.shape))
         with without_autocast(first.device):  # the caller has settled every dtype
             return function(*OPERATORS[operator].grouped(args))
 
@@ -208,30 +208,33 @@ def call(name: str, *args: Any) -> Tensor:
     run = None
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         run = OPERATORS[name].in_transforms
-    out: Tensor = (run or getattr(torch.ops.minipeft, name))(*args)
+    if run is None:
+        run = getattr(torch.ops.minipeft, name)
+    out: Tensor = run(*args)
     return out
 
 
 def choose(
     operator: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
-) -> tuple[Callable[..., Any], list[str]]:
-    """The function that computes `operator` on such an input, and why each row before it does not.
+) -> tuple[Callable[..., Any], str, list[tuple[Any, ...]]]:
+    """The function that computes `operator` on such an input, and the name of its row.
 
-    The last entry of the list names the row that was chosen.
+    Also, for each row before it, the name and the words that say why not that row.
     """
-    defined, reasons, setting = OPERATORS[operator], [], _kernels.get()
+    defined, setting = OPERATORS[operator], _kernels.get()
+    rejected: list[tuple[Any, ...]] = []
     for row in defined.rows:
         if setting == "plain":
-            reasons.append(f"{row.name}: only plain rows are on")
+            rejected.append((row.name, "only plain rows are on"))
         elif not setting and row.name != "pytorch":
-            reasons.append(f"{row.name}: kernels are off")
+            rejected.append((row.name, "kernels are off"))
         elif not row.when(device, dtype, shape):
-            reasons.append(f"{row.name}: not for {dtype} {shape} on {device.type}")
+            rejected.append((row.name, "not for", dtype, shape, "on", device.type))
         elif isinstance(function := _load(row), str):
-            reasons.append(f"{row.name}: {function}")
+            rejected.append((row.name, function))
         else:
-            return function, [*reasons, row.name]
-    return defined.plain, [*reasons, "plain"]
+            return function, row.name, rejected
+    return defined.plain, "plain", rejected
 
 
 @functools.cache
@@ -290,8 +293,9 @@ def backend(
     """
     device, report = torch.device(device), {}
     for name, defined in OPERATORS.items():
-        _, (*rejected, chosen) = choose(name, device, dtype, shape)
-        report[name] = chosen + (f" (not {'; '.join(rejected)})" if rejected else "")
+        _, chosen, rejected = choose(name, device, dtype, shape)
+        reasons = [f"{row}: {' '.join(map(str, why))}" for row, *why in rejected]
+        report[name] = chosen + (f" (not {'; '.join(reasons)})" if reasons else "")
         if defined.gradients and chosen == "pytorch" and is_slow(dtype, device):
             kind = str(dtype).removeprefix("torch.")
             report[name] += f", products in float32 (this CPU has none of {kind})"
