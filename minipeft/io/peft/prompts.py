@@ -133,7 +133,8 @@ def _heads_in(
     plain: dict[str, Tensor] = {}
     for key, value in tensors.items():
         names = (key.removeprefix(prefix) for prefix in (_HEAD, PREFIX, ""))
-        found = next((name for name in names if name.split(".")[0] in modules), key)
+        bare = key.removeprefix(PREFIX).removeprefix(_HEAD)
+        found = next((name for name in names if name.split(".")[0] in modules), bare)
         if found in plain:
             raise ValueError(f"{where}: two keys for {found!r:.80}")
         plain[found] = value
