@@ -1,6 +1,7 @@
 """Several prefixes, rows, locations, windows and heads on small random models, and refusals."""
 
 import socket
+import sys
 
 import pytest
 import torch
@@ -142,6 +143,32 @@ def test_remove_takes_prefixes_off_by_name_and_with_all_else():
     case.attach()
     mp.remove(case.model, name="default")
     assert torch.equal(case.logits(), before) and set(case.model.state_dict()) == names
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_remove_of_lora_and_prefixes_is_one_step(call, monkeypatch):
+    """Listeners hear of the LoRA layers first, then of each prefix: an error puts all back."""
+    case = Case("LLaMA")
+    bare = case.logits()
+    mp.inject_lora(case.model, "all-linear", rank=2)
+    for name, parameter in case.model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter, std=0.1)
+    case.attach()
+    mp.attach_prefix(case.model, 3, name="deep", init_std=1.0)
+    before, names, heard = case.logits(), set(case.model.state_dict()), []
+
+    def fail(model):
+        heard.append(model)
+        if len(heard) == call:
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(sys.modules["minipeft.inject"], "after_swap", [fail])
+    with pytest.raises(MemoryError):
+        mp.remove(case.model)
+    assert torch.equal(case.logits(), before) and set(case.model.state_dict()) == names
+    assert len(mp.remove(case.model)) == 21 + 2
+    assert torch.equal(case.logits(), bare)
 
 
 @pytest.mark.parametrize("family", ["T5", "BART"])

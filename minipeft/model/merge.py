@@ -9,6 +9,7 @@ remove(model, merge=True)   plain modules with the merged weights, folded layer 
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,26 +136,28 @@ def remove(
         _fold_all(model, found, requantize)
         forget_codes(model)
         return list(found)
-    gone = _take_off_prefixes(model, name)
     layers = {
         id(layer)
         for own, places in named(model).items() if name in (None, own)
         for stack in places.values() for layer in stack if is_adapter_layer(layer)
     }  # fmt: skip
-    return gone if gone and not layers else gone + _take_off(model, layers)
-
-
-def _take_off_prefixes(model: nn.Module, name: str | None) -> list[str]:
-    """Let what holds prefixes take off those of this name, or all; returns their names."""
-    gone: list[str] = []
-    for place, holder in list(model.named_modules()):
-        if callable(getattr(type(holder), "add_encoder", None)):
-            encoders: dict[str, nn.Module] = dict(holder.encoders)
-            chosen = [own for own in encoders if name in (None, own)]
-            for own in chosen:
-                holder.remove(name=own, heads=False)
-            gone += [f"{place}.encoders.{own}" for own in chosen]
-    return gone
+    prefixes: list[tuple[str, Any, str]] = [
+        (place, holder, own)
+        for place, holder in model.named_modules()
+        if callable(getattr(type(holder), "add_encoder", None))
+        for own in holder.encoders if name in (None, own)
+    ]  # fmt: skip
+    found = _layer_stacks("remove", model) if layers or not prefixes else {}
+    with restoring(model):
+        if found:
+            _take_off(model, found, layers)
+        for _, holder, own in prefixes:  # after what may fail: their hooks go with the last
+            holder.remove(name=own, heads=False)
+    touched = [place for place, stack in found.items() if any(id(x) in layers for x in stack)]
+    for layer in (layer for stack in found.values() for layer in stack if id(layer) in layers):
+        if restore := getattr(layer, "restore_base", None):  # LoftQ changed its base's codes
+            restore()
+    return [f"{place}.encoders.{own}" for place, _, own in prefixes] + touched
 
 
 def original(layer: nn.Module | AdapterLayer) -> nn.Module | nn.Parameter:
@@ -165,29 +168,20 @@ def original(layer: nn.Module | AdapterLayer) -> nn.Module | nn.Parameter:
     return made
 
 
-def _take_off(model: nn.Module, gone: set[int]) -> list[str]:
+def _take_off(model: nn.Module, found: dict[str, list[AdapterLayer]], gone: set[int]) -> None:
     """Take these layers off, by their ids; the others of a stack close the gap."""
-    found = _layer_stacks("remove", model)
-    with restoring(model):
-        outermost: dict[int, nn.Module | nn.Parameter] = {}
-        for stack in found.values():
-            kept: nn.Module = innermost(stack[-1])  # type: ignore[arg-type]
-            stays = [layer for layer in reversed(stack) if id(layer) not in gone]
-            for layer in stays:
-                layer.base, kept = kept, layer  # type: ignore[assignment]
-            outermost[id(stack[0])] = kept if stays else original(kept)
-        swap(model, {
-            place: outermost[id(module)]
-            for place, module in model.named_modules(remove_duplicate=False)
-            if id(module) in outermost and outermost[id(module)] is not module
-        })  # fmt: skip
-    touched: list[str] = []
-    for place, stack in found.items():
-        for layer in (layer for layer in stack if id(layer) in gone):
-            touched.append(place)
-            if restore := getattr(layer, "restore_base", None):  # LoftQ changed its base's codes
-                restore()
-    return list(dict.fromkeys(touched))
+    outermost: dict[int, nn.Module | nn.Parameter] = {}
+    for stack in found.values():
+        kept: nn.Module = innermost(stack[-1])  # type: ignore[arg-type]
+        stays = [layer for layer in reversed(stack) if id(layer) not in gone]
+        for layer in stays:
+            layer.base, kept = kept, layer  # type: ignore[assignment]
+        outermost[id(stack[0])] = kept if stays else original(kept)
+    swap(model, {
+        place: outermost[id(module)]
+        for place, module in model.named_modules(remove_duplicate=False)
+        if id(module) in outermost and outermost[id(module)] is not module
+    })  # fmt: skip
 
 
 def _check_foldable(
