@@ -267,7 +267,7 @@ class LoRALinear(LowRank):
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the branch."""
-        return add_lora(out, x, *self.factors(), strength)
+        return add_lora(out, self.dropped(x), *self.factors(), strength)
 
     def delta_as_stored(self) -> Tensor:
         """`delta`, (in_features, out_features) where the weight is stored so (Conv1D)."""
