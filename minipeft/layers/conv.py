@@ -57,7 +57,7 @@ class LoRAConv(LowRank):
     ) -> None:
         plain = _checked_convolution(type(self).__name__, base)
         groups, kernel = plain.groups, plain.kernel_size
-        lora_scaling(rank if alpha is None else alpha, rank)  # a rank that is none
+        lora_scaling(rank if alpha is None else alpha, rank)  # raises on an invalid rank
         if rank % groups:
             raise ValueError(
                 f"{type(self).__name__}: rank {rank} over {groups} groups; choose a multiple of "
@@ -127,7 +127,7 @@ class LoRAConv(LowRank):
         return joined, torch.cat([self.lora_b, -self.lora_b0], dim=1)
 
     def halves(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `factors` put together where a start is subtracted: a, b, and the start's."""
+        """A, B, A0 and B0 of what `factors` made of them."""
         grouped = rearrange(a, "(g r) ... -> g r ...", g=self.groups_within())
         parts = [rearrange(t, "g r ... -> (g r) ...") for t in grouped.chunk(2, 1)]
         (b, b0) = b.chunk(2, 1)

@@ -96,14 +96,14 @@ class DoRA(LowRank):
     def __init__(
         self, base: nn.Module, rank: int, alpha: float | None = None, **options: Any
     ) -> None:
-        super().__init__(base, rank, alpha, **options)  # type: ignore[arg-type, call-arg]
+        super().__init__(base, rank, alpha, **options)  # type: ignore[arg-type]
         check_own_weight(type(self).__name__, innermost(base))
         self._kept_norms, self._kept_square = Kept(), Kept()
         self.magnitude = nn.Parameter(self.norms(self.scaling))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_module is not None and self._enabled:
-            return self.call_merged(x)  # type: ignore[no-any-return]
+            return self.call_merged(x)
         out: Tensor = self.base(x)
         if (strength := self.strength_now()) is None:
             return out
