@@ -166,11 +166,11 @@ class LowRank(Wrapper):
         """
         own: Any = self._parameters  # read directly: `self.lora_a` takes a call each
         a, b, a0, b0 = own["lora_a"], own["lora_b"], own["lora_a0"], own["lora_b0"]
-        return (a, b) if a0 is None else (torch.cat([a, a0]), torch.cat([b, -b0], 1))
+        return (a, b) if a0 is None else (torch.cat([a, a0], -2), torch.cat([b, -b0], -1))
 
     def halves(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A, B, A0 and B0 of what `factors` made of them."""
-        (a, a0), (b, b0) = a.chunk(2), b.chunk(2, 1)
+        (a, a0), (b, b0) = a.chunk(2, -2), b.chunk(2, -1)
         return a, b, a0, -b0
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -266,7 +266,7 @@ class LoRALinear(LowRank):
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the branch."""
-        return add_lora(out, x, *self.factors(), strength)
+        return add_lora(out, self.dropped(x), *self.factors(), strength)
 
     def delta_as_stored(self) -> Tensor:
         """`delta`, (in_features, out_features) where the weight is stored so (Conv1D)."""

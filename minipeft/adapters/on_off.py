@@ -1,18 +1,14 @@
-"""What prefixes and prompts have in common: on or off, and all parameters are the adapter's."""
+"""Adapters that are on or off: what they compute cannot be added in part."""
 
 from torch import nn
 
 
-class OnOff(nn.Module):
-    """An adapter without a base: `enabled` or not, and no product that could be scaled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enabled = True
+class Unscaled:
+    """The `scale` of such an adapter: 1.0, always."""
 
     @property
     def scale(self) -> float:
-        """1.0, always."""
+        """1.0: there is no product to scale."""
         return 1.0
 
     @scale.setter
@@ -22,6 +18,14 @@ class OnOff(nn.Module):
                 f"{type(self).__name__}: cannot be scaled by {factor}; it is on or off (see "
                 "disable_adapters)"
             )
+
+
+class OnOff(Unscaled, nn.Module):
+    """A prefix or a prompt: an adapter without a base, which owns all parameters that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """All its parameters."""

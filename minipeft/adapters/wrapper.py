@@ -7,13 +7,17 @@ adding to what the one below computes, and the innermost module is the model's o
       base: LoRALinear          adds B' A' x
         base: nn.Linear         W x + b, frozen
 
-A subclass computes in `forward`, where `strength_now()` says how strongly it acts and
-`call_merged` computes while it is merged, and says in `exact_parameters` what that makes of the
-innermost module's parameters; the rest is here.  With a method `on_top(out, x, strength)` it serves
-batches whose rows use different adapters (model/rows/stack.py): what it makes of `out`, the output
-of the layers below for the input `x`, while it is on, whatever `enabled` says; `strength` is
-scaling * scale.  A layer whose rows need numbers of their own has them from `lengths()`, a tuple of
-tensors (channels,), and gets them by row after `strength`, with the axes of `out`.
+A subclass says two things; the rest is here:
+
+    on_top(out, x, strength)    what the layer makes of `out`, the output of the layers below for
+                                the input `x`, while it is on; `strength` is scaling * scale
+    exact_parameters()          what that makes of the innermost module's parameters
+
+`forward` calls `on_top`, and so do batches whose rows use different adapters, whatever `enabled`
+says (model/rows/stack.py).  A layer whose rows need numbers of their own returns them from
+`lengths()`, a tuple of tensors (channels,); `on_top` then gets them by row after `strength`, with
+the axes of `out`.  A layer that has a forward of its own asks `strength_now` how strongly it acts,
+and `call_merged` computes while it is merged.
 """
 
 import copy
@@ -94,6 +98,13 @@ class Wrapper(nn.Module):
         with torch.inference_mode(False):  # its tensors could not be changed outside
             # not a buffer: casting the model must not round it, nor the meta device lose it
             self.strength = torch.tensor(scaling, dtype=torch.float32, device="cpu")
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The base's output, and what `on_top` makes of it while the layer is on."""
+        if self.merged_module is not None and self._enabled:
+            return self.call_merged(x, *args, **kwargs)
+        out, strength = self._modules["base"](x, *args, **kwargs), self.strength_now()
+        return out if strength is None else cast(Any, self).on_top(out, x, strength)
 
     def take_over(self) -> None:
         """The last line of a constructor: freeze the innermost module, take over its mode."""

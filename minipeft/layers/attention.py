@@ -40,6 +40,11 @@ class Projection(NamedTuple):
     bias: Tensor | None
 
 
+def effective(name: str) -> Any:
+    """A property: the weight of this name as all adapters over the module make it."""
+    return property(lambda layer: layer._effective(name))
+
+
 class LoRAMultiheadAttention(LowRank):
     """nn.MultiheadAttention with LoRA on its projections; arguments and results are its own.
 
@@ -202,25 +207,10 @@ class LoRAMultiheadAttention(LowRank):
         deltas = self.deltas().items()
         return {**below, **{n: self.exact_below(n, delta.dtype) + delta for n, delta in deltas}}
 
-    @property
-    def in_proj_weight(self) -> Tensor | None:
-        """The effective weight of query, key and value; None where they are apart."""
-        return self._effective("in_proj_weight")
-
-    @property
-    def q_proj_weight(self) -> Tensor | None:
-        """The effective weight of the query; None where the three are together."""
-        return self._effective("q_proj_weight")
-
-    @property
-    def k_proj_weight(self) -> Tensor | None:
-        """The effective weight of the key; None where the three are together."""
-        return self._effective("k_proj_weight")
-
-    @property
-    def v_proj_weight(self) -> Tensor | None:
-        """The effective weight of the value; None where the three are together."""
-        return self._effective("v_proj_weight")
+    # None where the model keeps them apart, or together
+    in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight = map(
+        effective, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    )
 
     @property
     def out_proj(self) -> Projection:

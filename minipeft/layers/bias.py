@@ -7,18 +7,16 @@ is a layer of its own over the LoRA layer, with that layer's scaling, so that it
 off, scaled and merged with it.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost
-from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.conv import LoRAConv
+from minipeft.layers.trained import AddedBias
 from minipeft.lora import LoRALinear
 
 
-class LoRABias(Wrapper):
+class LoRABias(AddedBias):
     """base(x) + scaling * lora_bias, over a LoRA layer whose scaling it takes.
 
     `lora_bias` (out_features,) starts at zero and is float32; it is cast to the output's dtype.
@@ -32,6 +30,8 @@ class LoRABias(Wrapper):
     (3.0, torch.Size([2]))
     """
 
+    vector = "lora_bias"
+
     def __init__(self, base: nn.Module) -> None:
         if not isinstance(base, LoRALinear | LoRAConv) or "magnitude" in base._parameters:
             raise ValueError(
@@ -43,41 +43,16 @@ class LoRABias(Wrapper):
         self._trailing = (1,) * (b.dim() - 2)  # the axes after the channels'
         self.take_over()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.merged_module is not None and self._enabled:
-            return self.call_merged(*args, **kwargs)
-        out: Tensor = self.base(*args, **kwargs)
-        strength = self.strength_now()
-        return out if strength is None else self.on_top(out, out, strength)
-
-    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
-        """The output of the layers below, and strength * lora_bias."""
-        added = self.lora_bias * strength
-        return out + added.to(out.dtype).view(*added.shape, *self._trailing)
-
     def exact_parameters(self) -> dict[str, Tensor]:
         """The innermost bias plus scaling * lora_bias.
 
         Raises:
             ValueError: the innermost module has no bias.
         """
-        below = self.parameters_below()
-        if not self.enabled:
-            return below
         plain = innermost(self)
-        if getattr(plain, "bias", None) is None:
+        if self.enabled and getattr(plain, "bias", None) is None:
             raise ValueError(
                 f"LoRABias: the {type(plain).__name__} has no bias to merge into; give it one of "
                 "zeros first (its .bias), or leave the adapter unmerged"
             )
-        bias = self.exact_below("bias", torch.float32)
-        return {**below, "bias": bias + self.lora_bias * self.full_strength}
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The bias below, and what this layer adds."""
-        below, strength = super().bias, self.strength_now()
-        if strength is None:
-            return below
-        added = self.lora_bias * strength
-        return added if below is None else below + added.to(below.dtype)
+        return super().exact_parameters()

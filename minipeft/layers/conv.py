@@ -57,7 +57,7 @@ class LoRAConv(LowRank):
     ) -> None:
         plain = _checked_convolution(type(self).__name__, base)
         groups, kernel = plain.groups, plain.kernel_size
-        lora_scaling(rank if alpha is None else alpha, rank)  # a rank that is none
+        lora_scaling(rank if alpha is None else alpha, rank)  # raises on an invalid rank
         if rank % groups:
             raise ValueError(
                 f"{type(self).__name__}: rank {rank} over {groups} groups; choose a multiple of "
@@ -80,16 +80,9 @@ class LoRAConv(LowRank):
         self.initialize(init)
         self.take_over()
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged_module is not None and self._enabled:
-            return self.call_merged(x)
-        out: Tensor = self.base(x)
-        strength = self.strength_now()
-        return out if strength is None else self.on_top(out, x, strength)
-
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the branch."""
-        return out + self.branch(x.to(out.dtype), out.dtype, strength)
+        return out + self.branch(self.dropped(x.to(out.dtype)), out.dtype, strength)
 
     def branch(self, x: Tensor, dtype: torch.dtype, strength: float | Tensor) -> Tensor:
         """strength * B A x, in `dtype`."""
@@ -97,7 +90,7 @@ class LoRAConv(LowRank):
         plain: Any = innermost(self)
         first = self.across if self.across_groups else plain
         kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[a.dim() - 3]
-        hidden = kind._conv_forward(first, self.dropped(x), a, None) * strength
+        hidden = kind._conv_forward(first, x, a, None) * strength
         if isinstance(strength, Tensor):
             hidden = torch.where(strength == 0, 0.0, hidden)
         return _POINTWISE[a.dim() - 2](hidden, b, groups=plain.groups)
@@ -134,7 +127,7 @@ class LoRAConv(LowRank):
         return joined, torch.cat([self.lora_b, -self.lora_b0], dim=1)
 
     def halves(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `factors` put together where a start is subtracted: a, b, and the start's."""
+        """A, B, A0 and B0 of what `factors` made of them."""
         grouped = rearrange(a, "(g r) ... -> g r ...", g=self.groups_within())
         parts = [rearrange(t, "g r ... -> (g r) ...") for t in grouped.chunk(2, 1)]
         (b, b0) = b.chunk(2, 1)

@@ -61,14 +61,9 @@ class LoRAEmbedding(LowRank):
             init(self)
         self.take_over()
 
-    def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
-        if self.merged_module is not None and self._enabled:
-            return self.call_merged(ids)
-        out: Tensor = self.base(ids)
-        strength = self.strength_now()
-        return out if strength is None else self.on_top(out, ids, strength)
-
-    def on_top(self, out: Tensor, ids: Tensor, strength: float | Tensor) -> Tensor:
+    def on_top(
+        self, out: Float[Tensor, "*shape dim"], ids: Int[Tensor, "*shape"], strength: float | Tensor
+    ) -> Float[Tensor, "*shape dim"]:
         """The output of the layers below, and the rows of the product."""
         a, b = self.factors()
         plain: Any = innermost(self)

@@ -124,15 +124,9 @@ class LoRAFusedLinear(LowRank):
         b = stacked.new_zeros(self.out_features, self.rank)
         return self.lora_a, b.index_copy(0, self._order.to(b.device), stacked)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged_module is not None and self._enabled:
-            return self.call_merged(x)
-        y, strength = self.base(x), self.strength_now()
-        return y if strength is None else add_lora(y, self.dropped(x), *self.factors(), strength)
-
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
         """The output of the layers below, and the branches of the slices."""
-        return add_lora(out, x, *self.factors(), strength)
+        return add_lora(out, self.dropped(x), *self.factors(), strength)
 
     def delta_as_stored(self) -> Tensor:
         """`delta`, (in_features, out_features) where the weight is stored so (Conv1D)."""

@@ -195,18 +195,6 @@ class LoRAExperts(LowRank):
     def _stored(self, delta: Tensor) -> Tensor:
         return delta.mT if self.transposed else delta
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """a and b of the whole product; of twice the rank where a start is subtracted."""
-        if self.lora_a0 is None or self.lora_b0 is None:
-            return self.lora_a, self.lora_b
-        a = torch.cat([self.lora_a, self.lora_a0], dim=1)
-        return a, torch.cat([self.lora_b, -self.lora_b0], dim=2)
-
-    def halves(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `factors` put together where a start is subtracted: a, b, and the start's."""
-        (a, a0), (b, b0) = a.chunk(2, 1), b.chunk(2, 2)
-        return a, b, a0, -b0
-
     def delta(self) -> Float[Tensor, "n_experts out_features in_features"]:
         """What is added to the weights, in float32 or better, with the runtime scale."""
         a, b = self.factors()

@@ -52,13 +52,6 @@ class LoRATiedLinear(Wrapper):
         a, b = self.embedding.factors()
         return b.T, a.T
 
-    def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch tokens"]:
-        if self.merged_module is not None and self._enabled:
-            return self.call_merged(x)
-        out: Tensor = self.base(x)
-        strength = self.strength_now()
-        return out if strength is None else self.on_top(out, x, strength)
-
     def strength_now(self) -> float | Tensor | None:
         """The embedding's, while this layer is on too."""
         its = self.embedding.strength_now()
@@ -66,7 +59,9 @@ class LoRATiedLinear(Wrapper):
             return its * (self.strength != 0).to(torch.float32)
         return its if self._enabled else None
 
-    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
+    def on_top(
+        self, out: Float[Tensor, "*batch tokens"], x: Tensor, strength: float | Tensor
+    ) -> Tensor:
         """The output of the layers below, and the branch."""
         return add_lora(out, x, *self.factors(), strength)
 

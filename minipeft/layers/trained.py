@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from minipeft.adapters.on_off import Unscaled
 from minipeft.adapters.protocol import innermost, keeps_statistics
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
 from minipeft.layers.casting import CastCall, rounded_like, widened
@@ -26,24 +27,49 @@ _CHANNELS_FIRST = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 _INSTANCE_NORMS = {nn.InstanceNorm1d: 1, nn.InstanceNorm2d: 2, nn.InstanceNorm3d: 3}
 
 
-class Unscaled(Wrapper):
-    """An adapter layer that is on or off: what it computes cannot be added in part."""
+class AddedBias(Wrapper):
+    """A layer that adds one vector to the base's output: the parameter that `vector` names.
+
+    `_trailing` are the axes after the channels' axis, each of size 1; None: the channels are the
+    second axis, and all later ones come after it.
+    """
+
+    vector: str
+    _trailing: tuple[int, ...] | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output, and what is added; the base may take any arguments."""
+        if self.merged_module is not None and self._enabled:
+            return self.call_merged(*args, **kwargs)
+        out: Tensor = self.base(*args, **kwargs)
+        strength = self.strength_now()
+        return out if strength is None else self.on_top(out, out, strength)
+
+    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
+        """The output of the layers below, and strength times the vector."""
+        added = getattr(self, self.vector) * strength
+        after = (1,) * max(0, out.dim() - 2) if self._trailing is None else self._trailing
+        return out + added.to(out.dtype).view(*added.shape, *after)
+
+    def exact_parameters(self) -> dict[str, Tensor]:
+        """The innermost bias plus strength times the vector."""
+        below = self.parameters_below()
+        if not self.enabled:
+            return below
+        bias = self.exact_below("bias", torch.float32)
+        return {**below, "bias": bias + getattr(self, self.vector) * self.full_strength}
 
     @property
-    def scale(self) -> float:
-        """1.0: there is no product to scale."""
-        return 1.0
-
-    @scale.setter
-    def scale(self, factor: float) -> None:
-        if factor != 1.0:
-            raise ValueError(
-                f"{type(self).__name__}: cannot be scaled by {factor}; it is on or off (see "
-                "disable_adapters)"
-            )
+    def bias(self) -> Tensor | None:
+        """The bias below, and what this layer adds to it."""
+        below, strength = super().bias, self.strength_now()
+        if strength is None:
+            return below
+        added: Tensor = getattr(self, self.vector) * strength
+        return added if below is None else below + added.to(below.dtype)
 
 
-class TrainedBias(Wrapper):
+class TrainedBias(AddedBias):
     """A module whose bias trains: base(x) + bias_delta, which starts at zero.
 
     `base` has a bias that it adds to its output: a linear layer, a convolution, a normalisation.
@@ -59,6 +85,8 @@ class TrainedBias(Wrapper):
     tensor([0., 0.], requires_grad=True)
     """
 
+    vector = "bias_delta"
+
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
         plain = innermost(base)
@@ -67,38 +95,9 @@ class TrainedBias(Wrapper):
         if not isinstance(bias, Tensor) or inside:
             raise ValueError(f"TrainedBias: {type(plain).__name__} has no bias that it adds")
         self.bias_delta = nn.Parameter(torch.zeros_like(bias, dtype=torch.float32))
-        spatial = spatial_axes(plain)
-        self._trailing, self._second = (1,) * spatial, isinstance(plain, _CHANNELS_FIRST)
+        second = isinstance(plain, _CHANNELS_FIRST)
+        self._trailing = None if second else (1,) * spatial_axes(plain)
         self.take_over()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.merged_module is not None and self._enabled:
-            return self.call_merged(*args, **kwargs)
-        out: Tensor = self.base(*args, **kwargs)
-        strength = self.strength_now()
-        return out if strength is None else self.on_top(out, out, strength)
-
-    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
-        """The output of the layers below, and the delta."""
-        delta = self.bias_delta * strength
-        trailing = (1,) * max(0, out.dim() - 2) if self._second else self._trailing
-        return out + delta.to(out.dtype).view(*delta.shape, *trailing)
-
-    def exact_parameters(self) -> dict[str, Tensor]:
-        """The innermost bias plus delta."""
-        below = self.parameters_below()
-        if not self.enabled:
-            return below
-        bias = self.exact_below("bias", torch.float32)
-        return {**below, "bias": bias + self.bias_delta * self.full_strength}
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias with the delta."""
-        below, strength = super().bias, self.strength_now()
-        if below is None or strength is None:
-            return below
-        return below + (self.bias_delta * strength).to(below.dtype)
 
     def trained_bias(self) -> Tensor:
         """The bias with its delta, on or off, float32 or better: what files hold."""
@@ -112,7 +111,7 @@ def spatial_axes(module: nn.Module) -> int:
     return next((n for kind, n in _INSTANCE_NORMS.items() if isinstance(module, kind)), 0)
 
 
-class TrainedModule(Unscaled):
+class TrainedModule(Unscaled, Wrapper):
     """A copy of a module that trains whole, beside the frozen original.
 
     Computes as `copy` while enabled, as `base` otherwise.  `copy` is float32 where the base has 16
@@ -205,7 +204,7 @@ class TrainedModule(Unscaled):
         return rounded_like(self.copy, self.base).requires_grad_(False)
 
 
-class TrainedTokens(Unscaled):
+class TrainedTokens(Unscaled, Wrapper):
     """An embedding in which some tokens have rows of their own that train.
 
     `token_ids` are the tokens, `token_rows` (n, dim) their rows, which start as the table's, in
@@ -227,32 +226,24 @@ class TrainedTokens(Unscaled):
         count = getattr(innermost(base), "num_embeddings", None)
         if not isinstance(count, int):
             raise ValueError(f"TrainedTokens: {type(innermost(base)).__name__} is no embedding")
-        ids = checked_ids(token_ids, count)
-        weight: Tensor = innermost(base).weight  # type: ignore[assignment]
-        if weight.is_meta:
-            raise ValueError("TrainedTokens: the table is on the meta device; load it first")
-        on_device = torch.tensor(ids, device=weight.device)
-        slots = torch.full((count,), -1, device=weight.device)
-        slots[on_device] = torch.arange(len(ids), device=weight.device)
-        self.register_buffer("token_ids", on_device, persistent=False)
+        ids, self.token_rows = rows_of(self, token_ids, count)
+        slots = torch.full((count,), -1, device=ids.device)
+        slots[ids] = torch.arange(len(ids), device=ids.device)
+        self.register_buffer("token_ids", ids, persistent=False)
         self.register_buffer("_slots", slots, persistent=False)
-        rows = weight.detach()[on_device].to(torch.promote_types(weight.dtype, torch.float32))
-        self.token_rows = nn.Parameter(rows.clone())
         self.take_over()
 
-    def forward(self, ids: Int[Tensor, "*shape"], *args: Any) -> Float[Tensor, "*shape dim"]:
-        if self.merged_module is not None and self._enabled:
-            return self.call_merged(ids, *args)
-        out: Tensor = self.base(ids, *args)
-        if (strength := self.strength_now()) is None:
-            return out
-        made = self.on_top(out, ids, strength)
-        return torch.where(strength != 0, made, out) if isinstance(strength, Tensor) else made
-
-    def on_top(self, out: Tensor, ids: Tensor, strength: float | Tensor) -> Tensor:
+    def on_top(
+        self,
+        out: Float[Tensor, "*shape dim"],
+        ids: Int[Tensor, "*shape"],
+        strength: float | Tensor,
+    ) -> Float[Tensor, "*shape dim"]:
         """The output of the layers below, but for the trained tokens their rows."""
         slots = self._slots[ids]
         hit = slots >= 0
+        if isinstance(strength, Tensor):  # compiled: 0 is off
+            hit = hit & (strength != 0)
         rows = F.embedding(slots.clamp(min=0), self.token_rows)
         scale = getattr(innermost(self), "embed_scale", None)
         if scale is not None:
@@ -269,7 +260,7 @@ class TrainedTokens(Unscaled):
         return {**below, "weight": table.index_copy(0, self.token_ids, rows)}
 
 
-class TrainedLogits(Unscaled):
+class TrainedLogits(Unscaled, Wrapper):
     """The head whose weight is an embedding's: it multiplies by the trained rows of its tokens.
 
     Owns no parameter: they are those of `tokens`, whose `enabled` it follows.
@@ -316,17 +307,23 @@ class TrainedLogits(Unscaled):
         return {**below, "weight": weight.index_copy(0, self.tokens.token_ids, rows)}
 
 
-def checked_ids(token_ids: Iterable[int], count: int) -> list[int]:
-    """The ids as they are.
+def rows_of(layer: Wrapper, token_ids: Iterable[int], count: int) -> tuple[Tensor, nn.Parameter]:
+    """The ids on the weight's device, and a copy of the weight's rows in float32 or better.
 
     Raises:
-        ValueError: none, one twice, or one that is no row of a table of `count` rows.
+        ValueError: no id, one twice, or one that is no row of a weight of `count` rows; a weight
+            on the meta device.
     """
-    ids = list(token_ids)
+    kind, ids = type(layer).__name__, list(token_ids)
     wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < count]
     if not ids or wrong or len(set(ids)) < len(ids):
         raise ValueError(
-            f"TrainedTokens: token ids {wrong[:5] or ids[:5]}; expected different whole numbers "
+            f"{kind}: token ids {wrong[:5] or ids[:5]}; expected different whole numbers "
             f"from 0 to {count - 1}"
         )
-    return ids
+    weight: Tensor = innermost(layer).weight  # type: ignore[assignment]
+    if weight.is_meta:
+        raise ValueError(f"{kind}: the weight is on the meta device; load it first")
+    on_device = torch.tensor(ids, device=weight.device)
+    rows = weight.detach()[on_device].to(torch.promote_types(weight.dtype, torch.float32))
+    return on_device, nn.Parameter(rows.clone())

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost, linear_shape
-from minipeft.layers.trained import TrainedLogits, Unscaled, checked_ids
+from minipeft.adapters.wrapper import Wrapper
+from minipeft.layers.trained import TrainedLogits, rows_of
 
 
 class TrainedHeadRows(TrainedLogits):
@@ -27,6 +27,7 @@ class TrainedHeadRows(TrainedLogits):
     token_ids: Tensor
 
     def __init__(self, base: nn.Module, token_ids: Sequence[int]) -> None:
+        Wrapper.__init__(self, base)
         plain = innermost(base)
         shape = linear_shape(plain)
         if shape is None or shape.transposed:
@@ -34,16 +35,9 @@ class TrainedHeadRows(TrainedLogits):
                 f"TrainedHeadRows: {type(plain).__name__} is no linear layer with a row for each "
                 "token"
             )
-        ids = checked_ids(token_ids, shape.out_features)
-        weight: Tensor = plain.weight  # type: ignore[assignment]
-        if weight.is_meta:
-            raise ValueError("TrainedHeadRows: the head is on the meta device; load it first")
-        Unscaled.__init__(self, base)
         self.__dict__["tokens"] = self  # the rows that it follows are its own
-        on_device = torch.tensor(ids, device=weight.device)
-        self.register_buffer("token_ids", on_device, persistent=False)
-        rows = weight.detach()[on_device].to(torch.promote_types(weight.dtype, torch.float32))
-        self.token_rows = nn.Parameter(rows.clone())
+        ids, self.token_rows = rows_of(self, token_ids, shape.out_features)
+        self.register_buffer("token_ids", ids, persistent=False)
         self.take_over()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:

@@ -15,17 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.linearity import check_own_weight
 from minipeft.adapters.products import without_autocast
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed
-from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.conv import LoRAConv, kernel_product
 from minipeft.layers.embeddings import LoRAEmbedding
-from minipeft.lora import LoRALinear, add_lora
+from minipeft.lora import LoRALinear, LowRank, add_lora
 from minipeft.qlora import NF4Linear, multiply
 from minipeft.quantized.embedding import NF4Embedding
 
@@ -52,25 +50,6 @@ def row_norms(
 def length_ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
     """m / |V|; a direction that is zero has no length to set and stays zero, instead of 0 / 0."""
     return magnitude / norm.where(norm > 0, 1.0)
-
-
-def strength_or_off(layer: Wrapper) -> float | Tensor | None:
-    """`strength_now` of a DoRA layer, for which a scale of 0 is off: it sets no lengths then."""
-    strength = layer.strength_now()
-    return strength if isinstance(strength, Tensor) or strength else None
-
-
-def lengths_of(layer: Any) -> tuple[Tensor, Tensor]:
-    """m / |V|, and (1 - m / |V|) times the bias, (out,) each, with the layers below as they are.
-
-    A DoRA layer makes ratio (y + branch) + shift of their output y, bias and all.
-    """
-    strength = layer.full_strength
-    ratio = torch.ones_like(layer.magnitude)
-    if strength != 0:
-        ratio = length_ratio(layer.magnitude, layer.norms(strength))
-    bias = layer.bias
-    return ratio, torch.zeros_like(ratio) if bias is None else (1 - ratio) * bias
 
 
 class Kept:
@@ -102,16 +81,104 @@ class Kept:
         self._value = self._sources = None
 
 
-class DoRALinear(LoRALinear):
+class DoRA(LowRank):
+    """What DoRA layers share: a class has it first, then the layer with LoRA that it changes.
+
+    `magnitude`, the lengths, starts as the norms of V, so that the layer starts as LoRA does:
+    exactly at the base, where B A = 0.  The bias is not scaled.  Norms have no gradient (section
+    4.3 of the paper); a `scale` of 0 is off.  In eval() linear layers and embeddings keep what they
+    made of the weight until a tensor that it depends on changes; what is changed through `.data` is
+    seen after the next call of train() or eval().
+    """
+
+    magnitude: nn.Parameter
+
+    def __init__(
+        self, base: nn.Module, rank: int, alpha: float | None = None, **options: Any
+    ) -> None:
+        super().__init__(base, rank, alpha, **options)  # type: ignore[arg-type]
+        check_own_weight(type(self).__name__, innermost(base))
+        self._kept_norms, self._kept_square = Kept(), Kept()
+        self.magnitude = nn.Parameter(self.norms(self.scaling))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged_module is not None and self._enabled:
+            return self.call_merged(x)
+        out: Tensor = self.base(x)
+        if (strength := self.strength_now()) is None:
+            return out
+        made = self.scaled(out, x, strength, length_ratio(self.magnitude, self.norms(strength)))
+        return torch.where(strength == 0, out, made) if isinstance(strength, Tensor) else made
+
+    def strength_now(self) -> float | Tensor | None:
+        """As of every layer; a scale of 0 is off too: no length is set then."""
+        strength = super().strength_now()
+        return strength if isinstance(strength, Tensor) or strength else None
+
+    def scaled(self, out: Tensor, x: Tensor, strength: float | Tensor, ratio: Tensor) -> Tensor:
+        """ratio (out + branch), but the bias in `out` as it is; `ratio` is m / |V|."""
+        return (super().on_top(out, x, strength) * ratio).to(out.dtype)  # type: ignore[misc]
+
+    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor, *lengths: Tensor) -> Tensor:
+        """The output of the layers below and the branch, at the lengths that are given."""
+        ratio, shift = lengths
+        made = super().on_top(out, x, strength) * ratio + shift  # type: ignore[misc]
+        return made.to(out.dtype)
+
+    def lengths(self) -> tuple[Tensor, Tensor]:
+        """What `on_top` takes: ratio = m / |V|, and shift = (1 - ratio) bias, (out,) each.
+
+        Of the output y of the layers below, as they are now, it makes ratio (y + branch) + shift.
+        """
+        ratio = torch.ones_like(self.magnitude)
+        if self.full_strength != 0:
+            ratio = length_ratio(self.magnitude, self.norms(self.full_strength))
+        bias = self.bias
+        return ratio, torch.zeros_like(ratio) if bias is None else (1 - ratio) * bias
+
+    def norms(self, strength: float | Tensor) -> Float[Tensor, " out"]:
+        """|W + strength B A|: a norm for each length, without gradient."""
+        with torch.no_grad(), without_autocast(self.lora_a.device):
+            return self._norms(strength)
+
+    def _norms(self, strength: float | Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _norms_of(self, weight: Tensor) -> Tensor:
+        """The norms of a whole weight, as stored, in the axes of the weight."""
+        raise NotImplementedError
+
+    def _always_new(self) -> bool:
+        """Whether nothing is kept: the layers below may change without a trace."""
+        return torch.compiler.is_compiling() or is_adapter(self.base)
+
+    def _factor_parameters(self) -> list[Tensor]:
+        return [p for n, p in self._parameters.items() if p is not None and n.startswith("lora_")]
+
+    def exact_parameters(self) -> dict[str, Tensor]:
+        """m / |V| * V in the weight's own layout, float32 or better."""
+        if not self.enabled or self.scale == 0:
+            return self.parameters_below()
+        found = super().exact_parameters()
+        direction = found["weight"]
+        norm = self._norms_of(direction.detach())
+        return {**found, "weight": direction * length_ratio(self.magnitude.view_as(norm), norm)}
+
+    def train(self, mode: bool = True) -> "DoRA":
+        """Set the mode; what was kept is computed again."""
+        for kept in vars(self).values():
+            if isinstance(kept, Kept):
+                kept.drop()
+        super().train(mode)
+        return self
+
+
+class DoRALinear(DoRA, LoRALinear):
     """A linear layer with DoRA; arguments as of LoRALinear.
 
-    `magnitude` (out_features,) starts as the norms of V's rows, so the layer starts as LoRA does:
-    exactly at the base, where B A = 0.  The bias is not scaled.  Norms and magnitude are float32,
-    float64 where the factors are; norms have no gradient (section 4.3 of the paper); a `scale` of
-    0 is off.  In eval() norms are kept until a tensor that they depend on changes; what is changed
-    through `.data` is seen after the next call of train() or eval().  Nothing of the weight's size
-    is made in forward, except over another adapter: there the base weight is the effective one of
-    the layers below.
+    `magnitude` (out_features,) and the norms are float32, float64 where the factors are.  Nothing
+    of the weight's size is made in forward, except over another adapter: there the base weight is
+    the effective one of the layers below.
 
     Raises:
         TypeError, ValueError: as LoRALinear; a base that computes something else than its weight
@@ -123,78 +190,31 @@ class DoRALinear(LoRALinear):
     True
     """
 
-    magnitude: nn.Parameter
-
-    def __init__(
-        self,
-        base: nn.Module,
-        rank: int,
-        alpha: float | None = None,
-        *,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
-        init: Callable[["LoRALinear"], None] | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__(
-            base, rank, alpha,
-            dropout=dropout, rank_stabilized=rank_stabilized, init=init, dtype=dtype,
-        )  # fmt: skip
-        check_own_weight(type(self).__name__, innermost(base))
-        self._kept_norms, self._kept_square = Kept(), Kept()
-        self.magnitude = nn.Parameter(self.norms(self.scaling))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged_module is not None and self._enabled:
-            return self.call_merged(x)
-        out: Tensor = self.base(x)
-        if (strength := strength_or_off(self)) is None:
-            return out
-        ratio = length_ratio(self.magnitude, self.norms(strength))
+    def scaled(self, out: Tensor, x: Tensor, strength: float | Tensor, ratio: Tensor) -> Tensor:
+        """ratio (out - bias) + bias, which is out, to the bit, where ratio is 1; and the branch."""
         bias: Any = 0.0 if self.bias is None else self.bias
         if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+            x = self.dropped(x)
             scaled = out + (ratio - 1) * (self.base(x) - bias)
-        else:  # ratio (out - bias) + bias, which is out, to the bit, where ratio is 1
+        else:
             scaled = torch.addcmul((1 - ratio) * bias, out, ratio)
         a, b = self.factors()
-        made = add_lora(scaled.to(out.dtype), x, a, ratio[:, None] * b, strength)
-        return torch.where(strength == 0, out, made) if isinstance(strength, Tensor) else made
+        return add_lora(scaled.to(out.dtype), x, a, ratio[:, None] * b, strength)
 
-    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor, *lengths: Tensor) -> Tensor:
-        """The output of the layers below and the branch, at the lengths that are given."""
-        ratio, shift = lengths
-        return (super().on_top(out, x, strength) * ratio + shift).to(out.dtype)
-
-    lengths = lengths_of  # what `on_top` takes
-
-    def norms(self, strength: float | Tensor) -> Float[Tensor, " out"]:
-        """|W + strength B A| of each row, without gradient."""
+    def _norms(self, strength: float | Tensor) -> Float[Tensor, " out"]:
         dtype = torch.promote_types(torch.float32, self.lora_a.dtype)
-        with torch.no_grad(), without_autocast(self.lora_a.device):
-            a, b = (factor.to(dtype) for factor in self.factors())
+        a, b = (factor.to(dtype) for factor in self.factors())
 
-            def make() -> Tensor:
-                weight = None if isinstance(self.base, NF4Linear) else self._weight(dtype)
-                square, product = self._square(weight, dtype), self._product(weight, a)
-                return row_norms(square, product, a, b, strength)
+        def make() -> Tensor:
+            weight = None if isinstance(self.base, NF4Linear) else self._weight(dtype)
+            square, product = self._square(weight, dtype), self._product(weight, a)
+            return row_norms(square, product, a, b, strength)
 
-            if self.training or torch.compiler.is_compiling() or is_adapter(self.base):
-                return make()
-            sources = (*self._factor_parameters(), *self.base.parameters())
-            kept: Tensor = self._kept_norms.get(make, *sources, number=float(strength))
-            return kept
-
-    def train(self, mode: bool = True) -> "DoRALinear":
-        """Set the mode; what was kept is computed again."""
-        for kept in (self.__dict__.get("_kept_norms"), self.__dict__.get("_kept_square")):
-            if kept is not None:
-                kept.drop()
-        super().train(mode)
-        return self
-
-    def _factor_parameters(self) -> list[Tensor]:
-        return [p for n, p in self._parameters.items() if p is not None and n.startswith("lora_")]
+        if self.training or self._always_new():
+            return make()
+        sources = (*self._factor_parameters(), *self.base.parameters())
+        kept: Tensor = self._kept_norms.get(make, *sources, number=float(strength))
+        return kept
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         """The base's weight, (out, in), as stored or, where it is computed, in `dtype` or wider."""
@@ -214,7 +234,7 @@ class DoRALinear(LoRALinear):
             norms: Tensor = torch.linalg.vector_norm(dense, dim=1, dtype=wide)
             return norms.square()
 
-        if torch.compiler.is_compiling() or is_adapter(self.base):
+        if self._always_new():
             return make()
         kept: Tensor = self._kept_square.get(make, *self.base.parameters())
         return kept
@@ -226,76 +246,29 @@ class DoRALinear(LoRALinear):
         base: Any = self.base
         return multiply(a, base.state(), None, base.out_features).T
 
-    def exact_parameters(self) -> dict[str, Tensor]:
-        """m / |V| * V in the weight's own layout, float32 or better."""
-        if not self.enabled or self.scale == 0:
-            return self.parameters_below()
-        found = super().exact_parameters()
-        axis = 0 if self.transposed else 1
-        direction = found["weight"]
-        norm = direction.detach().square().sum(axis, keepdim=True).sqrt()
-        shape = (1, -1) if self.transposed else (-1, 1)
-        return {**found, "weight": direction * length_ratio(self.magnitude.view(shape), norm)}
+    def _norms_of(self, weight: Tensor) -> Tensor:
+        return weight.square().sum(0 if self.transposed else 1, keepdim=True).sqrt()
 
 
-class DoRAEmbedding(LoRAEmbedding):
+class DoRAEmbedding(DoRA, LoRAEmbedding):
     """An embedding with DoRA; arguments as of LoRAEmbedding.
 
-    `magnitude` (embedding_dim,) float32 starts as the norms of the table's columns.  Nothing of
-    the table's size is made in forward, except over another adapter.
+    `magnitude` (embedding_dim,) float32 are the lengths of the table's columns.  Nothing of the
+    table's size is made in forward, except over another adapter.
     """
 
-    magnitude: nn.Parameter
+    def _norms(self, strength: float | Tensor) -> Float[Tensor, " dim"]:
+        a, b = (factor.to(torch.float32) for factor in self.factors())
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float | None = None, **lora: Any) -> None:
-        super().__init__(base, rank, alpha, **lora)
-        check_own_weight(type(self).__name__, innermost(base))
-        self._kept = Kept()
-        with torch.no_grad():
-            square, _ = self._table_products(torch.zeros_like(self.lora_a, dtype=torch.float32))
-            self.magnitude = nn.Parameter(square.sqrt())
+        def make() -> tuple[Tensor, Tensor]:
+            return self._table_products(a)
 
-    def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape dim"]:
-        if self.merged_module is not None and self._enabled:
-            return self.call_merged(ids)
-        out: Tensor = self.base(ids)
-        if (strength := strength_or_off(self)) is None:
-            return out
-        ratio = length_ratio(self.magnitude, self.norms(strength))
-        made = (super().on_top(out, ids, strength) * ratio).to(out.dtype)
-        return torch.where(strength == 0, out, made) if isinstance(strength, Tensor) else made
-
-    def on_top(
-        self, out: Tensor, ids: Tensor, strength: float | Tensor, *lengths: Tensor
-    ) -> Tensor:
-        """The output of the layers below and the branch, at the lengths that are given."""
-        ratio, shift = lengths
-        return (super().on_top(out, ids, strength) * ratio + shift).to(out.dtype)
-
-    lengths = lengths_of  # what `on_top` takes
-
-    def norms(self, strength: float | Tensor) -> Float[Tensor, " dim"]:
-        """Norms of the columns of E + strength (B A)^T, without gradient."""
-        with torch.no_grad(), without_autocast(self.magnitude.device):
-            a, b = (factor.to(torch.float32) for factor in self.factors())
-
-            def make() -> tuple[Tensor, Tensor]:
-                return self._table_products(a)
-
-            if self.training or torch.compiler.is_compiling() or is_adapter(self.base):
-                square, product = make()
-            else:
-                sources = (*self._parameters.values(), *innermost(self).parameters())
-                known = [t for t in sources if t is not None]
-                square, product = self._kept.get(make, *known)
-            return row_norms(square, product, a, b, strength)
-
-    def train(self, mode: bool = True) -> "DoRAEmbedding":
-        """Set the mode; what was kept is computed again."""
-        if (kept := self.__dict__.get("_kept")) is not None:
-            kept.drop()
-        super().train(mode)
-        return self
+        if self.training or self._always_new():
+            square, product = make()
+        else:
+            sources = (*self._factor_parameters(), *innermost(self).parameters())
+            square, product = self._kept_square.get(make, *sources)
+        return row_norms(square, product, a, b, strength)
 
     def _table_products(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """|E|^2 of each column, and E^T A^T (dim, rank)."""
@@ -316,90 +289,50 @@ class DoRAEmbedding(LoRAEmbedding):
             first += len(rows)
         return square, product
 
-    def exact_parameters(self) -> dict[str, Tensor]:
-        """The table with the lengths of its columns set, float32 or better."""
-        if not self.enabled or self.scale == 0:
-            return self.parameters_below()
-        found = super().exact_parameters()
-        direction = found["weight"]
-        norm = direction.detach().square().sum(0).sqrt()
-        return {**found, "weight": direction * length_ratio(self.magnitude, norm)}
+    def _norms_of(self, weight: Tensor) -> Tensor:
+        return weight.square().sum(0, keepdim=True).sqrt()
 
 
-class DoRAConv(LoRAConv):
+class DoRAConv(DoRA, LoRAConv):
     """A convolution with DoRA; arguments as of LoRAConv.
 
-    `magnitude` (out_channels,) float32 starts as the norms of the base's kernels.
+    `magnitude` (out_channels,) float32 are the lengths of the kernels.
 
     Raises:
         ValueError: `across_groups`: there is no kernel to take the norm of.
     """
 
-    magnitude: nn.Parameter
-
-    def __init__(self, base: nn.Module, rank: int, alpha: float | None = None, **lora: Any) -> None:
-        if lora.get("across_groups"):
+    def __init__(
+        self, base: nn.Module, rank: int, alpha: float | None = None, **options: Any
+    ) -> None:
+        if options.get("across_groups"):
             raise ValueError(
                 "DoRAConv: lora_a across groups makes no kernel of the base's shape, whose norm "
                 "DoRA needs; leave across_groups out"
             )
-        super().__init__(base, rank, alpha, **lora)
-        check_own_weight(type(self).__name__, innermost(base))
-        with torch.no_grad():
-            kernel = self.exact_below("weight", torch.float32)
-            self.magnitude = nn.Parameter(kernel.flatten(1).norm(dim=1).to(torch.float32))
+        super().__init__(base, rank, alpha, **options)
+        self.magnitude = nn.Parameter(self.magnitude.detach().float())
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.merged_module is not None and self._enabled:
-            return self.call_merged(x)
-        out: Tensor = self.base(x)
-        if (strength := strength_or_off(self)) is None:
-            return out
+    def scaled(self, out: Tensor, x: Tensor, strength: float | Tensor, ratio: Tensor) -> Tensor:
+        """out, and what the lengths change: ratio (out + branch) - out, without the bias."""
         axes = (1,) * (self.lora_a.dim() - 2)
-        ratio = length_ratio(self.magnitude, self.norms(strength)).view(-1, *axes)
-        bias = self.bias
-        shift = 0.0 if bias is None else bias.to(out.dtype).view(-1, *axes)
-        dense = out
+        bias, dense = self.bias, out
         if self.dropout and self.training:
-            x = F.dropout(x, self.dropout)
+            x = self.dropped(x)
             dense = self.base(x)
-        plain: Any = innermost(self)
-        a, b = (factor.to(out.dtype) for factor in self.factors())
-        number = len(axes) - 1
-        kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[number]
-        hidden = kind._conv_forward(plain, x.to(out.dtype), a, None) * strength
-        convolve = (F.conv1d, F.conv2d, F.conv3d)[number]
-        branch = convolve(hidden, b, groups=plain.groups)
-        made = (out + ((dense - shift + branch) * ratio - (dense - shift))).to(out.dtype)
-        return torch.where(strength == 0, out, made) if isinstance(strength, Tensor) else made
+        shift = 0.0 if bias is None else bias.to(out.dtype).view(-1, *axes)
+        branch = self.branch(x.to(out.dtype), out.dtype, strength)
+        ratio = ratio.view(-1, *axes)
+        return (out + ((dense - shift + branch) * ratio - (dense - shift))).to(out.dtype)
 
-    def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor, *lengths: Tensor) -> Tensor:
-        """The output of the layers below and the branch, at the lengths that are given."""
-        ratio, shift = lengths
-        return (super().on_top(out, x, strength) * ratio + shift).to(out.dtype)
-
-    lengths = lengths_of  # what `on_top` takes
-
-    def norms(self, strength: float | Tensor) -> Float[Tensor, " out"]:
-        """Norms of the kernels with strength B A added, without gradient."""
-        with torch.no_grad(), without_autocast(self.magnitude.device):
-            direction = self.exact_below("weight", torch.float32) + self._kernel(strength)
-            norms: Tensor = direction.flatten(1).norm(dim=1)
-            return norms
-
-    def _kernel(self, strength: float | Tensor) -> Tensor:
+    def _norms(self, strength: float | Tensor) -> Float[Tensor, " out"]:
         a, b = (factor.float() for factor in self.factors())
-        return kernel_product(a, b, self.groups_within()) * strength
+        change = kernel_product(a, b, self.groups_within()) * strength
+        return self._norms_of(self.exact_below("weight", torch.float32) + change).flatten()
 
-    def exact_parameters(self) -> dict[str, Tensor]:
-        """The kernels with their lengths set, float32 or better."""
-        if not self.enabled or self.scale == 0:
-            return self.parameters_below()
-        found = super().exact_parameters()
-        direction = found["weight"]
-        norm = direction.detach().flatten(1).norm(dim=1)
-        shape = (-1, *(1,) * (direction.dim() - 1))
-        return {**found, "weight": direction * length_ratio(self.magnitude, norm).view(shape)}
+    def _norms_of(self, weight: Tensor) -> Tensor:
+        norms: Tensor = weight.flatten(1).norm(dim=1)
+        return norms.view(-1, *(1,) * (weight.dim() - 1))
 
 
 def _parts(weight: Tensor) -> tuple[Tensor, ...]:

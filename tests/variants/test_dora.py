@@ -276,6 +276,7 @@ for make, x in (
             frames.append(1)
             return graph.forward
         layer(x)  # einops notes what it was called with, which is a guard of its own
+        torch._dynamo.reset()  # all kinds share one forward, which is compiled 8 times at most
         compiled = torch.compile(layer, backend=count, fullgraph=True)
         for enabled, scale in ((True, 1.0), (False, 1.0), (True, 0.5)):
             layer.enabled, layer.scale = enabled, scale
