@@ -12,8 +12,8 @@ import minipeft as mp
 
 pytest.importorskip("transformers")
 from benchmarks.models import enable_checkpointing
-from benchmarks.prefix_behaviours import GREEDY, Case, P, difference
-from benchmarks.prefix_families import FAMILIES
+from tests.prefix_behaviours import GREEDY, Case, P, difference
+from tests.prefix_families import FAMILIES
 
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
 SIZES = FAMILIES["LLaMA"].sizes

@@ -5,7 +5,7 @@ built get the prefix's columns, and on route A a view takes the cache's place.  
 cache is back in its place.
 
 All that the library leaves outside its own layers, why, and who takes it off (a test compares a
-model before and after, tests/test_hidden_state.py):
+model before and after, tests/integrations/transformers/test_hooks.py):
 
 For the whole process
     torch.ops.minipeft, ops._table, ops._loaded     the operators and what computes them; stay

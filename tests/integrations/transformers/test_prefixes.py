@@ -10,8 +10,8 @@ import minipeft as mp
 
 pytest.importorskip("transformers")
 from benchmarks.models import enable_checkpointing
-from benchmarks.prefix_behaviours import GREEDY, Case, P, difference
-from benchmarks.prefix_families import build
+from tests.prefix_behaviours import GREEDY, Case, P, difference
+from tests.prefix_families import build
 
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
 
@@ -306,7 +306,7 @@ def test_tokens_to_start_from_must_fit():
 def test_new_heads_train_with_the_prefix_and_go_off_with_it(model, sizes, tmp_path):
     import transformers
 
-    from benchmarks.prefix_families import FAMILIES
+    from tests.prefix_families import FAMILIES
 
     family = FAMILIES["BERT" if model.startswith("Bert") else "LLaMA"]
     config = getattr(transformers, family.config)(**family.sizes, **sizes)
@@ -365,7 +365,7 @@ import os, sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp_
 from torch.nn.parallel import DistributedDataParallel
 import minipeft as mp
-from benchmarks.prefix_behaviours import Case
+from tests.prefix_behaviours import Case
 
 def make(family):
     case = Case(family)

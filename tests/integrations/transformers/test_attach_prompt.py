@@ -11,8 +11,8 @@ import minipeft as mp
 
 pytest.importorskip("transformers")
 from benchmarks.models import enable_checkpointing
-from benchmarks.prefix_behaviours import Case, P, difference
-from benchmarks.prefix_families import FAMILIES
+from tests.prefix_behaviours import Case, P, difference
+from tests.prefix_families import FAMILIES
 
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order

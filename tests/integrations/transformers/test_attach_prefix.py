@@ -10,7 +10,7 @@ from torch import nn
 import minipeft as mp
 
 pytest.importorskip("transformers")
-from benchmarks.prefix_families import build
+from tests.prefix_families import build
 
 P, T = 5, 9  # prefix positions, text tokens
 

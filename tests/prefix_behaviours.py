@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import minipeft as mp
 from benchmarks.models import enable_checkpointing
-from benchmarks.prefix_families import FAMILIES, build
 from minipeft.adapters.state import named_adapter_parameters
+from tests.prefix_families import FAMILIES, build
 
 P, T = 5, 9  # prefix positions, tokens of text
 
