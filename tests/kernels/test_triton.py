@@ -40,6 +40,7 @@ def test_interpreted(capsys):
 
 
 @needs_triton
+@pytest.mark.slow  # 18 compilations, each for another GPU
 def test_compiled_without_a_gpu(capsys, tmp_path):
     printed = run("compiled", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     table = [line for line in printed.splitlines() if line.startswith(("sm_", "gfx"))]
