@@ -65,6 +65,14 @@ class Case:
         return "like_token" if self.found.window and self.kind == "decoder" else None
 
 
+def random_lora(model: nn.Module) -> None:
+    """LoRA on every linear layer that already changes the output."""
+    mp.inject_lora(model, "all-linear", rank=2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter, std=0.1)
+
+
 def difference(a: Tensor, b: Tensor) -> float:
     """The largest absolute one."""
     return float((a.detach().float() - b.detach().float()).abs().max())
