@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
     if not torch.cuda.is_available():
-        print("no CUDA or ROCm device: nothing to time (tests/test_kernels.py needs none)")
+        print("no CUDA or ROCm device: nothing to time (tests/kernels/test_triton.py needs none)")
         return 0
     print(torch.cuda.get_device_name(), mp.backend("cuda")["dequantize_nf4"])
     different = 0

@@ -15,16 +15,13 @@ import random
 import sys
 from collections import Counter
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minipeft import dequantize_nf4, quantize_nf4
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import reference
+from tests import reference
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

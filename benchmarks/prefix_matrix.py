@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import save_result
-from benchmarks.peft_prefix import IN_PEFT
-from benchmarks.prefix_behaviours import BEHAVIOURS
-from benchmarks.prefix_families import FAMILIES
 from minipeft.model.progress import Progress
+from tests.peers.peft_prefix import IN_PEFT
+from tests.prefix_behaviours import BEHAVIOURS
+from tests.prefix_families import FAMILIES
 
 RESULTS = Path(__file__).parent / "results"
 Cell = float | str | None

@@ -14,7 +14,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if find_spec("beartype"):  # every annotated shape and dtype is checked at every call
     from jaxtyping import install_import_hook
 
-    install_import_hook("minipeft", "typechecker.checked")
+    import tests.typechecker  # noqa: F401  (jaxtyping looks the name up and does not import it)
+
+    install_import_hook("minipeft", "tests.typechecker.checked")
 
 import numpy as np
 import pytest
@@ -35,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors but for this one, which depends on the CPU; test_products.py tries it.
+    """Warnings are errors but for this one, which depends on the CPU (fast/test_products.py).
 
     Not in pyproject.toml: pytest would import minipeft for its name before the hook above is there.
     """

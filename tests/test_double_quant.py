@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minipeft import NF4Linear, dequantize_absmax, quantize_absmax
 from minipeft.double_quant import dynamic_codebook, ordered_mean
+from tests import reference
 
 MAP = np.array(dynamic_codebook(), dtype=np.float32)
 

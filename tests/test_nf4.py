@@ -5,11 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import weights
 
 from minipeft import (
     FP4_CODEBOOK,
@@ -22,6 +20,8 @@ from minipeft import (
 )
 from minipeft.fast import nf4 as fast
 from minipeft.ops import Packed
+from tests import reference
+from tests.strategies import weights
 
 BLOCK_SIZES = st.sampled_from([32, 64, 128, 4096])
 HALF_WIDEST_GAP = max(b - a for a, b in pairwise(NF4_CODEBOOK)) / 2

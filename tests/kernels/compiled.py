@@ -1,4 +1,4 @@
-"""The Triton kernels compiled without a GPU: run by tests/test_kernels.py.
+"""The Triton kernels compiled without a GPU: run by test_triton.py.
 
 What a compiler alone can show: registers, spills, shared memory, the width of stores, and the
 instructions a full tile takes.  Not speed.

@@ -1,4 +1,4 @@
-"""The Triton kernels under the interpreter, on the CPU: run by tests/test_kernels.py.
+"""The Triton kernels under the interpreter, on the CPU: run by test_triton.py.
 
 Every bit must be what the PyTorch implementation computes; nothing beyond the result may be
 written.  Programs run one after another here: races are not seen.
@@ -8,12 +8,12 @@ import random
 
 import pytest
 import torch
-from conftest import round_to_bfloat16
 from triton.runtime import interpreter
 
 import minipeft as mp
 from minipeft import ops
 from minipeft_kernels.triton import nf4
+from tests.kernels.conftest import round_to_bfloat16
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = 400
@@ -103,7 +103,8 @@ def test_chosen_through_the_table_for_a_layer_and_its_backward():
 
 def test_the_interpreter_still_needs_its_repair():
     import triton.language as tl
-    from conftest import original
+
+    from tests.kernels.conftest import original
 
     values = torch.randn(1000).numpy()
     names = [f"arg{i}" for i in range(2)]

@@ -5,7 +5,7 @@ get the prefix's columns; on route A a view takes the cache's place.  After: the
 back in its place.
 
 All that the library leaves outside its own layers, why, and who takes it off (a test compares a
-model before and after, tests/test_hidden_state.py):
+model before and after, tests/integrations/transformers/test_hooks.py):
 
 For the whole process
     torch.ops.minipeft, ops.OPERATORS               the operators and what computes them; stay

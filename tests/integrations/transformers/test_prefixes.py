@@ -1,5 +1,6 @@
 """Several prefixes, rows, locations, windows and heads on small random models, and refusals."""
 
+import copy
 import socket
 import sys
 
@@ -11,10 +12,18 @@ import minipeft as mp
 
 pytest.importorskip("transformers")
 from benchmarks.models import enable_checkpointing
-from benchmarks.prefix_behaviours import GREEDY, Case, P, difference
-from benchmarks.prefix_families import build
+from tests.prefix_behaviours import GREEDY, Case, P, difference, random_lora
+from tests.prefix_families import FAMILIES, build
 
+SIZES = FAMILIES["LLaMA"].sizes
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
+
+
+def open_gates(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gates" in name:
+                parameter.fill_(1.0)
 
 
 @pytest.mark.parametrize("family", ["BERT", "RoBERTa", "ELECTRA", "DistilBERT"])
@@ -341,8 +350,6 @@ def test_tokens_to_start_from_must_fit():
 def test_new_heads_train_with_the_prefix_and_go_off_with_it(model, sizes, tmp_path):
     import transformers
 
-    from benchmarks.prefix_families import FAMILIES
-
     family = FAMILIES["BERT" if model.startswith("Bert") else "LLaMA"]
     config = getattr(transformers, family.config)(**family.sizes, **sizes)
 
@@ -400,7 +407,7 @@ import os, sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp_
 from torch.nn.parallel import DistributedDataParallel
 import minipeft as mp
-from benchmarks.prefix_behaviours import Case
+from tests.prefix_behaviours import Case
 
 def make(family):
     case = Case(family)
@@ -480,3 +487,173 @@ def test_trainer_checkpoints_come_back(family, settings, tmp_path):
     more = {"decoder_input_ids": text} if family == "T5" else {}
     with torch.no_grad():
         assert torch.equal(fresh(text, **more).logits, model.eval()(text, **more).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "reentrant"),
+    # re-entrant checkpointing hands T5's layers a mask that does not say whose it is
+    [("LLaMA", False), ("LLaMA", True), ("BLOOM", False), ("BLOOM", True), ("T5", False)],
+)
+def test_switching_before_a_checkpointed_backward_is_refused(family, reentrant):
+    case = Case(family)
+    case.model.train()
+    case.model.config.use_cache = False
+    case.attach(tokens=False)
+    mp.attach_prefix(case.model, P, name="other")
+    enable_checkpointing(case.model, reentrant=reentrant)
+    mp.use_adapters(case.model, "default")
+    loss = case.model(**case.inputs()).logits.square().mean()
+    mp.use_adapters(case.model, "other")
+    with pytest.raises(ValueError, match="a prefix was switched after this forward"):
+        loss.backward()
+    loss = case.model(**case.inputs()).logits.square().mean()
+    with mp.disable_adapters(case.model), pytest.raises(ValueError, match="was switched"):
+        loss.backward()
+
+
+def test_gated_prefixes_are_no_tokens_of_a_window_and_stay_causal():
+    case = Case("Mistral, window")
+    case.attach(tokens=False, window="like_token")
+    mp.attach_prefix(case.model, 3, gated=True, name="gated", init_std=1.0)
+    open_gates(case.model)
+    text = torch.randint(3, 97, (1, 20))
+    with torch.no_grad():
+        whole, start = case.model(text).logits[:, :4], case.model(text[:, :4]).logits
+    assert difference(whole, start) <= TOLERANCE
+
+
+def test_packed_texts_and_a_window_that_leaves_the_prefix_behind():
+    case = Case("Mistral, window")
+    case.attach(tokens=False, window="like_token")
+    numbers = torch.cat([torch.arange(12), torch.arange(8)])[None]
+    text = torch.randint(3, 97, (1, 20))
+    with pytest.raises(ValueError, match="texts are packed"):
+        case.logits(text=text, position_ids=numbers, use_cache=False)
+
+
+def test_remove_refuses_before_it_takes_anything_off():
+    case = Case("LLaMA")
+    random_lora(case.model)
+    case.attach()
+    mp.merge(case.model)
+    before = case.logits()
+    with pytest.raises(ValueError, match="is merged"):
+        mp.remove(case.model, name="default")
+    assert torch.equal(case.logits(), before) and hasattr(case.model, "minipeft_prefix")
+
+
+def test_a_head_under_lora_is_not_left_behind():
+    import transformers
+
+    config = transformers.LlamaConfig(**SIZES, num_labels=3)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    text = torch.randint(3, 97, (2, 9))
+    before = model(text).logits.detach()
+    prefix = mp.attach_prefix(model, 5, name="first")
+    mp.add_adapter(model, "lora", "score", 2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "copy" in name:
+                parameter.add_(1.0)
+    with pytest.raises(ValueError, match="another adapter over it"):
+        prefix.remove()
+    mp.remove(model, name="first")
+    assert torch.equal(model(text).logits, before)
+
+
+def test_rows_chosen_in_inference_mode_can_be_chosen_again():
+    case = Case("LLaMA")
+    case.attach()
+    mp.attach_prefix(case.model, 3, name="other")
+    with torch.inference_mode():
+        mp.use_adapters(case.model, rows=["default", "other"])
+        mp.use_adapters(case.model, rows=["other", None])
+    mp.use_adapters(case.model, rows=["other", "default"])
+    rows = case.logits()
+    for row, name in enumerate(["other", "default"]):
+        mp.use_adapters(case.model, name)
+        assert difference(rows[row], case.logits()[row]) <= TOLERANCE
+
+
+def test_heads_go_on_and_off_with_their_prefix_and_a_second_prefix_is_told():
+    import transformers
+
+    config = transformers.BertConfig(**FAMILIES["BERT"].sizes, num_labels=3)
+    model = transformers.BertForSequenceClassification(config).eval()
+    text = torch.randint(3, 97, (2, 9))
+    before = model(text).logits.detach()
+    mp.attach_prefix(model, 5, name="first")
+    with torch.no_grad():
+        model.classifier.copy.weight.add_(1.0)
+    trained = model(text).logits.detach()
+    with mp.disable_adapters(model):
+        assert torch.equal(model(text).logits, before)
+    assert torch.equal(model(text).logits, trained) and difference(trained, before) > 1e-3
+    with pytest.warns(UserWarning, match="'second' has none of its own"):
+        mp.attach_prefix(model, 5, name="second")
+
+
+def test_rows_of_a_prefix_with_a_head_use_its_head():
+    import transformers
+
+    config = transformers.BertConfig(**FAMILIES["BERT"].sizes, num_labels=3)
+    model = transformers.BertForSequenceClassification(config).eval()
+    text = torch.randint(3, 97, (3, 9))
+    before = model(text).logits.detach()
+    mp.attach_prefix(model, 5, name="first")
+    with torch.no_grad():
+        model.classifier.copy.weight.add_(1.0)
+    trained = model(text).logits.detach()
+    mp.use_adapters(model, rows=["first", None, "first"])
+    mixed = model(text).logits
+    assert difference(mixed[[0, 2]], trained[[0, 2]]) <= TOLERANCE
+    assert difference(mixed[1], before[1]) <= TOLERANCE
+    mp.use_adapters(model, "first")
+    assert torch.equal(model(text).logits, trained)
+
+
+def test_a_prefix_that_is_off_while_rows_use_it_is_named():
+    case = Case("LLaMA")
+    prefix = case.attach()
+    mp.attach_prefix(case.model, 3, name="other")
+    mp.use_adapters(case.model, rows=["default", "other"])
+    prefix.encoders["other"].enabled = False
+    with pytest.raises(ValueError, match="prefix 'other' is off, and rows use it"):
+        case.logits()
+
+
+def test_masks_for_one_row_for_all_slots_and_from_the_model_that_was_copied():
+    case = Case("LLaMA")
+    mp.attach_prefix(case.model, 3, gated=True)
+    case.logits(attention_mask=torch.ones(1, 1, 9, 9, dtype=torch.bool).tril())
+    bloom = Case("BLOOM")
+    mask = torch.ones_like(bloom.text)
+    mask[0, :3] = 0
+    settings = GREEDY | {"attention_mask": mask, "max_new_tokens": 8}
+    plain = bloom.model.generate(bloom.text, cache_implementation="static", **settings)
+    bloom.attach(tokens=False)
+    with mp.disable_adapters(bloom.model):
+        off = bloom.model.generate(bloom.text, cache_implementation="static", **settings)
+    assert torch.equal(off, plain)
+    dynamic = bloom.model.generate(bloom.text, **settings)
+    static = bloom.model.generate(bloom.text, cache_implementation="static", **settings)
+    assert torch.equal(static, dynamic)
+    first = Case("LLaMA")
+    first.attach()
+    twin = copy.deepcopy(first.model)
+    mp.attach_prefix(first.model, 3, name="other")
+    expected = twin.generate(first.text, **GREEDY)
+    again = copy.deepcopy(first.model)
+    mp.attach_prefix(first.model, 4, name="third")
+    again.minipeft_prefix.remove(name="other")
+    static = again.generate(first.text, cache_implementation="static", **GREEDY)
+    assert torch.equal(static, expected)
+
+
+def test_a_gated_prefix_moves_no_token_also_beside_another():
+    case = Case("GPT-2")
+    prefix = case.attach(tokens=False)
+    before = case.logits()
+    mp.attach_prefix(case.model, 3, name="gated", gated=True)
+    assert difference(case.logits(), before) <= TOLERANCE
+    assert prefix.position == "shift"

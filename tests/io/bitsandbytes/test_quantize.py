@@ -17,7 +17,7 @@ from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_q
 from minipeft.io.bitsandbytes import quantize as quantize_module
 from minipeft.io.shards import ShardWriter
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Model(nn.Module):
@@ -110,11 +110,11 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
 
 KILLED = """
 import sys, torch
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}]
 from pathlib import Path
 from minipeft.io.bitsandbytes import quantize_checkpoint
 from minipeft.io.bitsandbytes import quantize as module
-from test_quantize_checkpoint import on_meta
+from tests.io.bitsandbytes.test_quantize import on_meta
 write, calls = module._write, []
 def announced(path, *rest):
     calls.append(path)
@@ -131,7 +131,7 @@ quantize_checkpoint({base!r} + "/source", {base!r} + "/out", **settings)
 
 def test_killed_and_resumed(tmp_path):
     source(tmp_path / "source")
-    script = KILLED.format(root=str(ROOT), tests=str(Path(__file__).parent), base=str(tmp_path))
+    script = KILLED.format(root=str(ROOT), base=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script])
     deadline = time.monotonic() + 60
     while not (tmp_path / "now").exists() and time.monotonic() < deadline:
@@ -210,9 +210,9 @@ def test_a_shard_cut_short_is_made_again(tmp_path, monkeypatch):
 
 FULL = """
 import resource, signal, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = [{root!r}]
 from minipeft.io.bitsandbytes import quantize_checkpoint
-from test_quantize_checkpoint import on_meta
+from tests.io.bitsandbytes.test_quantize import on_meta
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
 try:
@@ -225,7 +225,7 @@ except OSError as error:
 def test_a_full_disk_leaves_no_destination(tmp_path):
     """Stood in for by a limit on the size of files, which fails in the same write."""
     source(tmp_path / "source")
-    script = FULL.format(root=str(ROOT), tests=str(Path(__file__).parent), base=str(tmp_path))
+    script = FULL.format(root=str(ROOT), base=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "while writing" in done.stdout and "model.safetensors" in done.stdout, done.stderr
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ import minipeft as mp
 from minipeft.io.bitsandbytes import save_quantized
 from minipeft.model.progress import Progress
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Terminal(io.StringIO):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import minipeft as mp
 from benchmarks.models import enable_checkpointing
-from benchmarks.prefix_families import FAMILIES, build
 from minipeft.adapters.state import named_tensors
+from tests.prefix_families import FAMILIES, build
 
 P, T = 5, 9  # prefix positions, tokens of text
 
@@ -63,6 +63,14 @@ class Case:
     def window(self) -> str | None:
         """The setting under which a prefix is like tokens."""
         return "like_token" if self.found.window and self.kind == "decoder" else None
+
+
+def random_lora(model: nn.Module) -> None:
+    """LoRA on every linear layer that already changes the output."""
+    mp.inject_lora(model, "all-linear", rank=2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter, std=0.1)
 
 
 def difference(a: Tensor, b: Tensor) -> float:

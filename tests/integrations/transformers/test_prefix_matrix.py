@@ -1,12 +1,12 @@
-"""Every behaviour with a prefix attached on every architecture: benchmarks.prefix_behaviours."""
+"""Every behaviour with a prefix attached on every architecture: tests.prefix_behaviours."""
 
 import json
 
 import pytest
 
 pytest.importorskip("transformers")
-from benchmarks.prefix_behaviours import BEHAVIOURS
-from benchmarks.prefix_families import FAMILIES
+from tests.prefix_behaviours import BEHAVIOURS
+from tests.prefix_families import FAMILIES
 
 # logits around 1 in float32, summed in another order; equal tokens and bits where 0
 LIMITS = dict.fromkeys(BEHAVIOURS, 1e-5) | {
@@ -31,8 +31,8 @@ def test_compiled_models_compute_the_same_in_one_graph(plain_python):
 import warnings
 warnings.simplefilter("ignore")
 import torch
-from benchmarks.prefix_behaviours import BEHAVIOURS, Case
-from benchmarks.prefix_families import FAMILIES
+from tests.prefix_behaviours import BEHAVIOURS, Case
+from tests.prefix_families import FAMILIES
 for family in FAMILIES:
     print(family, BEHAVIOURS["compiled"](family), sep="; ")
 for family in ("LLaMA", "BERT", "BLOOM", "T5"):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import threading
 import types
 
@@ -12,8 +13,8 @@ import minipeft as mp
 
 pytest.importorskip("transformers")
 from benchmarks.models import enable_checkpointing
-from benchmarks.prefix_behaviours import Case, P, difference
-from benchmarks.prefix_families import FAMILIES
+from tests.prefix_behaviours import Case, P, difference, random_lora
+from tests.prefix_families import FAMILIES
 
 DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
@@ -280,3 +281,67 @@ def test_a_conversation_is_not_taken_for_that_of_a_later_prompt(monkeypatch):
         seen = prefix.encoder.part(0).k
         case.model(case.text[:, :3])
         assert torch.equal(seen, prefix.encoder.part(0).k)
+
+
+def test_prompts_beside_lora_rows_are_refused():
+    case = Case("LLaMA")
+    random_lora(case.model)
+    mp.attach_prompt(case.model, 4, name="prompt")
+    with pytest.raises(ValueError, match="is a prompt, which runs through the model once"):
+        mp.use_adapters(case.model, rows=[["default", "prompt"], "prompt"])
+    mp.use_adapters(case.model, rows=["default", None])
+    with pytest.raises(ValueError, match="use_adapters"):
+        mp.attach_prefix(case.model, 3, name="more")
+
+
+def test_threads_do_not_see_each_others_prompts():
+    case = Case("LLaMA")
+    mp.attach_prompt(case.model, 4, init_std=1.0)
+    expected, wrong = case.logits(), []
+
+    def work() -> None:
+        for _ in range(40):
+            try:
+                if difference(case.logits(), expected) > TOLERANCE:
+                    wrong.append("differs")
+            except Exception as error:
+                wrong.append(repr(error))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong, wrong[:3]
+
+
+@torch.no_grad()
+def test_a_conversation_keeps_the_prompt_that_it_began_with():
+    case = Case("LLaMA")
+    mp.attach_prompt(case.model, 4, init_std=1.0)
+    whole = case.logits()
+    cache = case.model(case.text[:, :4], use_cache=True).past_key_values
+    own = {name: value.clone() for name, value in mp.adapter_state_dict(case.model).items()}
+    other = {name: torch.randn_like(value) for name, value in own.items()}
+    mp.load_adapter_state_dict(case.model, other)
+    case.model(case.text)
+    for state in (other, own):  # whichever is there now
+        mp.load_adapter_state_dict(case.model, state)
+        again = copy.deepcopy(cache)
+        rest = case.model(case.text[:, 4:], past_key_values=again).logits
+        assert difference(rest, whole[:, 4:]) <= TOLERANCE
+
+
+def test_baking_a_prompt_in_training_mode_bakes_no_dropout():
+    case = Case("GPT-2", resid_pdrop=0.5)
+    prefix = mp.attach_prompt(case.model, 3, kind="mlp")
+    before = case.logits()
+    case.model.train()
+    prefix.bake()
+    case.model.eval()
+    assert difference(case.logits(), before) <= TOLERANCE

@@ -130,6 +130,7 @@ def test_other_rows_compile_nothing_again(plain_python, capsys):
     assert set(counts.values()) == {0}
 
 
+@pytest.mark.slow  # a minute of PEFT's compilations; it claims nothing of this library
 def test_peft_compiles_again(plain_python, capsys):
     """The same steps, where PEFT has them; without fullgraph, to be fair."""
     output = plain_python(

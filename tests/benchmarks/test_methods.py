@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import data, harness, methods, models, report, worker
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ["--model", "llama", "--steps", "2", "--rounds", "1", "--length", "16", "--batch", "2",
          "--validation-rows", "2", "--rank", "4", "--threads", "1"]  # fmt: skip
 

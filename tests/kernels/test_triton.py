@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent / "kernels"
+FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -40,6 +40,7 @@ def test_interpreted(capsys):
 
 
 @needs_triton
+@pytest.mark.slow  # 18 compilations, each for another GPU
 def test_compiled_without_a_gpu(capsys, tmp_path):
     printed = run("compiled", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     table = [line for line in printed.splitlines() if line.startswith(("sm_", "gfx"))]

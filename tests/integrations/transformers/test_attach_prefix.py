@@ -10,8 +10,11 @@ from torch import nn
 import minipeft as mp
 
 pytest.importorskip("transformers")
-from benchmarks.prefix_families import build
+from tests.prefix_behaviours import Case, difference
+from tests.prefix_families import FAMILIES, build
 
+SIZES = FAMILIES["LLaMA"].sizes
+TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
 P, T = 5, 9  # prefix positions, text tokens
 
 
@@ -237,3 +240,58 @@ def test_a_cache_of_another_model():
         prefix.load_kv(cache)
     with pytest.raises(ValueError, match="use_cache"):
         prefix.load_kv(None)
+
+
+def test_a_decoder_of_experts_is_a_decoder_whatever_its_weights():
+    import transformers
+
+    for seed in range(4):
+        torch.manual_seed(seed)
+        config = transformers.Qwen3MoeConfig(
+            **SIZES, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16
+        )
+        model = transformers.Qwen3MoeForCausalLM(config).eval()
+        assert mp.attach_prefix(model, 4).position == "shift"
+
+
+def test_a_part_of_a_model_that_has_a_prefix_takes_none():
+    for family in ("LLaMA", "BLOOM"):
+        case = Case(family)
+        case.attach()
+        before = case.logits()
+        inner = case.model.base_model
+        with pytest.raises(ValueError, match="a model around this one has a prefix"):
+            mp.attach_prefix(inner, 3, name="x")
+        assert torch.equal(case.logits(), before)
+        case.model.minipeft_prefix.remove()
+        mp.attach_prefix(inner, 3)
+
+
+def test_an_encoder_decoder_of_two_models_needs_no_mask():
+    import transformers
+
+    sizes = FAMILIES["BERT"].sizes
+    decoder = transformers.BertConfig(**sizes, is_decoder=True, add_cross_attention=True)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.BertConfig(**sizes), decoder, decoder_start_token_id=1, pad_token_id=0
+    )
+    model = transformers.EncoderDecoderModel(config).eval()
+    mp.attach_prefix(model, 4)
+    text = torch.randint(3, 97, (2, 9))
+    given = {"input_ids": text, "decoder_input_ids": text[:, :5]}
+    plain, masked = model(**given), model(**given, attention_mask=torch.ones_like(text))
+    assert difference(plain.logits, masked.logits) <= TOLERANCE
+
+
+def test_odd_padding_ids_and_models_without_tokens():
+    import transformers
+
+    config = transformers.LlamaConfig(**{**SIZES, "pad_token_id": None})
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.config.pad_token_id = -1
+    assert mp.attach_prefix(model, 4).position == "shift"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "intermediate_size": 48, "image_size": 8, "patch_size": 4}  # fmt: skip
+    vision = transformers.ViTModel(transformers.ViTConfig(**sizes))
+    with pytest.raises(ValueError, match="ViTModel embeds its input by a"):
+        mp.attach_prefix(vision, 4)

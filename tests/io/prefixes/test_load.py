@@ -11,8 +11,8 @@ from torch import nn
 import minipeft as mp
 
 pytest.importorskip("transformers")
-from benchmarks.prefix_behaviours import Case, P, difference
 from minipeft.io import prefixes
+from tests.prefix_behaviours import Case, P, difference
 
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
 FAMILIES = [

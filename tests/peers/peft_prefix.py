@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import enable_checkpointing
-from benchmarks.prefix_behaviours import GREEDY, Case, P, T, difference
+from tests.prefix_behaviours import GREEDY, Case, P, T, difference
 
 TASKS = {"decoder": "CAUSAL_LM", "encoder": "TOKEN_CLS", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
