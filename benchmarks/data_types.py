@@ -30,19 +30,19 @@ from benchmarks.data import chat_batches
 from benchmarks.harness import commit, hardware, versions
 from benchmarks.models import data_file, load_model, load_tokenizer
 from benchmarks.worker import loss_of
+from minipeft.adapters.progress import Progress
 from minipeft.adapters.targets import survey
-from minipeft.model.progress import Progress
 from minipeft.model.quantize import quantizable
 
 RESULTS = Path(__file__).parent / "results"
 CODEBOOKS = {
     "NF4": mp.NF4_CODEBOOK,
-    "FP4 E2M1": mp.FP4_CODEBOOK,
-    "FP4 E3M0": mp.FP4_E3M0_CODEBOOK,
-    "Int4": mp.int_codebook(4),
-    "NF3": mp.normal_float_codebook(3),
-    "Int8": mp.int_codebook(8),
-    "NF8": mp.normal_float_codebook(8),
+    "FP4 E2M1": mp.codebooks.FP4,
+    "FP4 E3M0": mp.codebooks.FP4_E3M0,
+    "Int4": mp.codebooks.int_codebook(4),
+    "NF3": mp.codebooks.normal_float_codebook(3),
+    "Int8": mp.codebooks.int_codebook(8),
+    "NF8": mp.codebooks.normal_float_codebook(8),
 }
 WINDOW = 512
 # bitsandbytes' tests/test_functional.py, 4-bit errors on Gaussian weights in blocks of 64 on an
@@ -55,10 +55,10 @@ PUBLISHED = {
 
 def rounded(w: Tensor, codebook: tuple[float, ...], block_size: int, nested: bool) -> Tensor:
     """The weight after rounding to the data type and decoding, in its own dtype."""
-    codes, absmax = mp.quantize_blockwise(w, codebook, block_size=block_size)
+    codes, absmax = mp.codebooks.quantize_blockwise(w, codebook, block_size=block_size)
     if nested:
         absmax = mp.dequantize_absmax(*mp.quantize_absmax(absmax))
-    return mp.dequantize_blockwise(
+    return mp.codebooks.dequantize_blockwise(
         codes, absmax, w.shape, codebook, block_size=block_size, dtype=w.dtype
     )
 

@@ -21,16 +21,16 @@ from benchmarks.data import Batches, chat_batches
 from benchmarks.harness import save_result
 from benchmarks.models import load_model, load_tokenizer
 from benchmarks.worker import decoder_and_head, loss_of
-from minipeft.model.progress import Progress
+from minipeft.adapters.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 INITS: dict[str, Callable[[], Any]] = {
     "default": lambda: None,
-    "Gaussian": lambda: mp.init_gaussian,
-    "orthogonal": lambda: mp.init_orthogonal,
-    "PiSSA": lambda: mp.init_pissa,
-    "OLoRA": lambda: mp.init_olora,
-    "LoftQ": mp.loftq,
+    "Gaussian": mp.starts.gaussian,
+    "orthogonal": mp.starts.orthogonal,
+    "PiSSA": mp.starts.pissa,
+    "OLoRA": mp.starts.olora,
+    "LoftQ": mp.starts.loftq,
     "EVA": lambda: None,  # set after injection, from batches
 }
 
@@ -58,7 +58,7 @@ def run(name: str, arguments: argparse.Namespace, train: Batches, valid: Batches
         decoder, _ = decoder_and_head(model)
         size = arguments.batch
         batches = [train.rows(i * size, (i + 1) * size) for i in range(arguments.eva_batches)]
-        mp.init_eva(
+        mp.starts.eva(
             model, batches,
             forward=lambda _, b: decoder(
                 input_ids=b.input_ids, attention_mask=b.attention_mask, use_cache=False

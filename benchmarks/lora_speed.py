@@ -79,7 +79,7 @@ def peft_linear(base: nn.Linear, rank: int, alpha: float, *, dora: bool = False)
 def pair(size: int, rank: int, alpha: float, *, dora: bool = False) -> tuple[nn.Module, Any]:
     """Our layer and PEFT's with the same numbers."""
     base = nn.Linear(size, size)
-    kind = mp.DoRALinear if dora else mp.LoRALinear
+    kind = mp.layers.DoRALinear if dora else mp.LoRALinear
     ours = kind(copy.deepcopy(base), rank, alpha)
     theirs = peft_linear(base, rank, alpha, dora=dora)
     with torch.no_grad():
@@ -147,7 +147,7 @@ def mixed_batch(rounds: int, rows: int = 64, adapters: int = 8) -> dict[str, Any
     theirs.eval()
     layer = theirs.base_model.model[0]
     for name in names:
-        mp.add_adapter(model, name, ["0"], RANK, ALPHA)
+        mp.inject_lora(model, ["0"], RANK, ALPHA, name=name)
         own = mp.adapter_state_dict(model, name=name)
         with torch.no_grad():
             own["0.lora_b"].normal_(std=0.02)

@@ -191,7 +191,7 @@ def inject(case: Case, model: nn.Module) -> None:
     if case.change is None:
         mp.inject(
             model, ["layer"],
-            lambda m: mp.LoRAFusedLinear(m, FUSED_RANKS, ALPHA, slices=SLICES),
+            lambda m: mp.layers.LoRAFusedLinear(m, FUSED_RANKS, ALPHA, slices=SLICES),
         )  # fmt: skip
     else:
         settings = dict(case.settings)
@@ -199,7 +199,7 @@ def inject(case: Case, model: nn.Module) -> None:
         dora = {"dora": True} if case.dora_axes else {}
         mp.inject_lora(model, [case.place], RANK, ALPHA, **settings, **dora)
         if tied:
-            mp.tie_lora(model)
+            mp.tie_heads(model)
     with torch.no_grad():
         for key, value in mp.adapter_state_dict(model).items():
             if key.endswith("magnitude"):

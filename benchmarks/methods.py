@@ -164,7 +164,7 @@ def weight_figures(model: Any) -> dict[str, float | int | None]:
         bits = 8 * packed_bytes / weights
     else:
         packed = any(isinstance(module, mp.NF4Linear) for module in model.modules())
-        bits = mp.packed_bits(model) if packed else None
+        bits = mp.memory_report(model).packed.bits if packed else None
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "trainable_parameters": trainable,

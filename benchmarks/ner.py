@@ -28,7 +28,7 @@ import minipeft as mp
 from benchmarks.harness import save_result
 from benchmarks.models import data_file, require
 from benchmarks.ner_data import LABELS, Row, collate, encode, sentences, shuffled, span_f1
-from minipeft.model.progress import Progress
+from minipeft.adapters.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 

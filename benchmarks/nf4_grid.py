@@ -30,8 +30,8 @@ from benchmarks.nf4_sweep import (
     same,
 )
 from minipeft import dequantize_absmax, quantize_absmax, quantize_nf4
+from minipeft.adapters.progress import Progress
 from minipeft.double_quant import dynamic_codebook
-from minipeft.model.progress import Progress
 
 SHAPES = [
     (0,), (1,), (2,), (7,), (31,), (32,), (33,), (63,), (64,), (65,), (101,), (127,), (1000,),

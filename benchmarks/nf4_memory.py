@@ -83,10 +83,10 @@ def llama_7b(layers: int) -> dict[str, float]:
         logits = model(torch.arange(8)[None]).logits
     if not bool(logits.isfinite().all()):
         raise RuntimeError("the forward pass of random codes is not finite")
-    print(mp.quantization_report(model))
+    print(mp.memory_report(model))
     counted = mp.count_parameters(model)
     return {
-        "bits per quantised weight": mp.packed_bits(model),
+        "bits per quantised weight": mp.memory_report(model).packed.bits,
         "weights of the tensors, MiB": counted.bytes / MIB,
         "resident, MiB": resident / MIB,
         "resident after a forward pass of 8 tokens, MiB":

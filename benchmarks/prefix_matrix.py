@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import save_result
-from minipeft.model.progress import Progress
+from minipeft.adapters.progress import Progress
 from tests.peers.peft_prefix import IN_PEFT
 from tests.prefix_behaviours import BEHAVIOURS
 from tests.prefix_families import FAMILIES

@@ -23,7 +23,7 @@ from benchmarks.harness import save_result
 from benchmarks.inits import validation_loss
 from benchmarks.models import load_model, load_tokenizer
 from benchmarks.worker import loss_of
-from minipeft.model.progress import Progress
+from minipeft.adapters.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 TEXT = "The following is a casual chat between two people. The reply is short and friendly."

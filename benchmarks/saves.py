@@ -79,7 +79,7 @@ def adapted(seed: int, rank: int, alpha: float, *, names: tuple[str, ...] = ()) 
     model = net()
     mp.inject_lora(model, ["0", "2"], rank=rank, alpha=alpha)
     for name in names:
-        mp.add_adapter(model, name, ["3"], rank=rank + 1)
+        mp.inject_lora(model, ["3"], rank=rank + 1, name=name)
     return drawn(model, seed)
 
 

@@ -38,7 +38,7 @@ count = mp.count_parameters(model)
 print(f"{len(names)} layers; {count.trainable / count.total:.1%} of the parameters train")
 print(
     f"weights: {dense_bytes / 1e6:.0f} MB -> {count.bytes / 1e6:.0f} MB with the adapter, "
-    f"{mp.packed_bits(model):.3f} bits per quantised weight"
+    f"{mp.memory_report(model).packed.bits:.3f} bits per quantised weight"
 )
 
 with torch.no_grad():

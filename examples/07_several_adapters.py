@@ -32,8 +32,8 @@ def main() -> None:
     )
     print(f"base, x + y: error {train(model, list(model.parameters()), lambda x: x.sum(1)):.4f}")
     for name, answer in TASKS.items():
-        mp.add_adapter(
-            model, name, ["0", "2", "4"], rank=1 if name == "minus" else {"2": 8, ".*": 1}
+        mp.inject_lora(
+            model, ["0", "2", "4"], rank=1 if name == "minus" else {"2": 8, ".*": 1}, name=name
         )
         mp.use_adapters(model, name)
         error = train(model, list(mp.adapter_parameters(model, name=name)), answer)

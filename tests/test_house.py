@@ -24,7 +24,7 @@ LEVELS = [  # files, and folders with all that is in them; each imports from its
     {"qlora.py", "inject.py", "prefix.py"},
     {"fast", "quantized"},
     {"layers"},
-    {"variants", "optim"},
+    {"starts", "optim"},
     {"model"},
     {"integrations"},
     {"io"},

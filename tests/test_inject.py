@@ -185,7 +185,7 @@ def test_all_linear_takes_multi_head_attention_as_a_whole():
     names = mp.inject_lora(layer, "all-linear", 2)
     assert names == ["self_attn", "linear1", "linear2"]
     assert names.left_out == {}
-    assert isinstance(layer.self_attn, mp.LoRAMultiheadAttention)
+    assert isinstance(layer.self_attn, mp.layers.LoRAMultiheadAttention)
 
 
 def test_the_report_says_what_was_made_and_by_which_pattern():

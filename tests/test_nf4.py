@@ -9,17 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minipeft import (
-    FP4_CODEBOOK,
-    NF4_CODEBOOK,
-    dequantize_nf4,
-    nf4,
-    normal_float_codebook,
-    quantize_nf4,
-    use_kernels,
-)
+from minipeft import NF4_CODEBOOK, dequantize_nf4, nf4, quantize_nf4, use_kernels
 from minipeft.fast import nf4 as fast
 from minipeft.ops import Packed
+from minipeft.quantized.codebooks import FP4, normal_float_codebook
 from tests import reference
 from tests.strategies import weights
 
@@ -155,7 +148,7 @@ def test_the_plain_functions_equal_the_fast_ones_in_every_bit(w, block_size, own
     packed, absmax = nf4.encode(w, block_size)
     for plain, quick in zip((packed, absmax), fast.quantize(w, block_size), strict=True):
         assert torch.equal(plain, quick)
-    codebook = torch.tensor(FP4_CODEBOOK) if own_codebook else None
+    codebook = torch.tensor(FP4) if own_codebook else None
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         weight = Packed(packed, absmax, block_size, codebook=codebook)
         plain = nf4.decode(weight, list(w.shape), dtype)
@@ -228,7 +221,8 @@ def test_bad_input_raises(plain_python):
     print(
         plain_python("""
 import pytest, torch
-from minipeft import quantize_nf4, dequantize_nf4, normal_float_codebook
+from minipeft import quantize_nf4, dequantize_nf4
+from minipeft.quantized.codebooks import normal_float_codebook
 for w in (torch.arange(64), torch.zeros(64, dtype=torch.uint8), torch.randn(64).double()):
     with pytest.raises(ValueError, match="dtype"):
         quantize_nf4(w)

@@ -38,7 +38,7 @@ def test_opcheck(name):
     weight = mp.NF4Linear.from_linear(torch.nn.Linear(64, 32)).state()
     opcheck(getattr(torch.ops.minipeft, name).default, CALLS[name](weight))
     if "weight" in ops.OPERATORS[name].arguments:
-        weight = weight._replace(codebook=torch.tensor(mp.FP4_CODEBOOK))
+        weight = weight._replace(codebook=torch.tensor(mp.codebooks.FP4))
         opcheck(getattr(torch.ops.minipeft, name).default, CALLS[name](weight))
 
 

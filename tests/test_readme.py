@@ -49,3 +49,10 @@ def test_every_public_name_in_the_readme_exists():
     assert len(names) > 40
     for name in names:
         operator.attrgetter(name)(minipeft)
+
+
+def test_every_public_name_is_in_the_readme_or_an_example():
+    pages = [README, *(README.parent / "examples").glob("*.py")]
+    text = "\n".join(page.read_text() for page in pages)
+    used = set(re.findall(r"\b(?:mp|minipeft)\.(\w+)", text))
+    assert set(minipeft.__all__) - used - {"__version__"} == set()

@@ -12,10 +12,6 @@ class PrefixHolder(Protocol):
 
     encoders: nn.ModuleDict
 
-    def add_encoder(self, name: str, encoder: nn.Module) -> None:
-        """Let one more prefix join, of the same layers."""
-        ...
-
     def serve_rows(self, rows: Sequence[tuple[str, ...]]) -> None:
         """Let row i of each batch use the prefixes in rows[i]; other names are passed over."""
         ...
@@ -35,4 +31,4 @@ class PrefixHolder(Protocol):
 
 def holds_prefixes(module: object) -> TypeGuard[PrefixHolder]:
     """Whether the module holds the prefixes of a model; asked of its class, as in `is_adapter`."""
-    return callable(getattr(type(module), "add_encoder", None))
+    return callable(getattr(type(module), "run_by_the_model", None))

@@ -63,7 +63,7 @@ def named_tensors(
             if key in parameters:
                 raise ValueError(
                     f"{caller}: adapter {name!r} has two layers over {place!r}; give the second "
-                    "a name of its own with add_adapter"
+                    "a name of its own: inject_lora(..., name=)"
                 )
             parameters[key] = parameter
         if own_buffers := getattr(type(adapter), "adapter_buffers", None):

@@ -329,7 +329,7 @@ def adapter_targets(
         if is_adapter(module) and not stack:
             raise ValueError(
                 f"target: {name!r} already has an adapter ({type(module).__name__}); remove it "
-                "first, leave it out with exclude=, or use add_adapter for one more"
+                "first, leave it out with exclude=, or give the new one a name= of its own"
             )
         if name in places.in_attention:
             raise ValueError(

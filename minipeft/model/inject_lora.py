@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from minipeft.adapters.names import DEFAULT, check_new_name, give_name, named
 from minipeft.adapters.protocol import innermost, linear_shape
 from minipeft.adapters.ready import check_model
+from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import (
     Chosen,
     Head,
@@ -31,13 +33,14 @@ from minipeft.adapters.targets import (
 from minipeft.inject import build, freeze, restoring, swap
 from minipeft.layers.attention import LoRAMultiheadAttention
 from minipeft.layers.conv import LoRAConv
+from minipeft.layers.dora import DoRAConv, DoRAEmbedding, DoRALinear
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.layers.mixture import LoRAExperts
 from minipeft.lora import LoRALinear
 from minipeft.model.peft_words import in_our_words
+from minipeft.model.rows import refuse_rows
 from minipeft.quantized.embedding import NF4Embedding
 from minipeft.quantized.experts import NF4Experts
-from minipeft.variants.dora import DoRAConv, DoRAEmbedding, DoRALinear
 
 LayerClass = Callable[..., Any]
 
@@ -67,6 +70,7 @@ def inject_lora(
     rank: int | Mapping[str, int],
     alpha: float | Mapping[str, float] | None = None,
     *,
+    name: str = DEFAULT,
     exclude: Target | None = None,
     head: Head = None,
     **lora: object,
@@ -81,17 +85,22 @@ def inject_lora(
     out.  Returns the names; `.report()` of the result says what was made of each, and what
     "all-linear" left out and why.
 
+    A `name` that is new makes one more adapter, over layers that may have others: layers stack, and
+    each adds to what those below compute.  It is on and trainable; the others stay as they are.
+    "default" may be called for more than once, each time over other layers.
+
     Raises:
         ValueError: nothing matches, or something that LoRA cannot wrap; a layer is wrapped
-            already (see add_adapter); rank or alpha are out of range.  The model is then as it
-            was.
+            already under that name, or the name is taken; rank or alpha are out of range; another
+            adapter is merged, or rows use adapters of their own.  The model is then as it was.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> inject_lora(model, ["0"], rank=2)
     ['0']
     """
     check_model("inject_lora", model)
-    plan = plan_lora(survey(model, head), target, rank, alpha, exclude, lora)
+    places = survey(model, head)
+    plan = plan_lora("inject_lora", model, places, target, rank, alpha, exclude, name, lora)
     return wrap_in_lora(model, plan, {})
 
 
@@ -103,38 +112,46 @@ class LoRAPlan(NamedTuple):
     ranks: dict[str, Chosen]
     alphas: dict[str, Chosen]
     settings: dict[str, Any]  # further keywords of the layers
+    name: str
 
 
 def plan_lora(
+    caller: str,
+    model: nn.Module,
     places: Survey,
     target: Target,
     rank: int | Mapping[str, int],
     alpha: float | Mapping[str, float] | None,
     exclude: Target | None,
+    name: str,
     lora: Mapping[str, object],
-    *,
-    stack: bool = False,
 ) -> LoRAPlan:
-    """Choose the layers of `inject_lora`; `stack` allows modules that have an adapter already.
+    """Choose the layers of `inject_lora`.
 
     Raises:
         ValueError: as `inject_lora`, but for what the layers themselves refuse.
     """
+    stack = name not in named(model)  # a new adapter may lie over others
+    if stack:
+        refuse_rows(caller, model)
+        refuse_merged(caller, named_adapters(model))
+    if name != DEFAULT:
+        check_new_name(caller, model, name)
     settings = dict(lora)
     dora = bool(settings.pop("dora", False))
     found = adapter_targets(places, target, exclude, stack=stack)
     kinds: dict[int, LayerClass] = {}
-    for name, module in found.chosen.items():
+    for place, module in found.chosen.items():
         if (kind := layer_class(module, dora=dora)) is None:
             raise ValueError(
-                f"target: {name!r} is a {type(module).__name__}, for which there is no "
+                f"target: {place!r} is a {type(module).__name__}, for which there is no "
                 f"{'DoRA' if dora else 'LoRA'} layer (model/inject_lora.py lists those there are)"
             )
         kinds[id(module)] = kind
-    modules = settled("inject_lora", places, found.chosen)
+    modules = settled(caller, places, found.chosen)
     ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
-    kind_of = {name: kinds[id(module)] for name, module in modules.items()}
-    return LoRAPlan(found._replace(chosen=modules), kind_of, ranks, alphas, settings)
+    kind_of = {place: kinds[id(module)] for place, module in modules.items()}
+    return LoRAPlan(found._replace(chosen=modules), kind_of, ranks, alphas, settings, name)
 
 
 def wrap_in_lora(model: nn.Module, plan: LoRAPlan, quantized: Mapping[str, nn.Module]) -> Names:
@@ -168,4 +185,6 @@ def wrap_in_lora(model: nn.Module, plan: LoRAPlan, quantized: Mapping[str, nn.Mo
         wrapped = build(plan.found.chosen, make)
         swap(model, {**quantized, **wrapped})
         freeze(model)
+        if plan.name != DEFAULT:
+            give_name(plan.name, wrapped.values())
     return Names(wrapped, plan.found.left_out, made_of, plan.found.notes)

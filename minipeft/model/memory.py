@@ -1,6 +1,7 @@
 """What a model holds: parameters that train, parameters in all, bytes of its tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -26,47 +27,73 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     >>> count_parameters(nn.Linear(3, 2))
     ParameterCount(trainable=8, total=8, bytes=32)
     """
-    packed: set[int] = set()
-    total = 0
-    for module in model.modules():
-        if is_packed(module):
-            stored = {id(value) for value in module.packed_parameters().values()}
-            total += 0 if stored & packed else module.logical_parameters()
-            packed |= stored
-    dense = [p for p in model.parameters() if id(p) not in packed]
+    report = memory_report(model)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return ParameterCount(
-        trainable=sum(p.numel() for p in dense if p.requires_grad),
-        total=total + sum(p.numel() for p in dense),
-        bytes=sum(t.numel() * t.element_size() for t in tensors),
-    )
+    return ParameterCount(trainable, report.packed.weights + report.dense.weights, _size(tensors))
 
 
-def packed_bits(model: nn.Module) -> float:
-    """Bits per packed weight, counted from the tensors that hold codes and scales.
+class Stored(NamedTuple):
+    """How many weights, in how many bytes."""
 
-    Raises:
-        ValueError: the model has no packed layer.
-    """
-    layers = [module for module in model.modules() if is_packed(module)]
-    weights = sum(layer.logical_parameters() for layer in layers)
-    if not weights:
-        raise ValueError("packed_bits: the model has no packed layer")
-    size = sum(p.numel() * p.element_size() for m in layers for p in m.packed_parameters().values())
-    return 8 * size / weights
+    weights: int
+    bytes: int
+
+    @property
+    def bits(self) -> float:
+        """Bits for each weight; NaN where there are none."""
+        return 8 * self.bytes / self.weights if self.weights else float("nan")
+
+    def line(self, noun: str) -> str:
+        """The same in words."""
+        bits = f", {self.bits:.3f} bits each" if self.weights else ""
+        return f"{self.weights:,} {noun} in {self.bytes:,} bytes{bits}"
 
 
-def quantization_report(model: nn.Module, left_out: Mapping[str, str] | None = None) -> str:
-    """What is stored in 4 bits, what is dense, and the bits per parameter, counted from tensors.
+@dataclass(frozen=True)
+class MemoryReport:
+    """The parameters of a model, 4-bit and dense; `print` shows it.  Buffers are not in it."""
+
+    layers: int  # that are 4-bit
+    packed: Stored  # the weights that their codes stand for, and the bytes of codes and scales
+    dense: Stored  # all other parameters
+    left_out: Mapping[str, str] = field(default_factory=dict)  # names, and why they stayed dense
+
+    @property
+    def together(self) -> Stored:
+        """Both."""
+        return Stored(
+            self.packed.weights + self.dense.weights, self.packed.bytes + self.dense.bytes
+        )
+
+    def __str__(self) -> str:
+        layers = "1 layer" if self.layers == 1 else f"{self.layers} layers"
+        lines = [
+            f"4-bit: {layers}, {self.packed.line('weights')}",
+            f"dense: {self.dense.line('parameters')}",
+            f"together: {self.together.line('parameters')}",
+        ]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"left dense: {', '.join(names[:3])}{more} ({reason})")
+        return "\n".join(lines)
+
+
+def memory_report(model: nn.Module, left_out: Mapping[str, str] | None = None) -> MemoryReport:
+    """What is stored in 4 bits and what is dense, and in how many bytes, counted from tensors.
 
     `left_out` is what `quantize_model(...).left_out` says; with it the report gives the reasons.
+    Shared tensors count once.
 
     >>> from minipeft import quantize_model
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)).bfloat16()
-    >>> print(quantization_report(model, quantize_model(model, skip=["1"]).left_out))
+    >>> print(memory_report(model, quantize_model(model, skip=["1"]).left_out))
     4-bit: 1 layer, 4,096 weights in 2,120 bytes, 4.141 bits each
     dense: 194 parameters in 388 bytes, 16.000 bits each
-    together: 4,290 parameters, 4.677 bits each
+    together: 4,290 parameters in 2,508 bytes, 4.677 bits each
     left dense: 1 (skipped)
     """
     layers = [module for module in model.modules() if is_packed(module)]
@@ -75,26 +102,13 @@ def quantization_report(model: nn.Module, left_out: Mapping[str, str] | None = N
         id(layer.packed_parameters()["packed"]): layer.logical_parameters() for layer in layers
     }
     others = [p for p in model.parameters() if id(p) not in stored]
+    return MemoryReport(
+        layers=len(layers),
+        packed=Stored(sum(weights.values()), _size(stored.values())),
+        dense=Stored(sum(p.numel() for p in others), _size(others)),
+        left_out=left_out or {},
+    )
 
-    def line(what: str, count: int, noun: str, size: int) -> str:
-        bits = f", {8 * size / count:.3f} bits each" if count else ""
-        return f"{what} {count:,} {noun} in {size:,} bytes{bits}"
 
-    packed_size = sum(p.numel() * p.element_size() for p in stored.values())
-    dense_size = sum(p.numel() * p.element_size() for p in others)
-    n_packed, n_dense = sum(weights.values()), sum(p.numel() for p in others)
-    total = n_packed + n_dense
-    lines = [
-        line(f"4-bit: {len(layers)} layer{'s' * (len(layers) != 1)},", n_packed, "weights",
-             packed_size),
-        line("dense:", n_dense, "parameters", dense_size),
-        f"together: {total:,} parameters, {8 * (packed_size + dense_size) / max(1, total):.3f} "
-        "bits each",
-    ]  # fmt: skip
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in (left_out or {}).items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"left dense: {shown} ({reason})")
-    return "\n".join(lines)
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

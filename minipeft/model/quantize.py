@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from minipeft.adapters.linearity import why_no_float, why_not_replaceable
+from minipeft.adapters.names import DEFAULT
 from minipeft.adapters.protocol import (
     has_stored_weight,
     is_adapter,
@@ -289,6 +290,7 @@ def inject_qlora(
     rank: int | Mapping[str, int],
     alpha: float | Mapping[str, float] | None = None,
     *,
+    name: str = DEFAULT,
     exclude: Target | None = None,
     skip: Skip = (),
     also: tuple[type[nn.Module], ...] = (),
@@ -314,7 +316,9 @@ def inject_qlora(
     check_model("inject_qlora", model)
     places = survey(model, head)
     # first: a wrong target should not cost the quantisation
-    lora_plan = plan_lora(places, target, rank, alpha, exclude, lora)
+    lora_plan = plan_lora(
+        "inject_qlora", model, places, target, rank, alpha, exclude, name, lora
+    )  # fmt: skip
     plan = _plan_codes(places, skip, also, embeddings, experts, nf4)
     names = wrap_in_lora(model, lora_plan, _make_codes(model, plan, level=4))
     names.left_out, names.notes = plan.left_out | names.left_out, plan.notes | names.notes

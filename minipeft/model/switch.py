@@ -1,11 +1,11 @@
-"""Several adapters on one model: add one more, choose which are on, give one other values.
+"""Several adapters on one model: choose which are on, give one other values.
 
     inject_lora(model, "all-linear", rank=8)             the first one is called "default"
-    add_adapter(model, "fr", "all-linear", rank=4)       one more, over the same layers or others
-    add_adapter(model, "poet", PrefixEncoder(...))       or a further prefix
+    inject_lora(model, "all-linear", rank=4, name="fr")  one more, over the same layers or others
+    attach_prefix(model, 8, name="poet")                 or a prefix
     use_adapters(model, "fr")                            only this one; or a list of names
-    swap_adapter(model, "fr", other)                     other factors; nothing is compiled again
-    use_adapters(model, rows=["fr", None, "default"])    one for each row of a batch (rows/bank.py)
+    replace_adapter(model, "fr", other)                  other factors; nothing is compiled again
+    use_adapters(model, rows=["fr", None, "default"])    one for each row of a batch (rows/)
 
 Which adapters are on and which are trained are separate things: `requires_grad` stays as it is.
 """
@@ -16,69 +16,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.names import DEFAULT, adapters_called, check_new_name, give_name, named
-from minipeft.adapters.prefix_holder import holds_prefixes
-from minipeft.adapters.ready import check_model
+from minipeft.adapters.names import DEFAULT, adapters_called, named
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
-from minipeft.adapters.targets import Head, Names, Target, survey
 from minipeft.inject import restoring
 from minipeft.lora import LoRALinear
-from minipeft.model.inject_lora import plan_lora, wrap_in_lora
-from minipeft.model.peft_words import in_our_words
-from minipeft.model.rows import Row, refuse_rows, serve_rows, stop_rows
-from minipeft.prefix import PrefixEncoder
+from minipeft.model.rows import Row, serve_rows, stop_rows
 
 Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # module name: a, b, scaling
-
-
-@in_our_words
-def add_adapter(
-    model: nn.Module,
-    name: str,
-    target: Target | PrefixEncoder,
-    rank: int | Mapping[str, int] | None = None,
-    alpha: float | Mapping[str, float] | None = None,
-    *,
-    exclude: Target | None = None,
-    head: Head = None,
-    **lora: object,
-) -> Names:
-    """One more adapter, called `name`, over layers that may have others; as `inject_lora` else.
-
-    Layers stack: each adds to what those below compute.  The new adapter is on and trainable; the
-    others stay as they are, on or off, trainable or not.  Returns the names of the modules.
-
-    A PrefixEncoder in the place of `target` joins the prefixes of a model that has one
-    (attach_prefix): of the same shapes, of any length.
-
-    Raises:
-        ValueError: the name is taken or none, no rank; otherwise as `inject_lora`.  The model is
-            then as it was.
-    """
-    check_model("add_adapter", model)
-    check_new_name("add_adapter", model, name)
-    if isinstance(target, PrefixEncoder):
-        return _add_prefix(model, name, target)
-    if rank is None:
-        raise ValueError("add_adapter: expected a rank")
-    refuse_rows("add_adapter", model)
-    refuse_merged("add_adapter", named_adapters(model))
-    plan = plan_lora(survey(model, head), target, rank, alpha, exclude, lora, stack=True)
-    with restoring(model):
-        names = wrap_in_lora(model, plan, {})
-        give_name(name, [model.get_submodule(place) for place in names])
-    return names
-
-
-def _add_prefix(model: nn.Module, name: str, encoder: PrefixEncoder) -> Names:
-    for place, module in model.named_modules():
-        if holds_prefixes(module):
-            module.add_encoder(name, encoder)
-            give_name(name, [encoder])
-            return Names([f"{place}.encoders.{name}"])
-    raise ValueError(
-        "add_adapter: the model has no prefix that this could join; attach_prefix first"
-    )
 
 
 def use_adapters(
@@ -120,7 +64,7 @@ def use_adapters(
 
 
 def factors_of(model: nn.Module, *, name: str = DEFAULT) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """An adapter's a, b and scaling by the names of its modules, for `swap_adapter`.
+    """An adapter's a, b and scaling by the names of its modules, for `replace_adapter`.
 
     Raises:
         ValueError: no such adapter, or one with other layers than LoRALinear.
@@ -142,7 +86,7 @@ def _layers(caller: str, model: nn.Module, name: str) -> dict[str, LoRALinear]:
     return layers
 
 
-def swap_adapter(
+def replace_adapter(
     model: nn.Module, name: str, other: nn.Module | Factors, *, other_name: str = DEFAULT
 ) -> list[str]:
     """Let the adapter `name` compute what another one does, in place; returns the modules.
@@ -156,22 +100,26 @@ def swap_adapter(
         ValueError: no such adapter, a layer that `name` lacks, a rank above a layer's, other sizes,
             a merged model.  Nothing has changed then.
     """
-    refuse_merged("swap_adapter", named_adapters(model))
-    layers = _layers("swap_adapter", model, name)
+    refuse_merged("replace_adapter", named_adapters(model))
+    layers = _layers("replace_adapter", model, name)
     factors = factors_of(other, name=other_name) if isinstance(other, nn.Module) else other
     if unknown := [place for place in factors if place not in layers]:
-        raise ValueError(f"swap_adapter: {name!r} has no layer over {unknown[:3]} ({len(unknown)})")
+        raise ValueError(
+            f"replace_adapter: {name!r} has no layer over {unknown[:3]} ({len(unknown)})"
+        )
     for place, (a, b, _) in factors.items():
         layer, rank = layers[place], len(a)
         expected = ((rank, layer.in_features), (layer.out_features, rank))
         if (tuple(a.shape), tuple(b.shape)) != expected or rank > layer.rank:
             raise ValueError(
-                f"swap_adapter: {place} has factors {tuple(a.shape)} and {tuple(b.shape)}; the "
+                f"replace_adapter: {place} has factors {tuple(a.shape)} and {tuple(b.shape)}; the "
                 f"layer takes (r, {layer.in_features}) and ({layer.out_features}, r), r at most "
                 f"{layer.rank}"
             )
     if starts := [place for place, layer in layers.items() if layer.lora_a0 is not None]:
-        raise ValueError(f"swap_adapter: {starts[0]} subtracts its start; swap into a plain LoRA")
+        raise ValueError(
+            f"replace_adapter: {starts[0]} subtracts its start; give its values to a plain LoRA"
+        )
     with torch.no_grad():
         for place, layer in layers.items():
             a, b, scaling = factors.get(place, (layer.lora_a[:0], layer.lora_b[:, :0], 0.0))

@@ -3,7 +3,7 @@
     train_biases(model, "lora_only")            biases of the layers that have LoRA, or "all"
     train_modules(model, ["lm_head"])           modules as a whole, by a copy of each
     train_tokens(model, tokenizer.convert_tokens_to_ids(new))
-    tie_lora(model)                             heads that share an embedding's weight follow it
+    tie_heads(model)                             heads that share an embedding's weight follow it
 
 The base stays as it is: all of these are adapters, saved and taken off like the others.
 """
@@ -183,7 +183,7 @@ def _below_lora(place: str, module: nn.Module) -> tuple[str, nn.Module]:
     return place, module
 
 
-def tie_lora(model: nn.Module, *, name: str = DEFAULT) -> Names:
+def tie_heads(model: nn.Module, *, name: str = DEFAULT) -> Names:
     """Let every head that shares its weight with an embedding follow the embedding's LoRA.
 
     Without this the adapter acts on the input side only.  Returns the names of the heads.
@@ -191,18 +191,18 @@ def tie_lora(model: nn.Module, *, name: str = DEFAULT) -> Names:
     Raises:
         ValueError: no such adapter or head, or a head that has an adapter of this name.
     """
-    check_model("tie_lora", model)
-    called = adapters_called("tie_lora", model, name)
+    check_model("tie_heads", model)
+    called = adapters_called("tie_heads", model, name)
     tables = [x for stack in called.values() for x in stack if isinstance(x, LoRAEmbedding)]
     found = tied_heads(model, tables)
     if not found:
         raise ValueError(
-            "tie_lora: no linear layer shares its weight with an embedding that has LoRA called "
+            "tie_heads: no linear layer shares its weight with an embedding that has LoRA called "
             f"{name!r}; the model has {sorted(named(model))}"
         )
     twice = [p for p in found if any(a in called.get(p, []) for a in stacks(model).get(p, []))]
     if twice:
-        raise ValueError(f"tie_lora: {twice} have an adapter {name!r} already; remove it first")
+        raise ValueError(f"tie_heads: {twice} have an adapter {name!r} already; remove it first")
     heads = {place: module for place, (module, _) in found.items()}
     _wrap(model, name, heads, lambda place, module: LoRATiedLinear(module, found[place][1]))
     return Names(heads)

@@ -14,31 +14,15 @@ from minipeft.lora import LoRALinear
 from minipeft.optim.lora_plus import lora_plus_groups
 
 
-def freeze_a(model: nn.Module) -> list[str]:
-    """Freeze lora_a of every LoRALinear; returns the names of the parameters.
-
-    Raises:
-        ValueError: the model has no LoRALinear.
-    """
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            module.lora_a.requires_grad_(False)
-            names.append(f"{name}.lora_a".lstrip("."))
-    if not names:
-        raise ValueError("freeze_a: the model has no LoRALinear; inject first")
-    return names
-
-
 class LoRAFA(torch.optim.AdamW):
-    """AdamW for a model whose A factors are frozen (`freeze_a`), with LoRA-FA's gradient for B.
+    """AdamW that freezes lora_a of every LoRALinear, with LoRA-FA's gradient for lora_b.
 
     Arguments as of torch.optim.AdamW.  In each step the gradients of `lora_b` of every LoRALinear
     are replaced, in place, by (dL/dB) (A A^T)^-1 / scaling^2, the inverse being the pseudo-inverse
     where a rank is above in_features; other adapter parameters are trained as they are.
 
     Raises:
-        ValueError: no LoRALinear, or one whose lora_a is trainable.
+        ValueError: the model has no LoRALinear.
         TypeError: it is pickled or copied; `state_dict` is what can be saved.
     """
 
@@ -46,8 +30,8 @@ class LoRAFA(torch.optim.AdamW):
         self._layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
         if not self._layers:
             raise ValueError("LoRAFA: the model has no LoRALinear; inject first")
-        if any(layer.lora_a.requires_grad for layer in self._layers):
-            raise ValueError("LoRAFA: lora_a is trainable; call minipeft.freeze_a(model) first")
+        for layer in self._layers:
+            layer.lora_a.requires_grad_(False)
         groups = lora_plus_groups(model, lr, ratio=1.0)
         parameters = [p for group in groups for p in group["params"]]
         super().__init__(parameters, lr=lr, **adamw)

@@ -5,8 +5,8 @@ most 16 of them two codes share a byte.  These are the types that the QLoRA pape
 (Dettmers et al. 2023), here to be measured: quantising a layer gives NF4 (nf4.py).
 
     NF4       quantiles of a normal distribution        normal_float_codebook(4)
-    FP4       a sign, 2 bits of exponent, 1 of mantissa FP4_CODEBOOK, in bitsandbytes' order
-    FP4 E3M0  a sign, 3 bits of exponent                FP4_E3M0_CODEBOOK
+    FP4       a sign, 2 bits of exponent, 1 of mantissa FP4, in bitsandbytes' order
+    FP4 E3M0  a sign, 3 bits of exponent                FP4_E3M0
     Int4      -7..7, evenly spaced                      int_codebook(4)
 """
 
@@ -22,10 +22,21 @@ from minipeft.nf4 import (
     check_finite,
     check_sizes,
     check_weights,
+    normal_float_codebook,
     pack_pairs,
     scaled_blocks,
     unpack_pairs,
 )
+
+__all__ = [  # mp.codebooks
+    "FP4",
+    "FP4_E3M0",
+    "check_codebook",
+    "dequantize_blockwise",
+    "int_codebook",
+    "normal_float_codebook",
+    "quantize_blockwise",
+]
 
 
 def _signed(magnitudes: Sequence[float]) -> tuple[float, ...]:
@@ -36,9 +47,9 @@ def _signed(magnitudes: Sequence[float]) -> tuple[float, ...]:
 
 
 # E2M1 by its bits, a subnormal step of 1/16 of the smallest normal as in bitsandbytes; -0 is 0
-FP4_CODEBOOK = _signed([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0])
+FP4 = _signed([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0])
 # E3M0: zero and seven powers of two
-FP4_E3M0_CODEBOOK = _signed([0.0, *(2.0**k for k in range(-6, 1))])
+FP4_E3M0 = _signed([0.0, *(2.0**k for k in range(-6, 1))])
 
 
 def int_codebook(bits: int) -> tuple[float, ...]:

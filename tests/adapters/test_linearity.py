@@ -370,7 +370,7 @@ def test_weights_that_are_no_floats_are_refused_by_name():
         mp.merge(model)
     assert model[0].weight.dtype == torch.int8, "models look at the dtype"
     with pytest.raises(ValueError, match=r"the weight of this Int8 is torch\.int8"):
-        mp.DoRALinear(Int8(), 2)
+        mp.layers.DoRALinear(Int8(), 2)
 
 
 def test_a_tensor_of_another_class_is_no_plain_weight():
@@ -433,7 +433,7 @@ def test_a_table_times_its_scale(tensor, device):
         table = TimesScale(11, 64, tensor=tensor)
     assert why_not_foldable(table) is None
     assert "rows of its table (off by" in why_not_replaceable(table), "4-bit tables do not scale"
-    layer = mp.LoRAEmbedding(table, 2)
+    layer = mp.layers.LoRAEmbedding(table, 2)
     if device == "cpu":
         nn.init.normal_(layer.lora_a)
         ids = torch.tensor([[0, 3, 10]])
@@ -443,7 +443,7 @@ def test_a_table_times_its_scale(tensor, device):
 @pytest.mark.parametrize("kind", [Offset, ScaleUnused])
 def test_other_tables_are_refused(kind):
     with pytest.raises(ValueError, match="the rows of its table"):
-        mp.LoRAEmbedding(kind(11, 4), 2)
+        mp.layers.LoRAEmbedding(kind(11, 4), 2)
     assert kind is ScaleUnused or "forward of its own" in why_not_replaceable(kind(11, 64))
 
 
@@ -461,13 +461,13 @@ def test_a_convolution_with_a_forward_of_its_own_may_be_torchs():
         def _conv_forward(self, x, weight, bias):
             return super()._conv_forward(x, weight / weight.std(), bias)
 
-    layer = mp.LoRAConv(Own(4, 6, 3, padding=1, stride=2, groups=2), 2)
+    layer = mp.layers.LoRAConv(Own(4, 6, 3, padding=1, stride=2, groups=2), 2)
     nn.init.normal_(layer.lora_b)
     x = torch.randn(2, 4, 9, 9)
     torch.testing.assert_close(layer.merged()(x), layer(x), rtol=1e-5, atol=1e-5)
     for kind in (Same, Standardised):
         with pytest.raises(ValueError, match="torch's convolution with its settings"):
-            mp.LoRAConv(kind(4, 6, 3), 2)
+            mp.layers.LoRAConv(kind(4, 6, 3), 2)
     for mode in ("reflect", "circular", "replicate"):
         assert why_not_formula(Own(4, 6, 3, padding=2, padding_mode=mode)) is not None
         hooked = nn.Conv2d(4, 6, (3, 5), padding=(1, 2), padding_mode=mode, dilation=2)
@@ -478,7 +478,7 @@ def test_a_convolution_with_a_forward_of_its_own_may_be_torchs():
 def test_hooks_on_attention_count():
     attention = nn.MultiheadAttention(8, 2)
     attention.register_forward_hook(lambda module, args, out: (2 * out[0], out[1]))
-    layer = mp.LoRAMultiheadAttention(attention, 2)
+    layer = mp.layers.LoRAMultiheadAttention(attention, 2)
     with pytest.raises(ValueError, match=r"nn\.MultiheadAttention's"):
         layer.merged()
 
@@ -525,12 +525,12 @@ def test_a_module_trained_whole_needs_no_formula():
 @pytest.mark.parametrize("kind", ["doubled", "scaled", "int8 input", "masked", "normalised"])
 def test_dora_refuses_what_does_not_compute_with_the_weight_it_shows(kind):
     with pytest.raises(ValueError, match=r"DoRALinear: .*use LoRA"):
-        mp.DoRALinear(DIFFERENT[kind](), 2)
+        mp.layers.DoRALinear(DIFFERENT[kind](), 2)
 
 
 def test_dora_takes_a_computed_weight_that_is_what_it_multiplies_by():
     base = parametrizations.weight_norm(nn.Linear(6, 5))
-    layer, x = mp.DoRALinear(base, 2), torch.randn(3, 6)
+    layer, x = mp.layers.DoRALinear(base, 2), torch.randn(3, 6)
     torch.testing.assert_close(layer(x), base(x), rtol=1e-6, atol=1e-6)
 
 

@@ -1,5 +1,7 @@
 """State, switching and strength of a model's adapters; what a model holds."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -135,6 +137,6 @@ def test_counts_equal_counting_by_hand():
 def test_bits_of_a_llama_layer():
     shapes = [(4096, 4096), (4096, 11008)]
     model = nn.Sequential(*(mp.NF4Linear(i, o, bias=False, device="meta") for i, o in shapes))
-    assert abs(mp.packed_bits(model) - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-4
-    with pytest.raises(ValueError, match="no packed layer"):
-        mp.packed_bits(nn.Linear(2, 2))
+    assert abs(mp.memory_report(model).packed.bits - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-4
+    dense = mp.memory_report(nn.Linear(2, 2))
+    assert math.isnan(dense.packed.bits) and dense.together == dense.dense == (6, 24)

@@ -48,7 +48,7 @@ def test_head_names_what_is_left_out(call, head):
     elif call == "quantize":
         names = mp.quantize_model(model, head=head)
     else:
-        names = mp.add_adapter(model, "fr", "all-linear", 2, head=head)
+        names = mp.inject_lora(model, "all-linear", 2, head=head, name="fr")
     assert names == INSIDE and names.left_out["output"] == "the output head (head=)"
     assert type(model.output) is nn.Linear and names.notes == {}
     assert "output" in names.report() and "left out: the output head (head=)" in names.report()
@@ -273,7 +273,7 @@ def test_the_account_reaches_names_and_report():
     model = Everything()
     names = mp.quantize_model(model, skip=["bilinear"])
     assert names == ["layer"] and names.left_out["bilinear"] == "skipped"
-    report = mp.quantization_report(model, names.left_out)
+    report = str(mp.memory_report(model, names.left_out))
     assert "left dense: convolution (Conv2d is no linear layer)" in report
     model = Everything()
     names = mp.inject_qlora(model, ["layer"], 2)

@@ -61,12 +61,12 @@ LAYERS = {
     "NF4Linear": lambda: mp.NF4Linear.from_linear(nn.Linear(64, 10)),
     "float32 scales": lambda: mp.NF4Linear.from_linear(nn.Linear(64, 10), double_quant=False),
     "flat codes": lambda: mp.NF4Linear.from_linear(nn.Linear(65, 7, bias=False)),
-    "NF4Conv1D": lambda: mp.NF4Conv1D.from_linear(conv1d(64, 10)),
-    "NF4Experts": lambda: Routed(mp.NF4Experts.from_weight(torch.randn(3, 10, 64) / 8)),
+    "NF4Conv1D": lambda: mp.layers.NF4Conv1D.from_linear(conv1d(64, 10)),
+    "NF4Experts": lambda: Routed(mp.layers.NF4Experts.from_weight(torch.randn(3, 10, 64) / 8)),
     "LoRALinear": lambda: lora(mp.NF4Linear.from_linear(nn.Linear(64, 10))),
-    "DoRALinear": lambda: lora(mp.NF4Linear.from_linear(nn.Linear(64, 10)), mp.DoRALinear),
+    "DoRALinear": lambda: lora(mp.NF4Linear.from_linear(nn.Linear(64, 10)), mp.layers.DoRALinear),
     "LoRAExperts": lambda: Routed(
-        lora(mp.NF4Experts.from_weight(torch.randn(3, 10, 64) / 8), mp.LoRAExperts)
+        lora(mp.layers.NF4Experts.from_weight(torch.randn(3, 10, 64) / 8), mp.layers.LoRAExperts)
     ),
     "a model": small_model,
 }
@@ -80,7 +80,7 @@ def decoded(layer):
     """A copy in which every 4-bit layer is the dense one of the same weight and dtype."""
     model = nn.Sequential(copy.deepcopy(layer))
     for name, module in list(model.named_modules()):
-        if isinstance(module, mp.NF4Experts):
+        if isinstance(module, mp.layers.NF4Experts):
             dense = PlainExperts(module.dequantize())
         elif isinstance(module, mp.NF4Linear):
             dense = module.dense()
@@ -237,11 +237,11 @@ def test_vmap_over_codes_computes_each_member_of_an_ensemble(in_features, double
 
 @pytest.mark.parametrize("dim", [64, 33])  # rows of whole blocks, and others
 def test_an_embedding_is_batched_and_lora_over_it_has_per_sample_gradients(dim):
-    table = mp.NF4Embedding.from_embedding(nn.Embedding(20, dim))
+    table = mp.layers.NF4Embedding.from_embedding(nn.Embedding(20, dim))
     ids = torch.randint(20, (4, 5))
     assert torch.equal(func.vmap(table)(ids), table(ids))
     assert torch.equal(func.vmap(table, in_dims=1, out_dims=1)(ids), table(ids))
-    layer = lora(table, mp.LoRAEmbedding)
+    layer = lora(table, mp.layers.LoRAEmbedding)
     nn.init.normal_(layer.lora_a)
     own = {name: p.detach() for name, p in layer.named_parameters() if "lora" in name}
 
@@ -257,7 +257,7 @@ def test_an_embedding_is_batched_and_lora_over_it_has_per_sample_gradients(dim):
 def test_rows_of_several_adapters_have_derivatives():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
     mp.inject_qlora(model, ["0"], 2, head=())
-    mp.add_adapter(model, "b", ["0"], 2)
+    mp.inject_lora(model, ["0"], 2, name="b")
     for layer in (model[0], model[0].base):
         nn.init.normal_(layer.lora_b)
     mp.use_adapters(model.eval(), rows=["default", "b", None])
@@ -281,13 +281,13 @@ def test_checkpointing_keeps_first_and_second_derivatives():
 
 @pytest.mark.parametrize("layer", [
     mp.NF4Linear.from_linear(nn.Linear(64, 8)), lora(mp.NF4Linear.from_linear(nn.Linear(64, 8))),
-    Routed(mp.NF4Experts.from_weight(torch.randn(3, 8, 64))),
+    Routed(mp.layers.NF4Experts.from_weight(torch.randn(3, 8, 64))),
 ], ids=["NF4Linear", "LoRALinear", "NF4Experts"])  # fmt: skip
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_jit_trace_is_refused_in_a_sentence(layer):
     with pytest.raises(RuntimeError, match=r"torch\.export"):
         torch.jit.trace(layer, (torch.randn(3, 64),))
-    table = mp.NF4Embedding.from_embedding(nn.Embedding(4, 64))
+    table = mp.layers.NF4Embedding.from_embedding(nn.Embedding(4, 64))
     with pytest.raises(RuntimeError, match=r"torch\.export"):
         torch.jit.trace(table, (torch.tensor([1, 2]),))
 

@@ -23,7 +23,7 @@ def test_a_4_bit_layer_counts_as_the_dense_one_forward_and_backward(rows):
 
 
 def test_experts_and_adapters_count():
-    experts = mp.NF4Experts.from_weight(torch.randn(3, 8, 64))
+    experts = mp.layers.NF4Experts.from_weight(torch.randn(3, 8, 64))
     x, expert = torch.randn(5, 64, requires_grad=True), torch.tensor([0, 1, 0, 2, 2])
     assert counted(experts, x, expert) == 2 * (2 * 5 * 64 * 8)
     dense = nn.Linear(64, 32)

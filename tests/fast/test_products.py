@@ -92,7 +92,7 @@ def test_experts_take_the_same_path(slow):
     weight = torch.randn(3, 32, 64, dtype=torch.bfloat16)
     exact = torch.einsum("ti,toi->to", x.double(), weight.double()[expert])
     close_to(by_expert(x, expert, weight), exact, torch.bfloat16)
-    experts = mp.NF4Experts.from_weight(weight)
+    experts = mp.layers.NF4Experts.from_weight(weight)
     decoded = experts.dequantize().double()[expert]
     close_to(experts(x, expert), torch.einsum("ti,toi->to", x.double(), decoded), torch.bfloat16)
 
@@ -116,7 +116,7 @@ def test_what_is_not_slow_does_not_warn(slow, base):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mp.LoRALinear(base(), rank=2)
-        mp.LoRAEmbedding(nn.Embedding(8, 4).bfloat16(), rank=2)
+        mp.layers.LoRAEmbedding(nn.Embedding(8, 4).bfloat16(), rank=2)
 
 
 def test_a_cpu_with_such_products_does_not_warn(fast):

@@ -127,7 +127,7 @@ def test_a_checkpoint_that_died_after_its_rename_loads_and_is_not_overwritten(tm
 
 def test_adapters_that_died_after_their_rename_load_from_every_folder(tmp_path):
     model = lora(1)
-    mp.add_adapter(model, "poet", ["2"], rank=3)
+    mp.inject_lora(model, ["2"], rank=3, name="poet")
     mp.save_peft(model, tmp_path)
     files = ("adapter_model.safetensors", "adapter_config.json")
     committed(tmp_path, files[1], f"poet/{files[0]}", f"poet/{files[1]}")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minipeft as mp
-from minipeft import LoRAMultiheadAttention
+from minipeft.layers import LoRAMultiheadAttention
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same products in another order
 
@@ -395,7 +395,7 @@ def test_compiled_it_switches_and_scales_without_compiling_again(plain_python, c
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from minipeft import LoRAMultiheadAttention
+from minipeft.layers import LoRAMultiheadAttention
 
 torch.manual_seed(0)
 for sizes in ({}, {"kdim": 5, "vdim": 7}):
@@ -428,7 +428,8 @@ def test_bad_input_raises(plain_python):
     plain_python("""
 import pytest, torch
 from torch import nn
-from minipeft import LoRALinear, LoRAMultiheadAttention
+from minipeft import LoRALinear
+from minipeft.layers import LoRAMultiheadAttention
 
 class Own(nn.MultiheadAttention):
     def forward(self, *args, **kwargs):

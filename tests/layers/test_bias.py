@@ -95,7 +95,8 @@ def test_a_model_that_cannot_be_merged_stays_as_it_was(merge):
 
 @pytest.mark.parametrize(
     "base",
-    [nn.Linear(4, 4), mp.LoRAEmbedding(nn.Embedding(4, 4), 2), mp.DoRALinear(nn.Linear(4, 4), 2)],
+    [nn.Linear(4, 4), mp.layers.LoRAEmbedding(nn.Embedding(4, 4), 2),
+     mp.layers.DoRALinear(nn.Linear(4, 4), 2)],
     ids=["no LoRA", "embedding", "DoRA"],
 )  # fmt: skip
 def test_what_takes_no_bias_is_refused(base):

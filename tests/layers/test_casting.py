@@ -127,7 +127,7 @@ def test_training_over_16_bits_gets_as_far_as_over_32(way, capsys):
 def test_every_adapter_trains_in_float32(dtype):
     model = LM().to(dtype)
     mp.inject_lora(model, ["up"], 2, dora=True)
-    mp.add_adapter(model, "more", ["emb", "head"], 2)
+    mp.inject_lora(model, ["emb", "head"], 2, name="more")
     train_biases(model)
     train_modules(model, ["norm"])
     assert {p.dtype for p in mp.adapter_parameters(model)} == {torch.float32}

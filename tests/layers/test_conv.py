@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minipeft as mp
-from minipeft import LoRAConv
+from minipeft.layers import LoRAConv
 from minipeft.layers.conv import full_from_grouped, grouped_from_full
 
 SETTINGS = {
@@ -187,7 +187,7 @@ import torch, minipeft as mp
 from torch import nn
 for groups in (1, 2):
     base = nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", groups=groups)
-    layer = mp.LoRAConv(base, 2, across_groups=groups > 1)
+    layer = mp.layers.LoRAConv(base, 2, across_groups=groups > 1)
     nn.init.normal_(layer.lora_b)
     x, frames = torch.randn(1, 4, 5, 5), []
     def count(graph, inputs):

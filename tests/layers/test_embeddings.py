@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft import LoRAEmbedding, LoRATiedLinear, NF4Embedding
+from minipeft.layers import LoRAEmbedding, LoRATiedLinear, NF4Embedding
 
 IDS = torch.tensor([[0, 3, 3], [12, 7, 0]])
 
@@ -137,7 +137,7 @@ def test_copies_and_compiling(plain_python):
     plain_python("""
 import torch, minipeft as mp
 from torch import nn
-layer = mp.LoRAEmbedding(nn.Embedding(13, 8), 2)
+layer = mp.layers.LoRAEmbedding(nn.Embedding(13, 8), 2)
 nn.init.normal_(layer.lora_a)
 ids, frames = torch.tensor([1, 4]), []
 def count(graph, inputs):
@@ -165,7 +165,7 @@ def test_a_tied_head_follows_the_embedding():
     model = Tied()
     plain = model(IDS)
     mp.inject_lora(model, ["embed"], 3, 6)
-    assert mp.tie_lora(model) == ["head"]
+    assert mp.tie_heads(model) == ["head"]
     assert torch.equal(model(IDS), plain)
     nn.init.normal_(model.embed.lora_a, std=0.3)
     table = model.embed.weight
@@ -195,7 +195,7 @@ def test_only_tied_heads_are_tied():
     model = nn.ModuleDict({"embed": nn.Embedding(13, 64), "head": nn.Linear(64, 13)})
     mp.inject_lora(model, ["embed"], 2)
     with pytest.raises(ValueError, match="no linear layer shares"):
-        mp.tie_lora(model)
+        mp.tie_heads(model)
     with pytest.raises(ValueError, match="is not the embedding's"):
         LoRATiedLinear(model["head"], model["embed"])
 

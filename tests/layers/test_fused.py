@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minipeft as mp
-from minipeft import LoRAFusedLinear, LoRALinear, NF4Conv1D, NF4Linear
+from minipeft import LoRALinear, NF4Linear
+from minipeft.layers import LoRAFusedLinear, NF4Conv1D
 from minipeft.layers.fused import blocks, model_parallel, per_group, per_head
 
 SLICES = {"q": 7, "k": 1, "v": 5}
@@ -214,7 +215,7 @@ def test_bad_input_raises(plain_python):
     plain_python("""
 import pytest, torch
 from torch import nn
-from minipeft import LoRAFusedLinear
+from minipeft.layers import LoRAFusedLinear
 from minipeft.layers.fused import model_parallel, per_group
 
 linear, slices = nn.Linear(8, 6), {"q": 4, "k": 2}
@@ -253,7 +254,7 @@ def test_compiled_it_switches_and_scales_without_compiling_again(plain_python):
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from minipeft import LoRAFusedLinear
+from minipeft.layers import LoRAFusedLinear
 from minipeft.layers.fused import per_head
 
 torch.manual_seed(0)

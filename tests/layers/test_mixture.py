@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import minipeft as mp
-from minipeft import LoRAExperts, NF4Experts
 from minipeft.inject import swap
+from minipeft.layers import LoRAExperts, NF4Experts
 from minipeft.layers.mixture import (
     DenseExperts,
     by_expert,
@@ -289,7 +289,7 @@ def test_compiled_it_switches_and_scales_without_compiling_again(plain_python):
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from minipeft import LoRAExperts
+from minipeft.layers import LoRAExperts
 
 torch.manual_seed(0)
 
@@ -325,7 +325,7 @@ def test_bad_input_raises(plain_python):
     plain_python("""
 import pytest, torch
 from torch import nn
-from minipeft import LoRAExperts
+from minipeft.layers import LoRAExperts
 
 weight = nn.Parameter(torch.randn(3, 4, 8))
 for base in (torch.randn(3, 4, 8), "weight"):

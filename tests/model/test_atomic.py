@@ -43,7 +43,7 @@ CALLS = {
     "train_modules": lambda model, path: mp.train_modules(model, ["0"]),
     "train_tokens": lambda model, path: mp.train_tokens(model, [1], target=["3"]),
     "load_peft": lambda model, path: mp.load_peft(model, path),
-    "add_adapter": lambda model, path: mp.add_adapter(model, "fr", ["0"], 2),
+    "one more": lambda model, path: mp.inject_lora(model, ["0"], 2, name="fr"),
 }
 LAZY = {
     "linear": lambda: nn.LazyLinear(3), "buffers": lambda: nn.LazyBatchNorm1d(affine=False),
@@ -78,7 +78,7 @@ def test_combining_refuses_lazy_modules_too():
 def two_adapters():
     model = make()
     mp.inject_lora(model, ["0"], 2)
-    mp.add_adapter(model, "fr", ["0", "2"], 2)
+    mp.inject_lora(model, ["0", "2"], 2, name="fr")
     return model
 
 
@@ -87,7 +87,7 @@ LATE = {
     "inject_qlora": CALLS["inject_qlora"], "train_biases": CALLS["train_biases"],
     "train_modules": CALLS["train_modules"], "train_tokens": CALLS["train_tokens"],
     "load_peft": CALLS["load_peft"], "quantize_model": CALLS["quantize_model"],
-    "add_adapter": lambda model, path: mp.add_adapter(model, "de", ["2"], 2),
+    "one more": lambda model, path: mp.inject_lora(model, ["2"], 2, name="de"),
     "combine": lambda model, path: mp.combine_adapters(
         model, ["default", "fr"], [1.0, 1.0], new_name="sum", missing="zero"
     ),
@@ -95,7 +95,7 @@ LATE = {
     "remove": lambda model, path: mp.remove(model),
     "remove one": lambda model, path: mp.remove(model, name="fr"),
 }  # fmt: skip
-ON_ADAPTERS = ("add_adapter", "combine", "serve_rows", "remove", "remove one")
+ON_ADAPTERS = ("one more", "combine", "serve_rows", "remove", "remove one")
 
 
 @pytest.mark.parametrize("call", LATE)
@@ -115,7 +115,7 @@ def test_an_error_after_the_swap_puts_everything_back(call, tmp_path, monkeypatc
     assert state(model) == before
 
 
-@pytest.mark.parametrize("call", ["combine", "add_adapter", "train_modules"])
+@pytest.mark.parametrize("call", ["combine", "one more", "train_modules"])
 def test_an_error_in_the_last_step_puts_everything_back(call, tmp_path, monkeypatch):
     model = two_adapters()
     mp.use_adapters(model, "fr")
@@ -124,8 +124,8 @@ def test_an_error_in_the_last_step_puts_everything_back(call, tmp_path, monkeypa
     def fail(*args):
         raise MemoryError("no room")
 
-    module = {"combine": "combine", "add_adapter": "switch", "train_modules": "train"}[call]
-    last = "give_name" if call == "add_adapter" else "freeze"
+    module = {"combine": "combine", "one more": "inject_lora", "train_modules": "train"}[call]
+    last = "give_name" if call == "one more" else "freeze"
     monkeypatch.setattr(f"minipeft.model.{module}.{last}", fail)
     calls = {**LATE, "train_modules": lambda m, path: mp.train_modules(m, ["3"], name="fr")}
     with pytest.raises(MemoryError):
@@ -203,7 +203,7 @@ for call in (
     lambda m: mp.train_modules(m, ["0"]),
     lambda m: mp.train_tokens(m, [1], target=["3"]),
     lambda m: mp.load_peft(m, folder),
-    lambda m: mp.add_adapter(m, "fr", ["0"], 2),
+    lambda m: mp.inject_lora(m, ["0"], 2, name="fr"),
 ):
     model = sharded(make())
     before = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]

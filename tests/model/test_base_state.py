@@ -29,7 +29,7 @@ def wrapped(seed=0):
     model = plain(seed)
     mp.inject_lora(model, ["block.0", "emb"], 2)
     mp.train_modules(model, ["norm"])
-    mp.add_adapter(model, "fr", ["block.0"], 2)
+    mp.inject_lora(model, ["block.0"], 2, name="fr")
     for parameter in mp.adapter_parameters(model):
         nn.init.normal_(parameter, std=0.1)
     return model

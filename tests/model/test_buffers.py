@@ -120,7 +120,7 @@ def test_a_norm_without_parameters_can_join_the_adapter(tmp_path):
 def test_norms_stay_in_eval_mode_while_there_are_adapters_and_other_modules_do_not():
     model = make().train()
     mp.inject_lora(model, ["conv"], 2)
-    mp.add_adapter(model, "more", ["head"], 2)
+    mp.inject_lora(model, ["head"], 2, name="more")
     for _ in range(2):
         assert not model.norm.training and model.drop.training and model.head.training
         model.train()
@@ -310,6 +310,6 @@ def test_changes_are_told_whatever_is_done_in_between(between, tmp_path):
         model._apply(lambda tensor: tensor.clone())
     model(torch.randn(3, 4))
     if between == "one adapter more":
-        mp.add_adapter(model, "more", ["0.fc"], 2)
+        mp.inject_lora(model, ["0.fc"], 2, name="more")
     with pytest.warns(UserWarning, match=r"0\.seen"):
         mp.save_peft(model, tmp_path)

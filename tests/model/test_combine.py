@@ -44,8 +44,8 @@ def make(targets=("up", "down"), *, ranks=(2, 4, 6), dtype=torch.float32, quanti
     if quantized:
         model.up = NF4Linear.from_linear(model.up)
     mp.inject_lora(model, list(targets), ranks[0], 6, dtype=dtype)
-    mp.add_adapter(model, "fr", list(targets), ranks[1], 3, dtype=dtype)
-    mp.add_adapter(model, "de", list(targets), ranks[2], 5, rank_stabilized=True, dtype=dtype)
+    mp.inject_lora(model, list(targets), ranks[1], 3, dtype=dtype, name="fr")
+    mp.inject_lora(model, list(targets), ranks[2], 5, rank_stabilized=True, dtype=dtype, name="de")
     randomize(model)
     mp.scale_adapters(model, 0.5, name="fr")
     return model
@@ -160,8 +160,8 @@ def test_svd_keeps_the_largest_rank_unless_told_otherwise():
 @pytest.mark.parametrize("method", ["cat", "svd"])
 def test_a_subtracted_start_is_combined_as_well(method):
     model = Model().eval()
-    mp.inject_lora(model, ["up"], 2, init=mp.init_pissa)
-    mp.add_adapter(model, "fr", ["up"], 3)
+    mp.inject_lora(model, ["up"], 2, init=mp.starts.pissa())
+    mp.inject_lora(model, ["up"], 3, name="fr")
     with torch.no_grad():
         for layer in (model.up, model.up.base):
             layer.lora_b.add_(torch.randn_like(layer.lora_b) * 0.1)
@@ -268,7 +268,7 @@ def test_dare_of_several_adds_up_and_is_seeded():
 @pytest.mark.parametrize("method", ["cat", "svd", "linear", "ties", "dare"])
 def test_layers_that_some_lack_raise_or_count_as_zero(method):
     model = make(("up", "down"), ranks=(2, 2, 2))
-    mp.add_adapter(model, "es", ["up"], 2)
+    mp.inject_lora(model, ["up"], 2, name="es")
     randomize(model)
     structure = repr(model)
     with pytest.raises(ValueError, match=r"\['es'\] have no layer over 'down' \(1 modules"):
@@ -287,7 +287,7 @@ def test_a_shared_module_gets_one_layer():
     model = nn.ModuleDict({"a": nn.Linear(8, 8)})
     model["b"] = model["a"]
     mp.inject_lora(model, ["a", "b"], 2)
-    mp.add_adapter(model, "fr", ["a"], 2)
+    mp.inject_lora(model, ["a"], 2, name="fr")
     mp.combine_adapters(model, ["default", "fr"], [1.0, 1.0], new_name="new")
     assert model["a"] is model["b"]
     assert model["a"].rank == 4
@@ -295,9 +295,9 @@ def test_a_shared_module_gets_one_layer():
 
 def test_bad_input_raises_and_changes_nothing():
     model = make(ranks=(2, 4, 6))
-    mp.add_adapter(model, "dora", ["up"], 2, dora=True)
-    mp.add_adapter(model, "grouped", ["grouped"], 2)
-    mp.add_adapter(model, "grouped2", ["grouped"], 2)
+    mp.inject_lora(model, ["up"], 2, dora=True, name="dora")
+    mp.inject_lora(model, ["grouped"], 2, name="grouped")
+    mp.inject_lora(model, ["grouped"], 2, name="grouped2")
     structure = repr(model)
     two = (["default", "fr"], [1.0, 1.0])
     for match, names, weights, settings in (
@@ -349,7 +349,7 @@ def two_of_rank_4(*, stabilized):
     torch.manual_seed(7)
     model = Model()
     for name in ("x", "y"):
-        mp.add_adapter(model, name, ["up", "down"], 4, 6, rank_stabilized=stabilized)
+        mp.inject_lora(model, ["up", "down"], 4, 6, rank_stabilized=stabilized, name=name)
     randomize(model)
     return model
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft.model.eva import IncrementalSVD
+from minipeft.starts.eva import IncrementalSVD
 
 
 class Block(nn.Module):
@@ -42,7 +42,7 @@ def test_a_has_the_directions_of_the_inputs_and_the_output_stays():
     model, data = Block(), batches()
     mp.inject_lora(model, ["q", "k", "out"], 4, 8)
     before = model(data[0])
-    ranks = mp.init_eva(model, data, rho=1.0)
+    ranks = mp.starts.eva(model, data, rho=1.0)
     assert ranks == {"q": 4, "k": 4, "out": 4}
     assert torch.equal(model(data[0]), before)  # B = 0
     _, _, v = torch.linalg.svd(torch.cat(data), full_matrices=False)
@@ -55,7 +55,7 @@ def test_the_rank_budget_stays_and_scalings_too():
     model, data = Block(), batches()
     mp.inject_lora(model, ["q", "k", "out"], 4, 8, rank_stabilized=True)
     scalings = [layer.scaling for layer in (model.q, model.k, model.out)]
-    ranks = mp.init_eva(model, data, rho=2.0)
+    ranks = mp.starts.eva(model, data, rho=2.0)
     assert sum(ranks.values()) == 12 and max(ranks.values()) <= 8 and min(ranks.values()) >= 1
     for layer, scaling in zip((model.q, model.k, model.out), scalings, strict=True):
         assert layer.scaling == scaling
@@ -72,7 +72,7 @@ def test_batches_of_other_forms(kind):
     model = Block()
     mp.inject_lora(model, ["q"], 2)
     data = [{"x": x} if kind == "dict" else (x,) for x in batches()]
-    assert mp.init_eva(model, data) == {"q": 2}
+    assert mp.starts.eva(model, data) == {"q": 2}
 
 
 def test_a_failure_leaves_the_model_as_it_was():
@@ -84,21 +84,21 @@ def test_a_failure_leaves_the_model_as_it_was():
         ([torch.full((40, 16), float("nan"))], {}, "NaN"), (batches(), {"rho": 0.5}, "rho"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            mp.init_eva(model, data, **arguments)
+            mp.starts.eva(model, data, **arguments)
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
         assert model.training and not model.q._forward_pre_hooks
     with pytest.raises(ValueError, match="no LoRALinear"):
-        mp.init_eva(Block(), batches())
+        mp.starts.eva(Block(), batches())
 
 
 @pytest.mark.parametrize("start", ["trained", "PiSSA"])
 def test_what_does_not_start_at_zero_is_refused(start):
     model = Block()
-    mp.inject_lora(model, ["q"], 4, init=mp.init_pissa if start == "PiSSA" else None)
+    mp.inject_lora(model, ["q"], 4, init=mp.starts.pissa() if start == "PiSSA" else None)
     if start == "trained":
         nn.init.normal_(model.q.lora_b)
     with pytest.raises(ValueError, match="do not start at zero"):
-        mp.init_eva(model, batches())
+        mp.starts.eva(model, batches())
 
 
 def test_inputs_are_taken_in_before_the_model_changes_them_and_also_by_keyword():
@@ -111,7 +111,7 @@ def test_inputs_are_taken_in_before_the_model_changes_them_and_also_by_keyword()
 
     model, x = Overwriting(), batches(1)[0]
     mp.inject_lora(model, ["q"], 3)
-    mp.init_eva(model, [x])
+    mp.starts.eva(model, [x])
     _, _, v = torch.linalg.svd(x, full_matrices=False)
     assert ((model.q.lora_a * v[:3]).sum(1).abs() > 0.9999).all()  # the same float32 rows
 
@@ -120,7 +120,7 @@ def test_the_same_tensor_is_decomposed_once(monkeypatch):
     model, calls, update = Block(), [], IncrementalSVD.update
     monkeypatch.setattr(IncrementalSVD, "update", lambda s, *a: calls.append(1) or update(s, *a))
     mp.inject_lora(model, ["q", "k", "out"], 3)
-    mp.init_eva(model, batches(2), tau=1.0)
+    mp.starts.eva(model, batches(2), tau=1.0)
     assert len(calls) == 4  # q with k, and out; two batches
 
 
@@ -148,5 +148,5 @@ def test_a_share_is_of_all_the_variance_and_ranks_follow_it():
     expected = {name: 1 + sum(i == which for _, i in best)
                 for i, name in enumerate(("narrow", "wide"))
                 for which in [i]}  # fmt: skip
-    assert mp.init_eva(model, [(narrow, wide)]) == expected
+    assert mp.starts.eva(model, [(narrow, wide)]) == expected
     assert expected["narrow"] > expected["wide"]

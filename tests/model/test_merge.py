@@ -195,12 +195,14 @@ def test_merged_four_bit_layers_take_every_dtype_that_unmerged_ones_take(kind, d
     """Made from 16 bits, a 4-bit layer computes in its input's dtype; so does its merged weight."""
     if kind == "experts":
         weight = nn.Parameter(torch.randn(4, 8, 64).bfloat16())
-        layer = mp.LoRAExperts(mp.NF4Experts.from_weight(weight), 2)
+        layer = mp.layers.LoRAExperts(mp.layers.NF4Experts.from_weight(weight), 2)
         inputs = torch.randn(5, 64, dtype=dtype), torch.tensor([3, 0, 0, 1, 3])
     else:
         if kind == "conv1d":
             transformers = pytest.importorskip("transformers")
-            base = mp.NF4Conv1D.from_linear(transformers.pytorch_utils.Conv1D(8, 64).bfloat16())
+            base = mp.layers.NF4Conv1D.from_linear(
+                transformers.pytorch_utils.Conv1D(8, 64).bfloat16()
+            )
         else:
             base = mp.NF4Linear.from_linear(nn.Linear(64, 8).bfloat16())
         layer, inputs = mp.LoRALinear(base, 2), (torch.randn(5, 64, dtype=dtype),)
@@ -219,7 +221,9 @@ def test_merged_four_bit_layers_take_every_dtype_that_unmerged_ones_take(kind, d
 
 
 def test_a_merged_embedding_keeps_its_dtype():
-    layer = mp.LoRAEmbedding(mp.NF4Embedding.from_embedding(nn.Embedding(9, 64).bfloat16()), 2)
+    layer = mp.layers.LoRAEmbedding(
+        mp.layers.NF4Embedding.from_embedding(nn.Embedding(9, 64).bfloat16()), 2
+    )
     nn.init.normal_(layer.lora_a)
     ids = torch.tensor([[1, 8]])
     expected = layer.eval()(ids)

@@ -8,15 +8,15 @@ from torch import nn
 import minipeft as mp
 from minipeft.model.peft_words import OURS
 
-FUNCTIONS = [mp.inject_lora, mp.inject_qlora, lambda model, *a, **k: mp.add_adapter(
-    model, "second", *a, **k)]  # fmt: skip
+FUNCTIONS = [mp.inject_lora, mp.inject_qlora, lambda model, *a, **k: mp.inject_lora(
+    model, *a, **k, name="second")]  # fmt: skip
 
 
 def model():
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
 
 
-@pytest.mark.parametrize("function", FUNCTIONS, ids=["inject_lora", "inject_qlora", "add_adapter"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=["inject_lora", "inject_qlora", "one more"])
 @pytest.mark.parametrize("word", OURS)
 def test_a_word_of_peft_gets_ours_and_nothing_changes(function, word):
     plain = model()
@@ -46,7 +46,7 @@ def test_a_word_of_nobody_gets_the_nearest_one_or_all(word, hint):
 def test_words_that_are_known_pass():
     names = mp.inject_lora(
         model(), ["0"], rank=2, alpha=4, exclude=["2"], dropout=0.1, rank_stabilized=True,
-        init=mp.init_gaussian, dora=True,
+        init=mp.starts.gaussian(), dora=True,
     )  # fmt: skip
     assert names == ["0"]
 

@@ -13,8 +13,8 @@ import torch
 from tqdm.std import tqdm
 
 import minipeft as mp
+from minipeft.adapters.progress import Progress
 from minipeft.io.bitsandbytes import save_quantized
-from minipeft.model.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft import NF4Conv1D, NF4Embedding, NF4Experts, NF4Linear
+from minipeft import NF4Linear
 from minipeft.adapters.targets import survey
+from minipeft.layers import NF4Conv1D, NF4Embedding, NF4Experts
 from minipeft.model.quantize import quantizable
 
 
@@ -83,7 +84,7 @@ def test_what_is_left_dense_is_named_with_its_reason():
         "experts.down": "a 3-D weight of experts (experts=True quantises it)",
         "position": "a bare parameter of a Model, which is no linear layer",
     }
-    report = mp.quantization_report(model, names.left_out)
+    report = str(mp.memory_report(model, names.left_out))
     assert report.splitlines()[0].startswith("4-bit: 1 layer, 4,096 weights in 2,120 bytes, 4.141")
     assert "left dense: head (its weight is tied to another module's)" in report
 

@@ -39,7 +39,7 @@ import minipeft as mp
 def with_adapters():
     model = plain()
     mp.inject_lora(model, ["0", "2"], rank=4)
-    mp.add_adapter(model, "fr", ["0"], rank=3, alpha=6)
+    mp.inject_lora(model, ["0"], rank=3, alpha=6, name="fr")
     for parameter in mp.adapter_parameters(model):
         nn.init.normal_(parameter, std=0.2)
     return model
@@ -87,7 +87,7 @@ for training in (False, True):
     mp.scale_adapters(model, 1.0); step("scale back")
     with mp.disable_adapters(model): step("disabled")
     step("enabled")
-    mp.swap_adapter(model, "default", small); step("swap for a smaller rank")
+    mp.replace_adapter(model, "default", small); step("swap for a smaller rank")
     mp.load_adapter_state_dict(model, mp.adapter_state_dict(with_adapters())); step("load")
 """
 
@@ -99,7 +99,7 @@ mp.use_adapters(model, rows=["fr", None, "default"]); step("first")
 mp.use_adapters(model, rows=["default", "fr", ["fr", "default"]]); step("other rows")
 with mp.disable_adapters(model): step("disabled")
 mp.use_adapters(model, rows=[None, "fr", None]); step("hardly any")
-mp.swap_adapter(model, "default", small)
+mp.replace_adapter(model, "default", small)
 mp.use_adapters(model, rows=["default", None, "fr"]); step("swap for a smaller rank")
 mp.scale_adapters(model, 0.3, name="fr")
 mp.use_adapters(model, rows=["default", None, "fr"]); step("scale one")

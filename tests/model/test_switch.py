@@ -30,8 +30,8 @@ def make(dtype=torch.float32, quantized=False):
     if quantized:
         mp.quantize_model(model, head=())
     mp.inject_lora(model, ["0", "2"], 3)
-    mp.add_adapter(model, "fr", ["0"], 5, 15)
-    mp.add_adapter(model, "de", ["0", "2"], 2, 4, rank_stabilized=True)
+    mp.inject_lora(model, ["0"], 5, 15, name="fr")
+    mp.inject_lora(model, ["0", "2"], 2, 4, rank_stabilized=True, name="de")
     for name in ("default", "fr", "de"):
         randomized(model, name)
     return model.eval()
@@ -116,7 +116,7 @@ def test_switching_does_not_touch_trainability():
     for names in ("fr", ["default", "de"], "default"):
         mp.use_adapters(model, names)
         assert flags() == before
-    mp.add_adapter(model, "it", ["2"], 1)
+    mp.inject_lora(model, ["2"], 1, name="it")
     assert not any(p.requires_grad for p in mp.adapter_parameters(model, name="default"))
     assert all(p.requires_grad for p in mp.adapter_parameters(model, name="fr"))
     enabled = {n: s["2"][0].enabled for n, s in named(model).items() if "2" in s}
@@ -190,7 +190,9 @@ def test_one_adapter_can_be_taken_off(gone):
         assert [id(a) for s in named(model)[name].values() for a in s] == [*map(id, layers[name])]
     with pytest.raises(ValueError, match=f"no adapter {gone!r}"):
         mp.use_adapters(model, gone)
-    mp.add_adapter(model, gone, ["0"], 1) if gone != "default" else None  # the name is free again
+    mp.inject_lora(
+        model, ["0"], 1, name=gone
+    ) if gone != "default" else None  # the name is free again
     mp.remove(model)
     assert isinstance(model[0], nn.Linear)
 
@@ -201,8 +203,8 @@ def test_remove_restores_the_very_modules(one_by_one):
     before = [*model]
     values = {k: v.clone() for k, v in model.state_dict().items()}
     mp.inject_lora(model, ["0", "2"], 3)
-    mp.add_adapter(model, "fr", ["0"], 5)
-    mp.add_adapter(model, "de", ["0", "2"], 2)
+    mp.inject_lora(model, ["0"], 5, name="fr")
+    mp.inject_lora(model, ["0", "2"], 2, name="de")
     if one_by_one:
         for name in ("fr", "default", "de"):
             mp.remove(model, name=name)
@@ -266,7 +268,7 @@ def test_a_shared_module_is_stacked_once_under_both_names():
     model, x = Shared().eval(), torch.randn(9, SIZE)
     plain, expected = model.a, model(x)
     mp.inject_lora(model, ["a", "b"], 3)
-    mp.add_adapter(model, "fr", ["a"], 2)
+    mp.inject_lora(model, ["a"], 2, name="fr")
     randomized(model, "fr")
     assert model.a is model.b
     assert len(stacks(model)) == 1
@@ -323,8 +325,8 @@ def test_the_base_state_dict_is_the_plain_models(quantized):
     before = {k: v.clone() for k, v in plain.state_dict().items()}
     model = copy.deepcopy(plain)
     mp.inject_lora(model, ["0", "2"], 3)
-    mp.add_adapter(model, "fr", ["0"], 5)
-    mp.add_adapter(model, "de", ["0", "2"], 2)
+    mp.inject_lora(model, ["0"], 5, name="fr")
+    mp.inject_lora(model, ["0", "2"], 2, name="de")
     state = mp.base_state_dict(model)
     assert state.keys() == before.keys()
     assert all(torch.equal(value, before[key]) for key, value in state.items())
@@ -344,7 +346,7 @@ def test_names_given_to_a_part_hold_in_the_whole():
     whole = nn.ModuleDict({"left": nn.Sequential(nn.Linear(4, 4)),
                            "right": nn.Sequential(nn.Linear(4, 4))})  # fmt: skip
     for side in ("left", "right"):
-        mp.add_adapter(whole[side], "fr", ["0"], 2)
+        mp.inject_lora(whole[side], ["0"], 2, name="fr")
     assert sorted(named(whole)["fr"]) == ["left.0", "right.0"]
     mp.remove(whole, name="fr")
     assert named(whole) == {}
@@ -365,13 +367,17 @@ def test_bad_input_changes_nothing():
     model, x = make(), torch.randn(9, SIZE)
     before, structure = model(x), repr(model)
     for error, match, call in (
-        (ValueError, "already", lambda: mp.add_adapter(model, "fr", ["0"], 1)),
-        (ValueError, "already", lambda: mp.add_adapter(model, "default", ["0"], 1)),
-        (ValueError, "cannot name", lambda: mp.add_adapter(model, "../x", ["0"], 1)),
-        (ValueError, "cannot name", lambda: mp.add_adapter(model, "", ["0"], 1)),
-        (ValueError, "match no module", lambda: mp.add_adapter(model, "it", ["7"], 1)),
-        (ValueError, "rank=0", lambda: mp.add_adapter(model, "it", ["0"], 0)),
-        (ValueError, "rank=-1", lambda: mp.add_adapter(model, "it", ["0", "2"], {"0": 1, "2": -1})),
+        (ValueError, "already", lambda: mp.inject_lora(model, ["0"], 1, name="fr")),
+        (ValueError, "already", lambda: mp.inject_lora(model, ["0"], 1, name="default")),
+        (ValueError, "cannot name", lambda: mp.inject_lora(model, ["0"], 1, name="../x")),
+        (ValueError, "cannot name", lambda: mp.inject_lora(model, ["0"], 1, name="")),
+        (ValueError, "match no module", lambda: mp.inject_lora(model, ["7"], 1, name="it")),
+        (ValueError, "rank=0", lambda: mp.inject_lora(model, ["0"], 0, name="it")),
+        (
+            ValueError,
+            "rank=-1",
+            lambda: mp.inject_lora(model, ["0", "2"], {"0": 1, "2": -1}, name="it"),
+        ),
         (ValueError, "no adapter 'it'", lambda: mp.use_adapters(model, ["fr", "it"])),
         (ValueError, "no name", lambda: mp.use_adapters(model, [])),
         (ValueError, "names, or rows", lambda: mp.use_adapters(model)),
@@ -392,7 +398,7 @@ def test_a_merged_model_takes_no_further_adapter():
     model = make()
     mp.merge(model)
     for call in (
-        lambda: mp.add_adapter(model, "it", ["0"], 1),
+        lambda: mp.inject_lora(model, ["0"], 1, name="it"),
         lambda: mp.remove(model, name="fr"),
         lambda: mp.scale_adapters(model, 0.5, name="fr"),
         lambda: mp.load_adapter_state_dict(model, {}, name="fr", strict=False),
@@ -466,7 +472,7 @@ def test_swapped_factors_compute_what_the_other_adapter_does(rank, targets):
     plain.load_state_dict(mp.base_state_dict(model))
     mp.inject_lora(plain, targets, rank, 7)
     mp.load_adapter_state_dict(plain, mp.adapter_state_dict(other))
-    assert mp.swap_adapter(model, "default", other) == ["0", "2"]
+    assert mp.replace_adapter(model, "default", other) == ["0", "2"]
     mp.use_adapters(model, "default")
     assert_close(model(x), plain(x).double())
     assert addresses == [p.data_ptr() for p in model.parameters()]
@@ -486,31 +492,31 @@ def test_bad_factors_are_not_swapped_in():
         ("fr", nn.Sequential(nn.Linear(2, 2)), "no adapter 'default'"),
     ):
         with pytest.raises(ValueError, match=match):
-            mp.swap_adapter(model, name, other)
+            mp.replace_adapter(model, name, other)
         assert torch.equal(model(x), before)
     mp.merge(model)
     with pytest.raises(ValueError, match="is merged"):
-        mp.swap_adapter(model, "default", {"0": ok})
+        mp.replace_adapter(model, "default", {"0": ok})
 
 
 def test_swapping_an_adapter_for_itself_changes_nothing():
     model, x = make(), torch.randn(9, SIZE)
     before = model(x)
-    mp.swap_adapter(model, "fr", model, other_name="fr")
+    mp.replace_adapter(model, "fr", model, other_name="fr")
     assert torch.equal(model(x), before)
 
 
 def test_nothing_is_swapped_where_a_start_is_subtracted():
     """Zero factors would not be a zero product there."""
     model, x = nn.Sequential(nn.Linear(SIZE, SIZE)), torch.randn(9, SIZE)
-    mp.inject_lora(model, ["0"], 2, init=mp.init_pissa)
+    mp.inject_lora(model, ["0"], 2, init=mp.starts.pissa())
     before = model(x)
     with pytest.raises(ValueError, match="subtracts its start"):
-        mp.swap_adapter(model, "default", {})
+        mp.replace_adapter(model, "default", {})
     assert torch.equal(model(x), before)
 
 
 def test_a_vector_is_no_factor():
     model = make()
     with pytest.raises(ValueError, match="0 has factors"):
-        mp.swap_adapter(model, "fr", {"0": (torch.ones(3), torch.ones(33, 3), 1.0)})
+        mp.replace_adapter(model, "fr", {"0": (torch.ones(3), torch.ones(33, 3), 1.0)})

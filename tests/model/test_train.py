@@ -212,7 +212,7 @@ def test_impossible_tokens(ids):
 def test_extras_of_one_adapter_among_several():
     model = Tagger()
     mp.inject_lora(model, ["up"], 2)
-    mp.add_adapter(model, "fr", ["up", "down"], 2)
+    mp.inject_lora(model, ["up", "down"], 2, name="fr")
     train_biases(model, "lora_only", name="fr")
     train_tokens(model, [1], name="fr")
     keys = set(mp.adapter_state_dict(model, name="fr"))
@@ -285,7 +285,7 @@ def test_dora_over_a_trained_bias_computes_what_it_merges_to(kind):
         train_biases(model)
     else:
         train_modules(model, ["0"])
-    mp.add_adapter(model, "dora", ["0"], 2, dora=True)
+    mp.inject_lora(model, ["0"], 2, dora=True, name="dora")
     randomise(model)
     expected = model(x)
     model.eval()
@@ -327,15 +327,15 @@ def test_heads_follow_the_adapter_that_is_named():
     model, ids = Tied(), torch.tensor([[1, 2, 3]])
     before = model(ids)
     mp.inject_lora(model, ["emb"], 2)
-    mp.add_adapter(model, "fr", ["emb"], 3)
+    mp.inject_lora(model, ["emb"], 3, name="fr")
     with pytest.raises(ValueError, match="no adapter 'de'"):
-        mp.tie_lora(model, name="de")
-    mp.tie_lora(model, name="fr")
+        mp.tie_heads(model, name="de")
+    mp.tie_heads(model, name="fr")
     assert model.head.embedding.rank == 3
-    mp.tie_lora(model)
+    mp.tie_heads(model)
     assert model.head.embedding.rank == 2 and model.head.base.embedding.rank == 3
     with pytest.raises(ValueError, match="already"):
-        mp.tie_lora(model)
+        mp.tie_heads(model)
     randomise(model)
     for names in ("fr", "default", ["default", "fr"]):
         mp.use_adapters(model, names)

@@ -23,26 +23,28 @@ def test_every_trainable_parameter_comes_once_at_its_rate():
     model = model_of(dora=True)
     mp.train_biases(model)
     model[0].base.lora_a.requires_grad_(False)
-    groups = {g["name"]: g for g in mp.lora_plus_groups(model, 0.5, ratio=4, weight_decay=0.1)}
+    groups = {
+        g["name"]: g for g in mp.optim.lora_plus_groups(model, 0.5, ratio=4, weight_decay=0.1)
+    }
     assert {n: (g["lr"], g["weight_decay"], len(g["params"])) for n, g in groups.items()} == {
         "a": (0.5, 0.1, 1), "b": (2.0, 0.1, 2), "other": (0.5, 0.0, 4),
     }  # fmt: skip
     every = [id(p) for g in groups.values() for p in g["params"]]
     assert sorted(every) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     fused = nn.Sequential(nn.Linear(8, 6))
-    mp.inject(fused, ["0"], lambda m: mp.LoRAFusedLinear(m, 2, slices={"q": 4, "v": 2}))
-    assert [g["name"] for g in mp.lora_plus_groups(fused, 1.0)] == ["a", "b"]
+    mp.inject(fused, ["0"], lambda m: mp.layers.LoRAFusedLinear(m, 2, slices={"q": 4, "v": 2}))
+    assert [g["name"] for g in mp.optim.lora_plus_groups(fused, 1.0)] == ["a", "b"]
     for arguments in ((0.0,), (-1.0,)):
         with pytest.raises(ValueError, match="above 0"):
-            mp.lora_plus_groups(model, *arguments)
+            mp.optim.lora_plus_groups(model, *arguments)
     with pytest.raises(ValueError, match="no trainable"):
-        mp.lora_plus_groups(nn.Linear(2, 2), 1.0)
+        mp.optim.lora_plus_groups(nn.Linear(2, 2), 1.0)
 
 
 def test_a_step_of_lora_plus_moves_b_by_the_ratio():
     model = model_of()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = torch.optim.SGD(mp.lora_plus_groups(model, 0.01, ratio=16))
+    optimizer = torch.optim.SGD(mp.optim.lora_plus_groups(model, 0.01, ratio=16))
     model(torch.randn(5, 8)).square().sum().backward()
     optimizer.step()
     for name, parameter in model.named_parameters():
@@ -63,7 +65,6 @@ def test_the_gradient_of_lora_fa_equals_float64():
 def test_lora_fa_is_the_step_nearest_to_that_of_the_whole_weight():
     """Of all changes of B, the one whose s dB A is nearest to the weight's gradient."""
     model, x = model_of(), torch.randn(5, 8)
-    mp.freeze_a(model)
     layer = model[0]
     weight = layer.weight.detach().requires_grad_()
     hidden = torch.nn.functional.linear(x, weight, layer.bias)
@@ -77,11 +78,9 @@ def test_lora_fa_is_the_step_nearest_to_that_of_the_whole_weight():
 
 def test_lora_fa_trains_b_alone_and_resumes():
     model, x = model_of(), torch.randn(5, 8)
-    with pytest.raises(ValueError, match="freeze_a"):
-        mp.LoRAFA(model)
-    assert mp.freeze_a(model) == ["0.lora_a", "2.lora_a"]
     a = model[0].lora_a.detach().clone()
-    optimizer = mp.LoRAFA(model, lr=0.01, weight_decay=0.0)
+    optimizer = mp.optim.LoRAFA(model, lr=0.01, weight_decay=0.0)
+    assert not model[0].lora_a.requires_grad and not model[2].lora_a.requires_grad
     losses = []
     for _ in range(20):
         loss = model(x).square().mean()
@@ -92,22 +91,21 @@ def test_lora_fa_trains_b_alone_and_resumes():
     assert losses[-1] < 0.7 * losses[0]
     assert torch.equal(model[0].lora_a, a)
     again = copy.deepcopy(model)
-    other = mp.LoRAFA(again, lr=0.01, weight_decay=0.0)
+    other = mp.optim.LoRAFA(again, lr=0.01, weight_decay=0.0)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for run, step in ((model, optimizer), (again, other)):
         run(x).square().mean().backward()
         step.step()
     assert torch.equal(model[0].lora_b, again[0].lora_b)
     with pytest.raises(ValueError, match="no LoRALinear"):
-        mp.freeze_a(nn.Linear(2, 2))
+        mp.optim.LoRAFA(nn.Linear(2, 2))
 
 
 def test_lora_fa_of_a_closure_of_a_scale_of_zero_and_of_a_copy():
     results = []
     for by_closure in (True, False):
         model = model_of()
-        mp.freeze_a(model)
-        optimizer, x = mp.LoRAFA(model, lr=0.1, weight_decay=0.0), torch.randn(5, 8)
+        optimizer, x = mp.optim.LoRAFA(model, lr=0.1, weight_decay=0.0), torch.randn(5, 8)
 
         def closure(model=model, optimizer=optimizer, x=x):
             optimizer.zero_grad()
@@ -171,8 +169,7 @@ def test_lora_fa_is_float32_where_peft_rounds_to_bf16(capsys):
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient**2
         b = b - 0.01 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-6)
-    mp.freeze_a(model)
-    optimizer = mp.LoRAFA(model, lr=0.01, weight_decay=0.0, eps=1e-6)
+    optimizer = mp.optim.LoRAFA(model, lr=0.01, weight_decay=0.0, eps=1e-6)
     for _ in range(3):
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()

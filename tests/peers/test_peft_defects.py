@@ -243,7 +243,7 @@ def two_stabilised(side):
     model, total = nn.Sequential(nn.Linear(16, 12)), torch.zeros(12, 16)
     if side == OURS:
         for name in ("x", "y"):
-            mp.add_adapter(model, name, ["0"], 8, 8, rank_stabilized=True)
+            mp.inject_lora(model, ["0"], 8, 8, rank_stabilized=True, name=name)
             layer = model[0]
             nn.init.normal_(layer.lora_b)
             total += layer.delta().detach()

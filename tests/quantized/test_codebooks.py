@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minipeft as mp
-from minipeft import (
-    FP4_CODEBOOK,
-    FP4_E3M0_CODEBOOK,
-    NF4_CODEBOOK,
+from minipeft import NF4_CODEBOOK
+from minipeft.quantized.codebooks import (
+    FP4,
+    FP4_E3M0,
     dequantize_blockwise,
     int_codebook,
     normal_float_codebook,
@@ -18,7 +18,7 @@ from minipeft import (
 )
 
 CODEBOOKS = {
-    "NF4": NF4_CODEBOOK, "FP4": FP4_CODEBOOK, "E3M0": FP4_E3M0_CODEBOOK, "Int4": int_codebook(4),
+    "NF4": NF4_CODEBOOK, "FP4": FP4, "E3M0": FP4_E3M0, "Int4": int_codebook(4),
     "NF2": normal_float_codebook(2), "NF3": normal_float_codebook(3),
     "NF8": normal_float_codebook(8), "Int8": int_codebook(8),
     "two": (1.0, -0.5), "one-sided": (0.0, 1.0),
@@ -84,9 +84,9 @@ def test_fp4_equals_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
     w = torch.randn(64, 64)
     theirs, state = functional.quantize_4bit(w, quant_type="fp4", blocksize=64)
-    codes, absmax = quantize_blockwise(w, FP4_CODEBOOK)
+    codes, absmax = quantize_blockwise(w, FP4)
     assert torch.equal(codes, theirs.flatten())
-    decoded = dequantize_blockwise(codes, absmax, w.shape, FP4_CODEBOOK)
+    decoded = dequantize_blockwise(codes, absmax, w.shape, FP4)
     assert torch.equal(decoded, functional.dequantize_4bit(theirs, state))
 
 

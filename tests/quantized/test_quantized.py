@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import minipeft as mp
-from minipeft import LoRALinear, NF4Conv1D, NF4Embedding, NF4Experts, NF4Linear
+from minipeft import LoRALinear, NF4Linear
+from minipeft.layers import NF4Conv1D, NF4Embedding, NF4Experts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -241,10 +242,12 @@ def test_a_codebook_of_its_own_stays_with_the_layer():
     layer = NF4Linear.from_linear(nn.Linear(64, 16), double_quant=False)
     layer.fill({
         "packed": layer.packed, "absmax": layer.absmax,
-        "codebook": torch.tensor(mp.FP4_CODEBOOK),
+        "codebook": torch.tensor(mp.codebooks.FP4),
     })  # fmt: skip
     codes = layer.packed.flatten()
-    expected = mp.dequantize_blockwise(codes, layer.absmax.flatten(), (16, 64), mp.FP4_CODEBOOK)
+    expected = mp.codebooks.dequantize_blockwise(
+        codes, layer.absmax.flatten(), (16, 64), mp.codebooks.FP4
+    )
     assert torch.equal(layer.weight, expected)
     x = torch.randn(3, 64, requires_grad=True)
     layer(x).sum().backward()
@@ -300,9 +303,9 @@ import minipeft as mp
 torch.manual_seed(0)
 expert = torch.tensor([2, 0, 2, 1, 4])
 layers = {
-    "conv1d": (mp.NF4Conv1D.from_linear(Conv1D(48, 128)), 128, ()),
+    "conv1d": (mp.layers.NF4Conv1D.from_linear(Conv1D(48, 128)), 128, ()),
     "linear": (mp.NF4Linear.from_linear(nn.Linear(100, 7)), 100, ()),
-    "experts": (mp.NF4Experts.from_weight(torch.randn(5, 16, 64)), 64, (expert,)),
+    "experts": (mp.layers.NF4Experts.from_weight(torch.randn(5, 16, 64)), 64, (expert,)),
 }
 for name, (layer, width, rest) in layers.items():
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
@@ -314,7 +317,7 @@ for name, (layer, width, rest) in layers.items():
         y.square().sum().backward()
         grads.append((y.detach(), x.grad))
     assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1]), name
-table = mp.NF4Embedding.from_embedding(nn.Embedding(50, 64))
+table = mp.layers.NF4Embedding.from_embedding(nn.Embedding(50, 64))
 compiled = torch.compile(table, backend="aot_eager", fullgraph=True)
 rows = torch.randint(50, (2, 5))
 assert torch.equal(compiled(rows), table(rows))
@@ -383,7 +386,7 @@ def test_offloaded_layers_compute_the_same(how, double_quant, own_codebook, tmp_
     model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64))
     mp.quantize_model(model, double_quant=double_quant, head=())
     if own_codebook:
-        model[0].fill({**model[0].state_dict(), "codebook": torch.tensor(mp.FP4_CODEBOOK)})
+        model[0].fill({**model[0].state_dict(), "codebook": torch.tensor(mp.codebooks.FP4)})
     x = torch.randn(2, 128)
     expected = model(x)
     where = {"offload_dir": tmp_path} if how == "disk_offload" else {}
@@ -395,8 +398,9 @@ def test_offloaded_layers_compute_the_same(how, double_quant, own_codebook, tmp_
 
 def test_no_parameter_is_called_as_what_is_computed_of_it():
     for layer in (
-        mp.NF4Linear(64, 8, double_quant=False, codebook=mp.FP4_CODEBOOK), mp.NF4Linear(64, 8),
-        mp.NF4Embedding(8, 64, double_quant=False), mp.NF4Experts(2, 8, 64, double_quant=False),
+        mp.NF4Linear(64, 8, double_quant=False, codebook=mp.codebooks.FP4), mp.NF4Linear(64, 8),
+        mp.layers.NF4Embedding(8, 64, double_quant=False),
+        mp.layers.NF4Experts(2, 8, 64, double_quant=False),
     ):  # fmt: skip
         for name, parameter in layer.named_parameters():
             assert getattr(layer, name) is parameter

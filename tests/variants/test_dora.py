@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft import DoRAConv, DoRAEmbedding, DoRALinear, LoRALinear, NF4Embedding, NF4Linear
-from minipeft.variants.dora import row_norms
+from minipeft import LoRALinear, NF4Linear
+from minipeft.layers import DoRAConv, DoRAEmbedding, DoRALinear, NF4Embedding
+from minipeft.layers.dora import row_norms
 
 
 def randomise(layer):
@@ -30,7 +31,7 @@ def linear_bases():
     }  # fmt: skip
     Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
     bases["Conv1D"] = Conv1D(33, 64)
-    bases["NF4 Conv1D"] = mp.NF4Conv1D.from_linear(Conv1D(33, 64))
+    bases["NF4 Conv1D"] = mp.layers.NF4Conv1D.from_linear(Conv1D(33, 64))
     return bases
 
 
@@ -87,7 +88,7 @@ def test_it_starts_exactly_at_what_lora_computes():
         for layer in (DoRALinear(base, 4), DoRALinear(base, 4, dropout=0.3)):
             assert torch.equal(layer(x), base(x))  # m / |W| is 1 to the bit
     dense = nn.Linear(64, 33)
-    started = mp.loftq(1).for_weight(dense)  # B A is not 0
+    started = mp.starts.loftq(1).for_weight(dense)  # B A is not 0
     dora, lora = (
         kind(NF4Linear.from_linear(dense), 4, init=started) for kind in (DoRALinear, LoRALinear)
     )
@@ -260,12 +261,13 @@ def test_compiled_it_equals_eager_in_both_modes_and_compiles_once(plain_python):
 import torch, minipeft as mp
 from torch import nn
 for make, x in (
-    (lambda: mp.DoRALinear(nn.Linear(16, 8), 2), torch.randn(3, 16)),
-    (lambda: mp.DoRALinear(mp.NF4Linear.from_linear(nn.Linear(64, 8)), 2), torch.randn(3, 64)),
-    (lambda: mp.DoRALinear(mp.NF4Linear.from_linear(nn.Linear(64, 8).bfloat16()), 2),
+    (lambda: mp.layers.DoRALinear(nn.Linear(16, 8), 2), torch.randn(3, 16)),
+    (lambda: mp.layers.DoRALinear(mp.NF4Linear.from_linear(nn.Linear(64, 8)), 2),
      torch.randn(3, 64)),
-    (lambda: mp.DoRAEmbedding(nn.Embedding(9, 8), 2), torch.arange(9)),
-    (lambda: mp.DoRAConv(nn.Conv1d(4, 8, 3), 2), torch.randn(2, 4, 7)),
+    (lambda: mp.layers.DoRALinear(mp.NF4Linear.from_linear(nn.Linear(64, 8).bfloat16()), 2),
+     torch.randn(3, 64)),
+    (lambda: mp.layers.DoRAEmbedding(nn.Embedding(9, 8), 2), torch.arange(9)),
+    (lambda: mp.layers.DoRAConv(nn.Conv1d(4, 8, 3), 2), torch.randn(2, 4, 7)),
 ):
     for training in (True, False):
         layer, frames = make().train(training), []

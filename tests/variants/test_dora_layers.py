@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft import DoRAConv, DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRATiedLinear
+from minipeft.layers import DoRAConv, DoRAEmbedding, DoRALinear, LoRAEmbedding, LoRATiedLinear
 from minipeft.layers.conv import full_from_grouped
 
 IDS = torch.tensor([[0, 5, 10], [5, 1, 1]])
@@ -180,7 +180,7 @@ def test_merged_and_compiled_the_length_is_set_once(plain_python):
     plain_python("""
 import torch, minipeft as mp
 from torch import nn
-layer, ids = mp.DoRAEmbedding(nn.Embedding(9, 8), 2).eval(), torch.arange(9)
+layer, ids = mp.layers.DoRAEmbedding(nn.Embedding(9, 8), 2).eval(), torch.arange(9)
 nn.init.normal_(layer.lora_a)
 nn.init.constant_(layer.magnitude, 2.0)
 y = layer(ids)

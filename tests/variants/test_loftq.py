@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft import DoRALinear, LoRALinear, NF4Conv1D, NF4Linear
+from minipeft import LoRALinear, NF4Linear
+from minipeft.layers import DoRALinear, NF4Conv1D
 
 
 def decaying(rows=65, columns=128):
@@ -27,7 +28,7 @@ def dense(rows=65, columns=128):
 
 def started(linear, rank=8, iterations=5, kind=LoRALinear, block_size=64, double_quant=True):
     base = NF4Linear.from_linear(linear, block_size=block_size, double_quant=double_quant)
-    return kind(base, rank, 16, init=mp.loftq(iterations).for_weight(linear))
+    return kind(base, rank, 16, init=mp.starts.loftq(iterations).for_weight(linear))
 
 
 def distance(layer, linear):
@@ -80,7 +81,7 @@ def test_conv1d_dora_and_a_rank_above_the_sizes():
     conv = Conv1D(65, 128)
     with torch.no_grad():
         conv.weight.copy_(decaying().T)
-    layer = LoRALinear(NF4Conv1D.from_linear(conv), 8, init=mp.loftq().for_weight(conv))
+    layer = LoRALinear(NF4Conv1D.from_linear(conv), 8, init=mp.starts.loftq().for_weight(conv))
     plain = NF4Conv1D.from_linear(conv)
     off = (layer.exact_parameters()["weight"] - conv.weight).norm()
     assert off < 0.8 * (plain.weight - conv.weight).norm()
@@ -113,10 +114,13 @@ def test_what_is_refused_leaves_the_base_as_it_was():
     base = NF4Linear.from_linear(linear)
     before = {name: t.clone() for name, t in base.packed_parameters().items()}
     own = NF4Linear(128, 65, codebook=[-1 + i / 7.5 for i in range(16)])
-    init = mp.loftq().for_weight(linear)
+    init = mp.starts.loftq().for_weight(linear)
     for make, message in (
-        (lambda: LoRALinear(base, 4, init=mp.loftq()), "before quantisation"),
-        (lambda: LoRALinear(base, 4, init=mp.loftq().for_weight(linear.weight.T)), r"\(128, 65\)"),
+        (lambda: LoRALinear(base, 4, init=mp.starts.loftq()), "before quantisation"),
+        (
+            lambda: LoRALinear(base, 4, init=mp.starts.loftq().for_weight(linear.weight.T)),
+            r"\(128, 65\)",
+        ),
         (lambda: LoRALinear(LoRALinear(base, 2), 4, init=init), "over NF4Linear"),
         (lambda: LoRALinear(own, 4, init=init), "codebook"),
     ):

@@ -8,9 +8,14 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft import LoRAConv, LoRALinear, NF4Linear
+from minipeft import LoRALinear, NF4Linear
+from minipeft.layers import LoRAConv
 
-STARTED = {"PiSSA": mp.init_pissa, "fast PiSSA": mp.init_pissa_fast(32), "OLoRA": mp.init_olora}
+STARTED = {
+    "PiSSA": mp.starts.pissa(),
+    "fast PiSSA": mp.starts.pissa(32),
+    "OLoRA": mp.starts.olora(),
+}
 
 
 def bases():
@@ -43,19 +48,19 @@ def test_the_output_starts_at_the_base_and_the_base_keeps_its_bits(kind, init):
 
 def test_pissa_is_the_best_approximation_of_its_rank():
     base = nn.Linear(64, 33)
-    layer = LoRALinear(base, 4, 8, init=mp.init_pissa)
+    layer = LoRALinear(base, 4, 8, init=mp.starts.pissa())
     u, s, v = np.linalg.svd(base.weight.detach().double().numpy(), full_matrices=False)
     best = torch.from_numpy(u[:, :4] * s[:4] @ v[:4])
     product = layer.scaling * (layer.lora_b @ layer.lora_a).double()
     torch.testing.assert_close(product, best, rtol=1e-4, atol=1e-5)  # a float32 decomposition
-    fast = LoRALinear(base, 4, 8, init=mp.init_pissa_fast(64))
+    fast = LoRALinear(base, 4, 8, init=mp.starts.pissa(64))
     rest = (base.weight - fast.scaling * fast.lora_b @ fast.lora_a).norm()
     assert rest < 1.01 * np.sqrt((s[4:] ** 2).sum())  # power iterations come near the best
 
 
 def test_olora_is_the_start_of_an_orthogonal_factorisation():
     base = nn.Linear(64, 33)
-    layer = LoRALinear(base, 4, init=mp.init_olora)
+    layer = LoRALinear(base, 4, init=mp.starts.olora())
     torch.testing.assert_close(layer.lora_b.T @ layer.lora_b, torch.eye(4), rtol=1e-5, atol=1e-5)
     # Q^T W = R: its first rows
     torch.testing.assert_close(layer.lora_b.T @ base.weight, layer.lora_a, rtol=1e-4, atol=1e-5)
@@ -71,7 +76,9 @@ def test_a_step_of_training_leads_where_pefts_does(init):
         copy.deepcopy(model),
         peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=init),
     )
-    mp.inject_lora(model, ["0"], 4, 8, init={"pissa": mp.init_pissa, "olora": mp.init_olora}[init])
+    mp.inject_lora(
+        model, ["0"], 4, 8, init={"pissa": mp.starts.pissa(), "olora": mp.starts.olora()}[init]
+    )
     results = []
     for run in (model, theirs):
         parameters = [p for p in run.parameters() if p.requires_grad]
@@ -84,12 +91,12 @@ def test_a_step_of_training_leads_where_pefts_does(init):
 
 def test_orthogonal_and_gaussian_start_at_the_base():
     base, x = nn.Linear(64, 33), torch.randn(5, 64)
-    layer = LoRALinear(base, 8, init=mp.init_orthogonal)
+    layer = LoRALinear(base, 8, init=mp.starts.orthogonal())
     assert layer.lora_b.abs().sum() > 0
     torch.testing.assert_close(layer(x), base(x), rtol=1e-4, atol=1e-4)  # B A = 0 up to rounding
     with pytest.raises(ValueError, match="odd"):
-        LoRALinear(base, 3, init=mp.init_orthogonal)
-    layer = LoRALinear(nn.Linear(4096, 8), 8, init=mp.init_gaussian)
+        LoRALinear(base, 3, init=mp.starts.orthogonal())
+    layer = LoRALinear(nn.Linear(4096, 8), 8, init=mp.starts.gaussian())
     x = torch.randn(2, 4096)
     assert torch.equal(layer(x), layer.base(x))
     # 32,768 draws: the deviation of a deviation is 0.4 %
@@ -97,18 +104,23 @@ def test_orthogonal_and_gaussian_start_at_the_base():
 
 
 def test_other_layers_and_the_meta_device_are_refused():
-    for init in (mp.init_pissa, mp.init_olora, mp.init_orthogonal, mp.init_pissa_fast()):
+    for init in (
+        mp.starts.pissa(),
+        mp.starts.olora(),
+        mp.starts.orthogonal(),
+        mp.starts.pissa(iterations=16),
+    ):
         with pytest.raises(ValueError, match="linear layers only"):
             LoRAConv(nn.Conv1d(4, 4, 3), 2, init=init)
     with pytest.raises(ValueError, match="meta device"):
-        LoRALinear(nn.Linear(8, 8, device="meta"), 2, init=mp.init_pissa)
-    with pytest.raises(ValueError, match="n_iter"):
-        mp.init_pissa_fast(0)
+        LoRALinear(nn.Linear(8, 8, device="meta"), 2, init=mp.starts.pissa())
+    with pytest.raises(ValueError, match="iterations=0"):
+        mp.starts.pissa(0)
 
 
 def test_dora_keeps_its_magnitude():
     base = nn.Linear(64, 33)
-    layer = mp.DoRALinear(base, 4, init=mp.init_pissa)
+    layer = mp.layers.DoRALinear(base, 4, init=mp.starts.pissa())
     torch.testing.assert_close(layer.magnitude, base.weight.norm(dim=1), rtol=1e-5, atol=1e-6)
     x = torch.randn(3, 64)
     torch.testing.assert_close(layer(x), base(x), rtol=1e-4, atol=1e-4)
@@ -127,7 +139,7 @@ def test_loftq_comes_nearer_to_the_weight_and_is_undone_bit_for_bit():
         linear.weight.copy_(decaying())
     model = nn.Sequential(copy.deepcopy(linear), nn.Linear(96, 4))
     plain = NF4Linear.from_linear(linear)
-    mp.inject_qlora(model, ["0"], 8, init=mp.loftq(), skip=["1"])
+    mp.inject_qlora(model, ["0"], 8, init=mp.starts.loftq(), skip=["1"])
     layer = model[0]
     ours = (linear.weight - layer.weight).norm()
     rounded = (linear.weight - plain.weight).norm()
@@ -140,11 +152,11 @@ def test_loftq_comes_nearer_to_the_weight_and_is_undone_bit_for_bit():
 
 def test_loftq_needs_the_dense_weight():
     with pytest.raises(ValueError, match="inject_qlora"):
-        mp.inject_lora(nn.Sequential(nn.Linear(64, 64)), ["0"], 4, init=mp.loftq())
+        mp.inject_lora(nn.Sequential(nn.Linear(64, 64)), ["0"], 4, init=mp.starts.loftq())
     layer = LoRALinear(NF4Linear.from_linear(nn.Linear(64, 32)), 4)
     with pytest.raises(ValueError, match=r"\(31, 64\)"):
-        mp.loftq().for_weight(torch.randn(31, 64))(layer)
+        mp.starts.loftq().for_weight(torch.randn(31, 64))(layer)
     with pytest.raises(ValueError, match="over NF4Linear"):
-        mp.loftq().for_weight(torch.randn(8, 8))(LoRALinear(nn.Linear(8, 8), 2))
+        mp.starts.loftq().for_weight(torch.randn(8, 8))(LoRALinear(nn.Linear(8, 8), 2))
     with pytest.raises(ValueError, match="iterations"):
-        mp.loftq(0)
+        mp.starts.loftq(0)

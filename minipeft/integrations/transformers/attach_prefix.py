@@ -16,10 +16,15 @@ from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import Prefix
 from minipeft.prefix import PrefixEncoder
 
+_DEFAULTS = {
+    "hidden": None, "embedding_dim": None, "dropout": 0.0, "init_std": 0.02, "frozen": 0,
+    "gated": False,
+}  # fmt: skip
+
 
 def attach_prefix(
     model: nn.Module,
-    prefix_length: int,
+    prefix_length: int | PrefixEncoder,
     *,
     name: str = DEFAULT,
     hidden: int | None = None,
@@ -54,6 +59,9 @@ def attach_prefix(
     arguments are those of PrefixEncoder.  Freezes every parameter that no adapter owns.  The model
     gets a copy of its config, so that other models with the same config object are unaffected.
 
+    A PrefixEncoder in the place of `prefix_length` is attached itself: it needs the model's layers
+    (`Prefix.kv_shapes`), and brings its own length and settings.
+
     Warns if an MLP (`hidden`) has more than a tenth of the base's parameters.
 
     Raises:
@@ -64,24 +72,41 @@ def attach_prefix(
             is then as it was.
     """
 
+    settings: dict[str, Any] = {
+        "hidden": hidden, "embedding_dim": embedding_dim, "dropout": dropout,
+        "init_std": init_std, "frozen": frozen, "gated": gated,
+    }  # fmt: skip
+    own = prefix_length if isinstance(prefix_length, PrefixEncoder) else None
+    if own is not None and settings != _DEFAULTS:
+        given = [word for word, value in settings.items() if value != _DEFAULTS[word]]
+        raise ValueError(f"attach_prefix: the encoder has settings of its own; leave out {given}")
+    length: int = prefix_length if own is None else own.prefix_length  # type: ignore[assignment]
+
     def make(prefix: Prefix) -> PrefixEncoder:
-        if gated and prefix.route == "cache":
+        encoder = own or PrefixEncoder(prefix.kv_shapes, length, **settings)
+        if encoder.kv_shapes != prefix.kv_shapes:
+            raise ValueError(
+                f"attach_prefix: the encoder has layers {encoder.kv_shapes[:2]} "
+                f"({len(encoder.kv_shapes)}); the model's prefixes {prefix.kv_shapes[:2]} "
+                f"({len(prefix.kv_shapes)})"
+            )
+        if any(encoder is other for other in prefix.encoders.values()):
+            raise ValueError("attach_prefix: the model has this encoder already; copy.deepcopy it")
+        if encoder.gated and prefix.route == "cache":
             raise ValueError(
                 f"attach_prefix: {type(model).__name__} is reached through its cache, where a "
                 "prefix cannot be gated"
             )
-        return PrefixEncoder(
-            prefix.kv_shapes, prefix_length, hidden=hidden, embedding_dim=embedding_dim,
-            dropout=dropout, init_std=init_std, frozen=frozen, gated=gated,
-        )  # fmt: skip
+        return encoder
 
     prefix = attach(
-        model, prefix_length, make, caller="attach_prefix", name=name, position=position,
+        model, length, make, caller="attach_prefix", name=name, position=position,
         window=window, locations=locations, train_head=train_head,
     )  # fmt: skip
-    size = sum(p.numel() for p in prefix.encoders[name].parameters())
+    encoder: Any = prefix.encoders[name]
+    size = sum(p.numel() for p in encoder.parameters())
     base = sum(p.numel() for p in model.parameters()) - size
-    if hidden is not None and size > base / 10:
+    if encoder.hidden is not None and size > base / 10:
         warnings.warn(
             f"attach_prefix: the MLP has {size:,} parameters, {size / base:.0%} of the base's "
             f"{base:,}; a smaller hidden, or a table (hidden=None), is usually enough",

@@ -153,25 +153,6 @@ class Prefix(nn.Module):
         for encoder in self.encoders.values():
             encoder.enabled = value
 
-    def add_encoder(self, name: str, encoder: PrefixEncoder) -> None:
-        """Let a further encoder join, under a name that is free; see minipeft.add_adapter.
-
-        Raises:
-            ValueError: it has other layers, or gates where only the cache is reached.
-        """
-        check_key("add_adapter", name)
-        if encoder.kv_shapes != self.kv_shapes:
-            raise ValueError(
-                f"add_adapter: the encoder has layers {encoder.kv_shapes[:2]} "
-                f"({len(encoder.kv_shapes)}); the model's prefixes {self.kv_shapes[:2]} "
-                f"({len(self.kv_shapes)})"
-            )
-        if encoder.gated and self.route == "cache":
-            raise ValueError("add_adapter: a model reached through its cache takes no gates")
-        encoder.to(next(self.parameters()).device).train(self.training)
-        encoder.enabled = encoder.enabled and self.served is None
-        self.encoders[name] = encoder
-
     def serve_rows(self, rows: Sequence[tuple[str, ...]]) -> None:
         """Let row i of every batch use the prefixes named in rows[i] and no others.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.linearity import why_not_replaceable
+from minipeft.adapters.progress import Progress
 from minipeft.adapters.protocol import is_conv1d
 from minipeft.adapters.targets import Names
 from minipeft.inject import put
@@ -23,7 +24,6 @@ from minipeft.io.bitsandbytes.buffers import restore_buffers
 from minipeft.io.bitsandbytes.weight import state_of, weight_of
 from minipeft.io.replace import read_whole
 from minipeft.io.shards import Reader
-from minipeft.model.progress import Progress
 from minipeft.qlora import NF4Linear
 from minipeft.quantized.conv1d import NF4Conv1D
 

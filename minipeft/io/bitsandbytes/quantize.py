@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from minipeft.adapters.progress import Progress
 from minipeft.adapters.protocol import is_conv1d, linear_shape
 from minipeft.adapters.targets import Head, HeadWarning, Names, likely_head, survey
 from minipeft.io.bitsandbytes import checkpoint
@@ -27,7 +28,6 @@ from minipeft.io.fields import read_object
 from minipeft.io.header import Spec, nbytes
 from minipeft.io.replace import locked, write_file
 from minipeft.io.shards import Reader, ShardWriter, split
-from minipeft.model.progress import Progress
 from minipeft.model.quantize import Skip, quantizable
 from minipeft.nf4 import check_block_size
 from minipeft.qlora import NF4Linear

@@ -24,12 +24,12 @@ from minipeft.double_quant import ABSMAX_BLOCK_SIZE, dynamic_codebook
 from minipeft.io.fields import Kind, check, list_of, one_of, parse_object, whole
 from minipeft.nf4 import BLOCK_SIZES, NF4_CODEBOOK
 from minipeft.qlora import PackedModule
-from minipeft.quantized.codebooks import FP4_CODEBOOK
+from minipeft.quantized.codebooks import FP4
 
 STATE_KEY = "quant_state.bitsandbytes__"  # and the data type: nf4, fp4
 SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CODEBOOKS = {"nf4": NF4_CODEBOOK, "fp4": FP4_CODEBOOK}
+CODEBOOKS = {"nf4": NF4_CODEBOOK, "fp4": FP4}
 STATE_BYTES = 256
 _MAX_STATE_BYTES = 2**16
 

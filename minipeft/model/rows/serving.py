@@ -15,10 +15,10 @@ from minipeft.adapters.prefix_holder import holds_prefixes
 from minipeft.adapters.protocol import Adapter, innermost
 from minipeft.adapters.state import refuse_merged, require_adapters
 from minipeft.inject import restoring, swap, swap_shared
+from minipeft.layers.bank import LoRABank, finite
+from minipeft.layers.by_row import ByRow, Row
 from minipeft.layers.fused import LoRAFusedLinear
 from minipeft.lora import LoRALinear
-from minipeft.model.rows.bank import LoRABank, finite
-from minipeft.model.rows.by_row import ByRow, Row
 from minipeft.model.rows.stack import Lengths, RowStack, why_not
 
 Wanted = list[tuple[str, ...]]  # for each row the adapters it uses

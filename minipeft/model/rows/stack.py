@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost
 from minipeft.adapters.wrapper import Wrapper
+from minipeft.layers.by_row import ByRow
 from minipeft.layers.trained import spatial_axes
-from minipeft.model.rows.by_row import ByRow
 
 Lengths = tuple[Tensor, ...]  # each (rows, channels); empty for a layer that has none
 

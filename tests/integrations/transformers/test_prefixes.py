@@ -105,24 +105,30 @@ def test_load_tokens_runs_without_any_prefix_and_puts_back_what_was_on():
         assert difference(rows[row], case.logits()[row]) <= TOLERANCE
 
 
-def test_an_encoder_of_ones_own_joins_with_add_adapter():
+def test_an_encoder_of_ones_own_is_attached_itself():
     case = Case("LLaMA")
-    with pytest.raises(ValueError, match="attach_prefix first"):
-        mp.add_adapter(case.model, "own", mp.PrefixEncoder([(2, 8, 8)] * 3, 4))
+    with pytest.raises(ValueError, match="the encoder has layers"):
+        mp.attach_prefix(case.model, mp.PrefixEncoder([(2, 8, 8)] * 7, 4))
+    assert not list(mp.adapter_parameters(case.model))
     prefix = case.attach()
     encoder = mp.PrefixEncoder(prefix.kv_shapes, 4, init_std=1.0)
-    assert mp.add_adapter(case.model, "own", encoder) == ["minipeft_prefix.encoders.own"]
+    assert mp.attach_prefix(case.model, encoder, name="own") is prefix
+    assert prefix.encoders["own"] is encoder
     mp.use_adapters(case.model, "own")
     assert list(mp.adapter_parameters(case.model, name="own")) == list(encoder.parameters())
     on = case.logits()
     with mp.disable_adapters(case.model):
         assert difference(on, case.logits()) > 1e-3
-    with pytest.raises(ValueError, match="the encoder has layers"):
-        mp.add_adapter(case.model, "other", mp.PrefixEncoder([(2, 8, 8)] * 2, 4))
-    with pytest.raises(ValueError, match="already"):
-        mp.add_adapter(case.model, "own", encoder)
-    with pytest.raises(ValueError, match="expected a rank"):
-        mp.add_adapter(case.model, "lora", "all-linear")
+    for own, more, message in (
+        (mp.PrefixEncoder([(2, 8, 8)] * 2, 4), {"name": "other"}, "the encoder has layers"),
+        (mp.PrefixEncoder(prefix.kv_shapes, 4), {"name": "own"}, "already"),
+        (encoder, {"name": "other"}, "has this encoder already"),
+        (mp.PrefixEncoder(prefix.kv_shapes, 4), {"name": "b", "hidden": 8}, "leave out .'hidden'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mp.attach_prefix(case.model, own, **more)
+    assert list(prefix.encoders) == ["default", "own"]
+    assert torch.equal(case.logits(), on)
 
 
 def test_taking_one_of_two_off():
@@ -550,7 +556,7 @@ def test_a_head_under_lora_is_not_left_behind():
     text = torch.randint(3, 97, (2, 9))
     before = model(text).logits.detach()
     prefix = mp.attach_prefix(model, 5, name="first")
-    mp.add_adapter(model, "lora", "score", 2)
+    mp.inject_lora(model, "score", 2, name="lora")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "copy" in name:

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft import NF4Conv1D, NF4Linear
+from minipeft import NF4Linear
 from minipeft.integrations.transformers import meta_model
 from minipeft.io.bitsandbytes import load_quantized, save_quantized
 from minipeft.io.bitsandbytes.weight import STATE_BYTES, entries, specs, state_of
 from minipeft.io.shards import Reader
+from minipeft.layers import NF4Conv1D
 
 NAME = "some.layer.weight"
 

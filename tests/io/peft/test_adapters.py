@@ -192,7 +192,7 @@ def test_keys_with_an_adapters_name_load(where, tmp_path):
 
 def test_a_start_that_is_subtracted_is_written_as_the_plain_lora_it_is(tmp_path):
     model = zoo()
-    mp.inject_lora(model, ["lin"], 2, 8, init=mp.init_pissa)
+    mp.inject_lora(model, ["lin"], 2, 8, init=mp.starts.pissa())
     with torch.no_grad():
         model.lin.lora_b.add_(torch.randn_like(model.lin.lora_b))
     mp.save_peft(model, tmp_path)
@@ -332,6 +332,6 @@ def test_layers_that_the_format_cannot_express_are_refused(tmp_path):
 @pytest.mark.filterwarnings("default")
 def test_saving_a_loftq_adapter_says_that_its_base_is_another(tmp_path):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
-    mp.inject_qlora(model, ["0"], 4, init=mp.loftq(1), skip=["1"])
+    mp.inject_qlora(model, ["0"], 4, init=mp.starts.loftq(1), skip=["1"])
     with pytest.warns(UserWarning, match="fits this base only"):
         mp.save_peft(model, tmp_path)

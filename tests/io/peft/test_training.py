@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft import LoRAConv, LoRAFusedLinear, LoRALinear
+from minipeft import LoRALinear
 from minipeft.io.files import encoded, read_all
+from minipeft.layers import LoRAConv, LoRAFusedLinear
 from minipeft.layers.fused import per_head
 from minipeft.layers.mixture import LoRAExperts
-from minipeft.variants.starts import init_olora, init_pissa
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -90,13 +90,15 @@ CASES = {
     "slices here and there": fused(2, 0.3, slices=per_head(2, 2), rank_stabilized=True),
     "slices in bfloat16": fused(2, {"q": 3, "k": 7, "v": 6}, dtype=torch.bfloat16),
     "slices with dropout": fused(2, dropout=0.5),
-    "PiSSA": lora(["qkv", "up"], rank=3, alpha=5, init=init_pissa),
-    "OLoRA, rank-stabilised": lora(["qkv"], rank=3, alpha=5, init=init_olora, rank_stabilized=True),
-    "PiSSA, DoRA": lora(["qkv"], rank=3, init=init_pissa, dora=True),
+    "PiSSA": lora(["qkv", "up"], rank=3, alpha=5, init=mp.starts.pissa()),
+    "OLoRA, rank-stabilised": lora(
+        ["qkv"], rank=3, alpha=5, init=mp.starts.olora(), rank_stabilized=True
+    ),
+    "PiSSA, DoRA": lora(["qkv"], rank=3, init=mp.starts.pissa(), dora=True),
     "start of an embedding": started(["emb"], rank=3, alpha=7),
     "start of a convolution in groups": started(["conv"], rank=4, alpha=7),
     "start beside a plain layer": lambda m: (
-        lora(["qkv"], rank=3, init=init_pissa)(m),
+        lora(["qkv"], rank=3, init=mp.starts.pissa())(m),
         mp.inject(m, ["up"], lambda b: LoRALinear(b, 2)),
     ),
     "parameters that do not train": partly_frozen,

@@ -160,7 +160,7 @@ def test_a_compiled_layer_itself_is_adapted_and_saved_plainly(tmp_path):
 def test_a_second_adapter_of_a_wrapped_model_is_saved_plainly(tmp_path):
     model = checkpointed(plain())
     mp.inject_lora(model, r"blocks\..*\.0", 2)
-    mp.add_adapter(model, "fr", r"blocks\..*\.2", 3)
+    mp.inject_lora(model, r"blocks\..*\.2", 3, name="fr")
     mp.save_peft(model, tmp_path)
     assert "_checkpoint_wrapped_module" not in str(saved(tmp_path / "fr"))
     other = plain()

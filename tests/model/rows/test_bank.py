@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from minipeft import LoRABank, LoRALinear, NF4Linear
+from minipeft import LoRALinear, NF4Linear
 from minipeft.adapters.names import named
 from minipeft.adapters.protocol import innermost
+from minipeft.layers import LoRABank
 
 ROWS = ["fr", None, "default", ["fr", "de"], "de", None]
 
@@ -34,8 +35,8 @@ def make(kind="linear", dtype=torch.float32):
     torch.manual_seed(2)
     model = nn.Sequential(base_layer(kind, 64, 65), nn.ReLU(), base_layer(kind, 65, 7)).to(dtype)
     mp.inject_lora(model, ["0", "2"], 3)
-    mp.add_adapter(model, "fr", ["0"], 5, 15)
-    mp.add_adapter(model, "de", ["0", "2"], 1, 2, rank_stabilized=True)
+    mp.inject_lora(model, ["0"], 5, 15, name="fr")
+    mp.inject_lora(model, ["0", "2"], 1, 2, rank_stabilized=True, name="de")
     randomize(model)
     return model.eval()
 
@@ -164,7 +165,7 @@ def test_factors_and_scales_are_taken_over_when_rows_are_set():
 
 def test_a_subtracted_start_is_served():
     model, x = nn.Sequential(nn.Linear(64, 64)).eval(), torch.randn(2, 64)
-    mp.inject_lora(model, ["0"], 3, init=mp.init_pissa)
+    mp.inject_lora(model, ["0"], 3, init=mp.starts.pissa())
     nn.init.normal_(model[0].lora_b, std=0.1)
     expected = model(x)
     mp.use_adapters(model, rows=["default", None])
@@ -298,7 +299,7 @@ def test_bad_rows_change_nothing():
     served = model(x)
     for call in (
         lambda: mp.use_adapters(model, rows=["es"] * 6), lambda: mp.merge(model),
-        lambda: mp.add_adapter(model, "it", ["0"], 1), lambda: mp.remove(model),
+        lambda: mp.inject_lora(model, ["0"], 1, name="it"), lambda: mp.remove(model),
         lambda: mp.combine_adapters(model, ["fr"], [1.0], new_name="it"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=r"'es'|rows"):
@@ -323,7 +324,7 @@ def test_rows_agree_with_peft(capsys):
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
     theirs.add_adapter("fr", peft.LoraConfig(**config))
     mp.inject_lora(model, ["0", "2"], 3, 5)
-    mp.add_adapter(model, "fr", ["0", "2"], 3, 5)
+    mp.inject_lora(model, ["0", "2"], 3, 5, name="fr")
     randomize(model)
     with torch.no_grad():
         for name, places in named(model).items():
@@ -362,7 +363,7 @@ def test_another_kind_of_adapter_that_is_on_is_refused():
     model = nn.TransformerEncoderLayer(8, 2, 8, batch_first=True).eval()
     rows = torch.randn(2, 3, 8)
     mp.inject_lora(model, ["self_attn"], 2)
-    mp.add_adapter(model, "fr", ["linear1"], 2)
+    mp.inject_lora(model, ["linear1"], 2, name="fr")
     randomize(model)
     with pytest.raises(ValueError, match="others must be off"):
         mp.use_adapters(model, rows=["fr", None])
@@ -446,7 +447,7 @@ def test_a_transformer_layer_does_not_go_round_the_bank():
 def test_state_dicts_of_adapters_keep_their_names_while_rows_are_served():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     mp.inject_lora(model, ["0", "1"], 2)
-    mp.add_adapter(model, "fr", ["0"], 2)
+    mp.inject_lora(model, ["0"], 2, name="fr")
     before = set(mp.adapter_state_dict(model))
     mp.use_adapters(model.eval(), rows=["fr", None])
     assert set(mp.adapter_state_dict(model)) == before

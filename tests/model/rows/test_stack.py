@@ -12,11 +12,11 @@ from minipeft.adapters.names import give_name, named
 from minipeft.adapters.protocol import innermost
 from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.conv import LoRAConv
+from minipeft.layers.dora import DoRAConv
 from minipeft.layers.trained import TrainedModule
 from minipeft.lora import LowRank
 from minipeft.model.rows import RowStack
 from minipeft.model.rows.stack import why_not
-from minipeft.variants.dora import DoRAConv
 
 ROWS = ["fr", None, "default", ["fr", "de"], "de", None]
 OTHERS = [None, "de", ["default", "fr"], "fr", None, "default"]
@@ -60,7 +60,7 @@ def three(model, targets=("0",), **settings):
     """Adapters of ranks 4, 8 and 2; settings of one kind for all, or for each."""
     for name, rank, alpha in (("default", 4, 4), ("fr", 8, 24), ("de", 2, 5)):
         own = settings.get(name, {k: v for k, v in settings.items() if k not in ("fr", "de")})
-        mp.add_adapter(model, name, list(targets), rank, alpha, **own)
+        mp.inject_lora(model, list(targets), rank, alpha, **own, name=name)
     return randomize(model)
 
 
@@ -100,7 +100,7 @@ def packed_linear():
 
 
 def packed_embedding(**settings):
-    model = nn.Sequential(mp.NF4Embedding.from_embedding(nn.Embedding(40, 64)), nn.Tanh())
+    model = nn.Sequential(mp.layers.NF4Embedding.from_embedding(nn.Embedding(40, 64)), nn.Tanh())
     return three(model, **settings), IDS
 
 
@@ -113,32 +113,32 @@ def conv1d_of_transformers():
 def mixed_kinds():
     """LoRA, DoRA over it, and LoRA over that: what is below differs by row."""
     model = nn.Sequential(nn.Linear(24, 15), nn.Conv1d(5, 4, 3), nn.Tanh())
-    mp.add_adapter(model, "default", ["0", "1"], 4)
-    mp.add_adapter(model, "fr", ["0", "1"], 8, dora=True)
-    mp.add_adapter(model, "de", ["0", "1"], 2, 7, dora=True)
+    mp.inject_lora(model, ["0", "1"], 4, name="default")
+    mp.inject_lora(model, ["0", "1"], 8, dora=True, name="fr")
+    mp.inject_lora(model, ["0", "1"], 2, 7, dora=True, name="de")
     return randomize(model), torch.randn(6, 5, 24)
 
 
 def fused():
     def make(base, rank):
-        return mp.LoRAFusedLinear(base, {"q": rank, "v": 1}, slices={"q": 5, "k": 3, "v": 7})
+        return mp.layers.LoRAFusedLinear(base, {"q": rank, "v": 1}, slices={"q": 5, "k": 3, "v": 7})
 
     return by_hand(nn.Sequential(nn.Linear(24, 15)), make), torch.randn(6, 3, 24)
 
 
 def fused_under_dora():
     model = nn.Sequential(nn.Linear(24, 15))
-    mp.inject(model, ["0"], lambda m: mp.LoRAFusedLinear(m, 4, slices={"q": 8, "v": 7}))
-    mp.add_adapter(model, "fr", ["0"], 2, dora=True)
-    mp.add_adapter(model, "de", ["0"], 3)
+    mp.inject(model, ["0"], lambda m: mp.layers.LoRAFusedLinear(m, 4, slices={"q": 8, "v": 7}))
+    mp.inject_lora(model, ["0"], 2, dora=True, name="fr")
+    mp.inject_lora(model, ["0"], 3, name="de")
     return randomize(model), torch.randn(6, 24)
 
 
 def tied():
     model = Tied()
     for name, rank in (("default", 4), ("fr", 8), ("de", 2)):
-        mp.add_adapter(model, name, ["table"], rank, 9)
-        mp.tie_lora(model, name=name)
+        mp.inject_lora(model, ["table"], rank, 9, name=name)
+        mp.tie_heads(model, name=name)
     return randomize(model), IDS
 
 
@@ -148,7 +148,7 @@ def trained(kind):
             nn.Embedding(40, 24), nn.Linear(24, 15), nn.Conv1d(5, 4, 3), nn.Tanh()
         )
         for name, rank in (("default", 4), ("fr", 8), ("de", 2)):
-            mp.add_adapter(model, name, ["1", "2"], rank, dora=name == "fr")
+            mp.inject_lora(model, ["1", "2"], rank, dora=name == "fr", name=name)
             if kind == "bias" and name == "default":
                 mp.train_biases(model, name=name)
             elif kind == "tokens" and name != "fr":
@@ -157,13 +157,13 @@ def trained(kind):
         if kind == "module":
             model = nn.Sequential(nn.Embedding(40, 24), nn.LayerNorm(24), nn.Linear(24, 15))
             for name in ("default", "fr", "de"):
-                mp.add_adapter(model, name, ["0"], 2)
+                mp.inject_lora(model, ["0"], 2, name=name)
             modules = dict(zip(("default", "fr"), (["1"], ["2"]), strict=True))
             for name, target in modules.items():
                 mp.train_modules(model, target, name=name)
         if kind == "tokens":
             for name in ("fr", "de"):
-                mp.add_adapter(model, name, ["0", "1"], 3)
+                mp.inject_lora(model, ["0", "1"], 3, name=name)
         return randomize(model), IDS
 
     return make
@@ -191,7 +191,7 @@ KINDS = {
     "convolution, across groups": on_a_convolution(2, groups=2, lora={"across_groups": True}),
     "convolution, another start": on_a_convolution(1, groups=2, lora={"init": starting_elsewhere}),
     "linear, DoRA": lambda: linear(dora=True),
-    "linear, DoRA, PiSSA": lambda: linear(dora=True, init=mp.init_pissa),
+    "linear, DoRA, PiSSA": lambda: linear(dora=True, init=mp.starts.pissa()),
     "linear, DoRA, NF4": packed_linear,
     "Conv1D, DoRA": conv1d_of_transformers,
     "embedding, DoRA": lambda: embedding(dora=True),
@@ -345,7 +345,7 @@ def test_tables_of_positions_are_refused_by_name():
     config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=40, n_positions=8)
     model = transformers.GPT2LMHeadModel(config).eval()
     mp.inject_lora(model, ["wte", "wpe", "c_fc"], 2)
-    mp.add_adapter(model, "fr", ["wte", "c_fc"], 2)
+    mp.inject_lora(model, ["wte", "c_fc"], 2, name="fr")
     with pytest.raises(
         ValueError, match=r"'default' has LoRAEmbedding over 'transformer.wpe'.*pos"
     ):
@@ -368,7 +368,7 @@ def test_where_rows_are_lost_the_reason_is_named():
     with pytest.raises(ValueError, match=r"LoRAMultiheadAttention over 'self_attn': .*one call"):
         mp.use_adapters(model, rows=["default"])
 
-    mixture = nn.ModuleDict({"up": mp.LoRAExperts(nn.Parameter(torch.randn(2, 3, 4)), 2)})
+    mixture = nn.ModuleDict({"up": mp.layers.LoRAExperts(nn.Parameter(torch.randn(2, 3, 4)), 2)})
     with pytest.raises(ValueError, match=r"LoRAExperts over 'up': .*sorted by expert"):
         mp.use_adapters(mixture, rows=["default"])
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
@@ -412,7 +412,7 @@ def test_a_layer_of_ones_own_joins_with_one_method():
     with pytest.raises(ValueError, match="a forward of its own"):
         mp.use_adapters(twice, rows=["default"])
     twice[0].enabled = False
-    mp.add_adapter(twice, "fr", ["0"], 2)  # while it is off, others are served
+    mp.inject_lora(twice, ["0"], 2, name="fr")  # while it is off, others are served
     mp.use_adapters(randomize(twice), rows=["fr", None])
     assert torch.equal(twice(x[:2])[1], innermost(twice[0])(x[:2])[1])
 
@@ -443,7 +443,7 @@ def test_training_merging_and_more_adapters_are_refused_while_rows_differ():
     served = model(x)
     for call in (
         lambda: mp.merge(model), lambda: mp.remove(model), lambda: mp.train_biases(model),
-        lambda: mp.add_adapter(model, "it", ["0"], 2),
+        lambda: mp.inject_lora(model, ["0"], 2, name="it"),
         lambda: mp.combine_adapters(model, ["fr"], [1.0], new_name="it"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="rows of a batch use different adapters"):
@@ -494,7 +494,7 @@ def test_a_shared_module_has_one_stack():
     assert model["a"] is model["b"]
     mp.use_adapters(model, "default")
     assert model["a"] is model["b"]
-    assert isinstance(model["a"], mp.LoRAEmbedding)
+    assert isinstance(model["a"], mp.layers.LoRAEmbedding)
 
 
 @pytest.mark.parametrize(
@@ -557,8 +557,8 @@ class Model(nn.Module):
 torch.manual_seed(0)
 model, ids = Model(), torch.arange(30).view(6, 5)
 mp.inject_lora(model, ["table", "conv", "up"], 4)
-mp.add_adapter(model, "fr", ["table", "conv", "up"], 2, 7, dora=True)
-mp.add_adapter(model, "de", ["up"], 3)
+mp.inject_lora(model, ["table", "conv", "up"], 2, 7, name="fr", dora=True)
+mp.inject_lora(model, ["up"], 3, name="de")
 mp.train_modules(model, ["head"], name="de")
 for parameter in mp.adapter_parameters(model):
     with torch.no_grad():
@@ -598,7 +598,7 @@ def test_dora_over_adapters_has_the_lengths_of_each_row():
     base, x = nn.Linear(8, 5), torch.randn(3, 8)
     model = nn.Sequential(base)
     mp.inject_lora(model, ["0"], 2)
-    mp.add_adapter(model, "dora", ["0"], 2, dora=True)
+    mp.inject_lora(model, ["0"], 2, dora=True, name="dora")
     randomize(model)
     dora, lora = model[0], model[0].base
     rows = ["dora", ["default", "dora"], "default"]

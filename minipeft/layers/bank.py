@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost
+from minipeft.layers.by_row import ByRow
 from minipeft.lora import add_lora, checked_linear
-from minipeft.model.rows.by_row import ByRow
 
 
 class LoRABank(ByRow):

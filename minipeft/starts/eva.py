@@ -5,7 +5,7 @@ value decomposition, and the rows of A become the right singular vectors.  Ranks
 explain most: the budget is the sum of the ranks there were.
 
     inject_lora(model, "all-linear", rank=16)
-    init_eva(model, batches)                     before an optimiser is made: parameters are new
+    eva(model, batches)                     before an optimiser is made: parameters are new
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.progress import Progress
 from minipeft.lora import LoRALinear
-from minipeft.model.progress import Progress
 
 
 class IncrementalSVD:
@@ -79,7 +79,7 @@ def _redistributed(found: Mapping[str, IncrementalSVD], ranks: Mapping[str, int]
 
 
 @torch.no_grad()
-def init_eva(
+def eva(
     model: nn.Module,
     batches: Iterable[Any],
     *,
@@ -105,30 +105,30 @@ def init_eva(
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
-        raise ValueError("init_eva: the model has no LoRALinear; inject first")
+        raise ValueError("eva: the model has no LoRALinear; inject first")
     if trained := [n for n, x in layers.items() if x.lora_a0 is not None or x.lora_b.any()]:
         raise ValueError(
-            f"init_eva: {trained[:3]} do not start at zero ({len(trained)} layers), so that what "
+            f"eva: {trained[:3]} do not start at zero ({len(trained)} layers), so that what "
             "they learnt would be lost; use it first, on adapters of the default initialisation"
         )
     if rho < 1:
-        raise ValueError(f"init_eva: rho={rho}; expected at least 1")
+        raise ValueError(f"eva: rho={rho}; expected at least 1")
     found = {n: IncrementalSVD(int(rho * layer.rank)) for n, layer in layers.items()}
     _watch(model, layers, found, batches, tau, forward, progress)
     unseen = [n for n, svd in found.items() if svd.vectors is None]
     if unseen:
-        raise ValueError(f"init_eva: no batch reached {unseen[:3]} ({len(unseen)} layers)")
+        raise ValueError(f"eva: no batch reached {unseen[:3]} ({len(unseen)} layers)")
     ranks = {name: layer.rank for name, layer in layers.items()}
     new = dict(ranks) if rho == 1 else _redistributed(found, ranks, rho)
     if sum(new.values()) < sum(ranks.values()):
         raise ValueError(
-            f"init_eva: {max(svd.rows for svd in found.values())} rows are too few for ranks of "
+            f"eva: {max(svd.rows for svd in found.values())} rows are too few for ranks of "
             f"{sum(ranks.values())} in all; pass more batches"
         )
     short = [n for n, svd in found.items() if len(svd.vectors) < new[n]]  # type: ignore[arg-type]
     if short:
         raise ValueError(
-            f"init_eva: {short[0]} saw {found[short[0]].rows} rows, too few for rank "
+            f"eva: {short[0]} saw {found[short[0]].rows} rows, too few for rank "
             f"{new[short[0]]}; pass more batches"
         )
     for name, layer in layers.items():
@@ -191,7 +191,7 @@ def _take_in(
         vars(svd).update(vars(same))
         return
     if not bool(x.isfinite().all()):
-        raise ValueError(f"init_eva: the inputs of {name} hold NaN or Inf")
+        raise ValueError(f"eva: the inputs of {name} hold NaN or Inf")
     svd.update(rows, tau)
     last[:] = x, version, svd
 

@@ -1,1 +1,0 @@
-"""Variants of LoRA: DoRA, and other initialisations."""
