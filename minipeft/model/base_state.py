@@ -42,6 +42,7 @@ def load_base_state_dict(
             you quantise, or load the state of a model with the same 4-bit layers); a merged
             adapter, or a tensor on the meta device.  Nothing has been copied then.
 
+    >>> import torch
     >>> from minipeft import inject_lora
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     >>> plain = {name: torch.ones_like(value) for name, value in model.state_dict().items()}

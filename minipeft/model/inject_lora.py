@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from minipeft.adapters.names import DEFAULT, check_new_name, give_name, named
+from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.protocol import innermost, linear_shape
 from minipeft.adapters.ready import check_model
 from minipeft.adapters.state import named_adapters, refuse_merged
@@ -85,13 +85,13 @@ def inject_lora(
     out.  Returns the names; `.report()` of the result says what was made of each, and what
     "all-linear" left out and why.
 
-    A `name` that is new makes one more adapter, over layers that may have others: layers stack, and
-    each adds to what those below compute.  It is on and trainable; the others stay as they are.
-    "default" may be called for more than once, each time over other layers.
+    Another `name` makes one more adapter, over layers that may have others: layers stack, and each
+    adds to what those below compute.  It is on and trainable; the others stay as they are.
+    "default" may be injected more than once, each time over layers that have no adapter.
 
     Raises:
-        ValueError: nothing matches, or something that LoRA cannot wrap; a layer is wrapped
-            already under that name, or the name is taken; rank or alpha are out of range; another
+        ValueError: nothing matches, or something that LoRA cannot wrap; a layer is wrapped already
+            and no name is given, or the name is taken; rank or alpha are out of range; another
             adapter is merged, or rows use adapters of their own.  The model is then as it was.
 
     >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -131,15 +131,14 @@ def plan_lora(
     Raises:
         ValueError: as `inject_lora`, but for what the layers themselves refuse.
     """
-    stack = name not in named(model)  # a new adapter may lie over others
-    if stack:
+    further = name != DEFAULT  # it may lie over others
+    if further:
+        check_new_name(caller, model, name)
         refuse_rows(caller, model)
         refuse_merged(caller, named_adapters(model))
-    if name != DEFAULT:
-        check_new_name(caller, model, name)
     settings = dict(lora)
     dora = bool(settings.pop("dora", False))
-    found = adapter_targets(places, target, exclude, stack=stack)
+    found = adapter_targets(places, target, exclude, stack=further)
     kinds: dict[int, LayerClass] = {}
     for place, module in found.chosen.items():
         if (kind := layer_class(module, dora=dora)) is None:

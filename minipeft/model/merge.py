@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import adapters_called, named, stacks
+from minipeft.adapters.prefix_holder import holds_prefixes
 from minipeft.adapters.protocol import Adapter, AdapterLayer, innermost, is_adapter_layer, is_packed
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.adapters.targets import shared_parameters
@@ -144,7 +145,7 @@ def remove(
     prefixes: list[tuple[str, Any, str]] = [
         (place, holder, own)
         for place, holder in model.named_modules()
-        if callable(getattr(type(holder), "add_encoder", None))
+        if holds_prefixes(holder)
         for own in holder.encoders if name in (None, own)
     ]  # fmt: skip
     found = _layer_stacks("remove", model) if layers or not prefixes else {}

@@ -30,11 +30,12 @@ class LoRAFA(torch.optim.AdamW):
         self._layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
         if not self._layers:
             raise ValueError("LoRAFA: the model has no LoRALinear; inject first")
+        frozen = {id(layer.lora_a) for layer in self._layers}
+        groups = lora_plus_groups(model, lr, ratio=1.0)
+        parameters = [p for group in groups for p in group["params"] if id(p) not in frozen]
+        super().__init__(parameters, lr=lr, **adamw)
         for layer in self._layers:
             layer.lora_a.requires_grad_(False)
-        groups = lora_plus_groups(model, lr, ratio=1.0)
-        parameters = [p for group in groups for p in group["params"]]
-        super().__init__(parameters, lr=lr, **adamw)
         self.register_step_pre_hook(_precondition)
 
     def __getstate__(self) -> dict[str, Any]:

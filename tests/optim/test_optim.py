@@ -97,6 +97,11 @@ def test_lora_fa_trains_b_alone_and_resumes():
         run(x).square().mean().backward()
         step.step()
     assert torch.equal(model[0].lora_b, again[0].lora_b)
+    for bad in ({"lr": -1.0}, {"nonsense": 1}):
+        model = model_of()
+        with pytest.raises((ValueError, TypeError)):
+            mp.optim.LoRAFA(model, **bad)
+        assert model[0].lora_a.requires_grad
     with pytest.raises(ValueError, match="no LoRALinear"):
         mp.optim.LoRAFA(nn.Linear(2, 2))
 

@@ -188,7 +188,7 @@ class Prefix(nn.Module):
 
     # --- values ---
 
-    def load_kv(self, pairs: Any, *, name: str | None = None) -> None:
+    def load_kv(self, pairs: Any, *, name: str = DEFAULT) -> None:
         """Start from keys and values: pairs per layer, or the cache of a run over real tokens.
 
         Raises:
@@ -200,7 +200,7 @@ class Prefix(nn.Module):
             pairs = [(layer.keys, layer.values) for layer in pairs.layers]
         self._table_of("load_kv", name).load_kv(pairs)
 
-    def load_tokens(self, input_ids: Tensor, *, name: str | None = None, **inputs: Tensor) -> None:
+    def load_tokens(self, input_ids: Tensor, *, name: str = DEFAULT, **inputs: Tensor) -> None:
         """Start from the keys and values of real tokens, without any prefix before them.
 
         `input_ids` is (1, prefix_length): cut a longer text yourself, as in
@@ -234,28 +234,21 @@ class Prefix(nn.Module):
             by_module = {id(m): pair for m, pair in zip(seen.modules, seen.pairs, strict=True)}
             encoder.load_kv([by_module[id(module)] for module in self.hooks.modules])
 
-    def bake(self, *, name: str | None = None) -> None:
+    def bake(self, *, name: str = DEFAULT) -> None:
         """Replace an MLP or a prompt by the tables it produces, for good.
 
         Optimisers must be built anew.
         """
-        name = self._settled(name)
+        self._check(name)
         refuse_rows("bake", self.model)
         old = self.encoders[name]
         baked = old.bake(self) if isinstance(old, RunPrompt) else old.bake()
         give_name(name, [baked])
         self.encoders[name] = baked
 
-    def _settled(self, name: str | None) -> str:
-        """The name, or that of the only prefix."""
-        if name is None and len(self.encoders) > 1:
-            raise ValueError(f"which prefix? name= one of {list(self.encoders)}")
-        name = next(iter(self.encoders)) if name is None else name
+    def _table_of(self, caller: str, name: str) -> PrefixEncoder:
         self._check(name)
-        return name
-
-    def _table_of(self, caller: str, name: str | None) -> PrefixEncoder:
-        encoder = self.encoders[self._settled(name)]
+        encoder = self.encoders[name]
         if not isinstance(encoder, PrefixEncoder):
             raise ValueError(f"{caller}: a {type(encoder).__name__} makes its keys and values")
         return encoder

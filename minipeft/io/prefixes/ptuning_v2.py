@@ -101,7 +101,7 @@ def load_prefix_encoder(
 
 
 def save_prefix_encoder(
-    model: nn.Module, path: str | os.PathLike[str], *, name: str | None = None,
+    model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT,
     key: str = "prefix_encoder.embedding.weight",
 ) -> None:  # fmt: skip
     """Write a prefix as P-tuning v2 and ChatGLM keep it: one flat table, in a safetensors file.

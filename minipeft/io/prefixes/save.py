@@ -21,7 +21,7 @@ from minipeft.layers.trained import TrainedModule
 from minipeft.prefix import PrefixEncoder
 
 
-def prefix_of(caller: str, model: nn.Module, name: str | None) -> tuple[Prefix, Any]:
+def prefix_of(caller: str, model: nn.Module, name: str) -> tuple[Prefix, Any]:
     """The model's Prefix, and the encoder of that name.
 
     Raises:
@@ -30,9 +30,9 @@ def prefix_of(caller: str, model: nn.Module, name: str | None) -> tuple[Prefix, 
     prefix = getattr(model, NAME, None)
     if not isinstance(prefix, Prefix):
         raise ValueError(f"{caller}: the model has no prefix; attach_prefix first")
-    if name is not None and name not in prefix.encoders:
+    if name not in prefix.encoders:
         raise ValueError(f"{caller}: no prefix {name!r}; the model has {list(prefix.encoders)}")
-    return prefix, prefix.encoder if name is None else prefix.encoders[name]
+    return prefix, prefix.encoders[name]
 
 
 def has_prefix(model: nn.Module, name: str) -> bool:

@@ -287,14 +287,14 @@ def test_checkpointed_layers_that_would_drop_the_prefix_are_refused(monkeypatch)
         case.model(case.text)
 
 
-def test_methods_without_a_name_ask_which_of_several():
+def test_methods_without_a_name_are_of_the_default_one():
     case = Case("LLaMA")
-    prefix = case.attach()
-    mp.attach_prefix(case.model, P, name="poet")
-    before = prefix.encoders["default"].flat().clone()
+    prefix = mp.attach_prefix(case.model, P, name="poet")
     for call in (prefix.bake, lambda: prefix.load_tokens(case.prompt), lambda: prefix.load_kv([])):
-        with pytest.raises(ValueError, match="which prefix"):
+        with pytest.raises(ValueError, match=r"no prefix 'default'; the model has \['poet'\]"):
             call()
+    case.attach()
+    before = prefix.encoders["default"].flat().clone()
     prefix.load_tokens(case.prompt, name="poet")
     assert torch.equal(prefix.encoders["default"].flat(), before)
     assert torch.equal(prefix.encoders["poet"].flat(), before)
