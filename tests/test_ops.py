@@ -79,6 +79,7 @@ def test_a_qlora_layer_compiles_whole_and_once(plain_python, dropout):
     assert printed.strip() == "frames: 1"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not any(map(shutil.which, ("cc", "gcc", "clang", "c++", "g++"))), reason="no C compiler"
 )

@@ -371,6 +371,7 @@ def test_merged_and_joined_attention_refuse_the_same_prefixes():
             prefix_attention(q, k, v, prefix, wrong)
 
 
+@pytest.mark.slow
 def test_compiled_and_transformed_attention_is_joined(plain_python):
     plain_python(
         """

@@ -35,6 +35,7 @@ class Clock:
         return self.now
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "step"), [(2000, 60.0), (100_000, 0.2), (300_000, 0.001)])
 def test_a_captured_terminal_gets_less_than_100_kb(count, step, monkeypatch, capsys):
     monkeypatch.setattr("tqdm.std.time", Clock(step))
@@ -87,6 +88,7 @@ print(model["1999"].weight.shape)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_loading_2000_tensors_in_a_captured_terminal(tmp_path, capsys):
     model = torch.nn.ModuleDict({str(i): torch.nn.Linear(2, 2, bias=False) for i in range(2000)})

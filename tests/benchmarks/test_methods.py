@@ -26,6 +26,7 @@ def run(*arguments):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_small_run_from_end_to_end(tmp_path):
     done = run("methods", *SMALL, "--methods", "full", "lora", "qlora", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -154,6 +155,7 @@ def test_an_unknown_result_file_is_refused(tmp_path):
     assert "no result" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_nf4_grid_finds_no_difference_from_the_reference():
     from benchmarks import nf4_grid
 

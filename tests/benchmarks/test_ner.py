@@ -197,6 +197,7 @@ def test_batches_hold_every_sentence_once():
 # --- a run ---
 
 
+@pytest.mark.slow
 @needs_packages
 def test_twenty_sentences_from_end_to_end(tmp_path, monkeypatch):
     threads = torch.get_num_threads()

@@ -43,6 +43,7 @@ print(counter.get_total_flops())
 """
 
 
+@pytest.mark.slow
 def test_formulas_are_there_whichever_is_imported_first(plain_python):
     before = COUNT.format(first="import torch, torch.utils.flop_counter, minipeft", there=True)
     after = COUNT.format(first="import torch, minipeft", there=False)  # triton comes with it

@@ -232,6 +232,7 @@ def test_what_is_accepted_is_what_safetensors_accepts(tmp_path):
     assert issubclass(SafetensorError, Exception)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory as Linux counts it")
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, plain_python, capsys):
     # Each tensor gets pages of its own, which the system takes back when it is freed: glibc would

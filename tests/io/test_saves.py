@@ -34,6 +34,7 @@ def run(*arguments, timeout=300):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_saves_that_die_at_calls_that_change_the_disk_leave_a_whole_state():
     out = run("--kills", "0", "--calls", "7", "--seconds", "1")
     assert out.count("save_") == 7 and "quantize_checkpoint" in out

@@ -31,6 +31,7 @@ def run(name: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @needs_triton
 def test_interpreted(capsys):
     printed = run("interpreted", TRITON_INTERPRET="1")

@@ -390,6 +390,7 @@ def test_inject_and_remove():
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_compiled_it_switches_and_scales_without_compiling_again(plain_python, capsys):
     printed = plain_python("""
 import torch

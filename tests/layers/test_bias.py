@@ -143,6 +143,7 @@ def test_what_pefts_format_has_no_bias_for_is_not_written(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_computes_the_same_on_and_off(plain_python):
     out = plain_python(
         "import torch\n"

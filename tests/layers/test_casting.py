@@ -348,6 +348,7 @@ print(counter.frame_count)
 """
 
 
+@pytest.mark.slow
 def test_a_copy_compiles_whole_and_once(plain_python):
     assert plain_python(COMPILED).strip() == "1"
 

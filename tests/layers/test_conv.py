@@ -181,6 +181,7 @@ def test_a_forward_of_its_own_is_refused():
     assert base.weight.requires_grad
 
 
+@pytest.mark.slow
 def test_compiling_once_for_every_strength(plain_python):
     plain_python("""
 import torch, minipeft as mp

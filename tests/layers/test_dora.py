@@ -256,6 +256,7 @@ def test_embeddings_and_convolutions(kind):
     assert torch.equal(layer(x), layer.base(x))
 
 
+@pytest.mark.slow
 def test_compiled_it_equals_eager_in_both_modes_and_compiles_once(plain_python):
     plain_python("""
 import torch, minipeft as mp

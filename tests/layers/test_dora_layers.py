@@ -176,6 +176,7 @@ def test_what_is_refused():
     assert LoRATiedLinear(head, LoRAEmbedding(table, 2)).adapter_parameters() == {}
 
 
+@pytest.mark.slow
 def test_merged_and_compiled_the_length_is_set_once(plain_python):
     plain_python("""
 import torch, minipeft as mp

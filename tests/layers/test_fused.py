@@ -249,6 +249,7 @@ for made in (lambda: per_group(6, 4, 2), lambda: per_group(6, 0, 2), lambda: mod
 """)
 
 
+@pytest.mark.slow
 def test_compiled_it_switches_and_scales_without_compiling_again(plain_python):
     printed = plain_python("""
 import torch

@@ -284,6 +284,7 @@ def test_a_start_that_is_subtracted():
     torch.testing.assert_close(layer[2], layer.base.weight[2], **CLOSE)
 
 
+@pytest.mark.slow
 def test_compiled_it_switches_and_scales_without_compiling_again(plain_python):
     printed = plain_python("""
 import torch

@@ -76,6 +76,7 @@ def test_what_it_cannot_be_is_refused(base, ids, message):
         TrainedHeadRows(base, ids)
 
 
+@pytest.mark.slow
 def test_a_compiled_head_computes_the_same_on_and_off(plain_python):
     out = plain_python(
         "import torch\n"

@@ -274,6 +274,7 @@ def test_prefixes_hold_statistics_too_and_let_them_go():
     assert model.extra.training
 
 
+@pytest.mark.slow
 def test_compiled_training_leaves_the_base_alone(plain_python):
     printed = plain_python("""
 import copy, torch

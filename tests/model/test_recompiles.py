@@ -116,6 +116,7 @@ def report(output, capsys, title):
     return counts
 
 
+@pytest.mark.slow
 def test_switching_scaling_and_swapping_compile_nothing_again(plain_python, capsys):
     output = plain_python(f"{OURS}\n{SWITCHING}\nprint(json.dumps([counts, worst, same]))")
     counts = report(output, capsys, "graphs compiled")
@@ -123,6 +124,7 @@ def test_switching_scaling_and_swapping_compile_nothing_again(plain_python, caps
     assert set(counts.values()) == {0}
 
 
+@pytest.mark.slow
 def test_other_rows_compile_nothing_again(plain_python, capsys):
     output = plain_python(f"{OURS}\n{ROWS}\nprint(json.dumps([counts, worst, same]))")
     counts = report(output, capsys, "graphs compiled, rows of a batch")

@@ -406,6 +406,7 @@ def _free_port() -> str:
         return str(found.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_data_parallel_training_has_the_gradients_of_the_whole_batch(plain_python):
     printed = plain_python(
         """

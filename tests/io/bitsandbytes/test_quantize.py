@@ -222,6 +222,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_destination(tmp_path):
     """Stood in for by a limit on the size of files, which fails in the same write."""
     source(tmp_path / "source")

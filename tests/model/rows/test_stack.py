@@ -584,6 +584,7 @@ print(json.dumps([counts, worst]))
 """
 
 
+@pytest.mark.slow
 def test_other_rows_compile_nothing_again(plain_python, capsys):
     counts, worst = json.loads(plain_python(COMPILED))
     with capsys.disabled():
