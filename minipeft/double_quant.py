@@ -1,7 +1,7 @@
 """Double quantisation: the scales of NF4, quantised too (QLoRA, Dettmers et al. 2023).
 
-One float32 absmax for 64 weights costs half a bit a weight.  The absmax of a weight are all
-positive and lie near each other, so their mean (the offset) is subtracted first: 8 bits are finer
+One float32 absmax for 64 weights costs half a bit a weight.  The absmax of a tensor are all at
+least 0 and lie near each other, so their mean (the offset) is subtracted first: 8 bits are finer
 for the small differences that are left.  Differences go both ways, so the map of 8-bit codes to
 values is signed; it has 7 decades of magnitudes, and more values in the larger ones.  A block of
 256 differences is divided by its largest magnitude (the scale), as nf4.py divides weights.

@@ -75,9 +75,9 @@ def swap_shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 def restoring(model: nn.Module) -> Iterator[None]:
     """On an error in the `with` block, put the model's structure back.
 
-    Every module has its old attributes and submodules then, every list or dict among them its old
-    contents, every parameter its `requires_grad`, and every adapter its strength.  The values of
-    tensors are not noted: a caller that writes into tensors does that last.
+    What comes back: each module's attributes and submodules, the contents of lists, dicts and sets
+    among them, `requires_grad`, and the strengths of adapters.  The values of tensors are not
+    noted: a caller that writes into tensors does that last.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = [
@@ -106,8 +106,8 @@ def restoring(model: nn.Module) -> Iterator[None]:
 def freeze(model: nn.Module) -> None:
     """Freeze every parameter that no adapter owns; adapters keep their `requires_grad`.
 
-    Running statistics are frozen too: while the model has adapters, its normalisations stay in eval
-    mode, whatever `train()` says, so the base does not change.  To let statistics follow new data,
+    A listener freezes running statistics: while the model has adapters, its normalisations stay in
+    eval mode despite `train()`, so the base does not change.  To let statistics follow new data,
     name their normalisations in `train_modules`.  Every function that adds an adapter calls this.
 
     Raises:

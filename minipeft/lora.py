@@ -85,8 +85,8 @@ def add_lora(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float |
     `scaling` as a tensor without dimensions is what compiled code takes: 0 adds nothing, whatever
     `a` holds.
     """
-    # every dtype is settled here.  Called again only where autocast is on: one `with` around the
-    # rest in every call would make the call take 1.33 to 1.86 times as long
+    # dtypes are settled here, so autocast is off below.  The `with` is entered only where it is
+    # needed: in every call it would take 1.33 to 1.86 times as long
     if autocast_is_on(x.device):
         with without_autocast(x.device):
             return add_lora(base_out, x, a, b, scaling)
@@ -202,9 +202,9 @@ def init_default(layer: LowRank) -> None:
     """A ~ U(-1/sqrt(n), 1/sqrt(n)), n inputs to each of its rows, B = 0, as in loralib and PEFT.
 
     B = 0 makes B A zero, so training starts at the base model.  With G the gradient of the output,
-    that of B is s G^T (x A^T) and that of A is s B^T G^T x: in the first step A's is zero, as B is,
-    and B's is not.  If both started at zero, both gradients would be zero and stay so; if both
-    started random, training would start from a disturbed model.
+    that of B is s G^T (x A^T) and that of A is s B^T G^T x: in the first step A's is zero because B
+    is zero, and B's is not.  If both started at zero, both gradients would be zero and stay so; if
+    both started random, training would start from a disturbed model.
     """
     bound = 1 / math.sqrt(max(1, layer.lora_a[0].numel()))
     with torch.no_grad():

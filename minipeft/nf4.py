@@ -1,7 +1,7 @@
 """4-bit NormalFloat: 16 values, blocks, and two codes in a byte (QLoRA, Dettmers et al. 2023).
 
 Weights of a trained layer look like draws from a normal distribution.  NF4's 16 values are normal
-quantiles, so each is used about equally often.  Every block of 64 weights stores its largest
+quantiles, chosen for about equal use of each.  Every block of 64 weights stores its largest
 magnitude (absmax), and every weight the index of the value nearest to weight / absmax.  The widest
 gap between two values is that from -1 to -0.696, and a rounding error is at most half a gap: a
 weight is off by at most 0.152 absmax.
@@ -78,8 +78,8 @@ def scaled_blocks(
 ) -> tuple[Float32[Tensor, "n_blocks block_size"], Float32[Tensor, " n_blocks"]]:
     """Blocks of `x` times the float32 reciprocal of their absmax, and absmax.
 
-    Zeros fill the last block; they change no absmax.  The reciprocal of a number below the smallest
-    normal one can overflow, so a block with such an absmax counts as zero: absmax 0, and every
+    Zeros fill the last block; they change no absmax.  The reciprocal of a subnormal number can
+    overflow, so a block with such an absmax counts as zero: absmax 0, and every
     value 0.  If a value is not finite, neither is the absmax of its block.
     """
     x, missing = x.float(), -x.numel() % block_size

@@ -162,14 +162,14 @@ def operator(
 
     `schema` is torch's, with `Packed weight` for a 4-bit weight.  `shapes` gives empty tensors of
     the result's shapes.  `gradients` has a function for each argument in which the operator is
-    linear: it takes the result's gradient too.  Both get the operator's arguments as attributes, by
-    the names in the schema; in a gradient the linear ones are shapes, since nothing of their size
-    is kept for backward.  The first `row_arguments` arguments have a leading axis of rows: a batch
+    linear; it takes the result's gradient first.  Both get the operator's arguments as attributes,
+    by the names in the schema; in a gradient a linear one is only its shape: its values are not
+    kept for backward.  The first `row_arguments` arguments have a leading axis of rows: a batch
     of them is more rows (torch.func.vmap).
     """
 
     def register(plain: F) -> F:
-        # torch's helper `custom_op` imports dynamo at its first call (a second); these do not
+        # torch's `custom_op` first spends a second importing dynamo; these calls do not
         LIBRARY.define(name + schema.replace("Packed weight", _FIELDS))
         LIBRARY.impl(name, _body(name), "CompositeExplicitAutograd")
         arguments = getattr(torch.ops.minipeft, name).default._schema.arguments
@@ -202,8 +202,8 @@ def _body(operator: str) -> Callable[..., Any]:
 def call(name: str, *args: Any) -> Tensor:
     """The operator on all its arguments, also within torch.func.
 
-    torch.func takes autograd functions and no operators; torch.compile the other way round.
-    fast/derivatives.py makes these functions.
+    torch.func needs autograd functions, torch.compile needs operators.  fast/derivatives.py makes
+    the functions, and registers the gradients of ordinary backward.
     """
     run = None
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

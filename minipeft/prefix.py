@@ -56,7 +56,7 @@ def prefix_attention(
     """Attention with a prefix that every query sees, for attention of your own.
 
     The t queries are the last of the s tokens (t < s when keys come from a cache): with
-    `is_causal`, query i sees tokens up to s - t + i.  h is a multiple of g (grouped heads).
+    `is_causal`, query i sees tokens 0 to s - t + i.  h is a multiple of g (grouped heads).
     `mask` is over the tokens, broadcastable to (b, h, t, s): bool (True attends) or added to the
     scores, and combined with `is_causal`.  `prefix_k` (g, p, dk) and `prefix_v` (g, p, dv) are for
     all rows of the batch, (b, g, p, ...) for each its own; p = 0 is attention without prefix.  Both
@@ -140,9 +140,9 @@ def gated_attention(
 ) -> Float[Tensor, "b h t dv"]:
     """From attention without a prefix towards attention with it: alone + gate * (joined - alone).
 
-    The softmax over prefix and tokens is a mean of the softmax over each, y_x + w (y_p - y_x) with
-    a weight w for each query (fast/prefix.py).  So a gate, one per key/value head (g,), makes it
-    y_x + gate * w (y_p - y_x): it multiplies the weight of the prefix.
+    With y_x attention to the tokens alone and y_p to the prefix alone, joined attention is
+    y_x + w (y_p - y_x), w a weight for each query (fast/prefix.py).  So a gate, one per key/value
+    head (g,), makes it y_x + gate * w (y_p - y_x): it multiplies the weight of the prefix.
     """
     gate = gate.to(alone.dtype).reshape(-1).repeat_interleave(alone.shape[1] // gate.numel())
     return alone + gate[:, None, None] * (joined - alone)

@@ -9,7 +9,7 @@ weight of shape (*rows, n) whose last axis holds whole blocks:
 
     packed          (*rows, n/2)           two codes in a byte
     absmax_code     (*rows, n/block_size)  8-bit codes of the block scales
-    absmax_scale    (4 * groups,)          float32 bytes, one scale for 256 codes
+    absmax_scale    (4 * groups,)          float32 bytes, one for 256 absmax_code
     absmax_offset   (4,)                   float32 bytes
 
 Without double quantisation `absmax_bytes` (*rows, 4 * n/block_size) replaces the last three.  Where
@@ -49,7 +49,7 @@ def multiply(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) 
 
 
 def _gradient_of_x(grad: Tensor, given: Any) -> Tensor:
-    """dL/dx = dL/dy W.  W is decoded again: keeping it for backward would cost what 4 bits save."""
+    """dL/dx = dL/dy W.  W is decoded again: kept, it would undo the saving.  given.x is a shape."""
     return ops.call("nf4_linear_input_gradient", grad, *given.weight, given.x[-1])
 
 
@@ -360,7 +360,7 @@ class NF4Linear(PackedModule):
         return layer.train(linear.training)
 
     @classmethod
-    @torch.inference_mode(False)  # its tensors could never be saved for a backward
+    @torch.inference_mode(False)  # inference tensors cannot be saved for backward
     def from_weight(
         cls,
         weight: Tensor,

@@ -1,10 +1,13 @@
-"""Fold adapters into weights, or take them off; an error leaves the whole model as it was.
+"""Fold adapters into weights, or take them off.
 
 merge(model)                keeps the layers; each stack computes with one plain module
 unmerge(model)              drops those modules; the base was never changed
 remove(model)               takes the layers off: the original model, bit for bit
 remove(model, name="fr")    takes one adapter off and leaves the others
 remove(model, merge=True)   plain modules with the merged weights, folded layer by layer
+
+An error leaves the model as it was; only once folding has begun it cannot, since no second copy of
+the weights is kept.
 """
 
 import warnings

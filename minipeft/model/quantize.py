@@ -22,6 +22,7 @@ from minipeft.adapters.protocol import (
     is_packed,
 )
 from minipeft.adapters.ready import check_model
+from minipeft.adapters.state import named_adapters
 from minipeft.adapters.targets import (
     Head,
     HeadWarning,
@@ -314,6 +315,11 @@ def inject_qlora(
         "block_size": block_size, "double_quant": double_quant, "compute_dtype": compute_dtype
     }  # fmt: skip
     check_model("inject_qlora", model)
+    if name != DEFAULT and named_adapters(model):
+        raise ValueError(
+            f"inject_qlora: {name!r} would be one more adapter, and layers under adapters are not "
+            "quantised; call inject_lora(name=), and quantise before the first adapter"
+        )
     places = survey(model, head)
     # first: a wrong target should not cost the quantisation
     lora_plan = plan_lora(

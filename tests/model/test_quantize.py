@@ -89,6 +89,15 @@ def test_what_is_left_dense_is_named_with_its_reason():
     assert "left dense: head (its weight is tied to another module's)" in report
 
 
+def test_one_more_adapter_is_refused_where_its_base_could_not_be_quantised():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    assert mp.inject_qlora(model, ["0"], 2, name="fr", skip=["1"]) == ["0"]
+    assert sorted(mp.adapter_state_dict(model, name="fr")) == ["0.lora_a", "0.lora_b"]
+    with pytest.raises(ValueError, match=r"'de' would be one more adapter.*inject_lora\(name=\)"):
+        mp.inject_qlora(model, ["1"], 2, name="de")
+    assert type(model[1]) is nn.Linear
+
+
 def test_ties_are_kept():
     model = Model(tied=True)
     before = model(ROWS)
