@@ -295,6 +295,7 @@ def compare(old: Path, new: Path) -> int:
 
 def main() -> None:
     """The command line."""
+    torch.set_num_threads(1)  # more threads sum in another order
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     jobs = parser.add_subparsers(dest="job", required=True)
     jobs.add_parser("save").add_argument("path", type=Path)
