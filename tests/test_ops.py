@@ -193,7 +193,8 @@ except ValueError as error:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["test_nf4", "test_double_quant", "test_qlora", "test_prefix", "quantized/test_quantized"]
+    "name",
+    ["test_nf4", "test_double_quant", "test_qlora", "test_prefix", "quantized/test_quantized"],
 )
 def test_all_holds_with_the_plain_rows_alone(name):
     done = subprocess.run(
