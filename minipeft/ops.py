@@ -249,7 +249,15 @@ def _load(row: Implementation) -> Callable[..., Any] | str:
 
 @contextmanager
 def tried_first(row: Implementation) -> Iterator[None]:
-    """Within this context, a row more, before those that its operator has (a kernel on trial)."""
+    """Within this context, a row more, before those that its operator has (a kernel on trial).
+
+    Raises:
+        ValueError: the operator does not exist.
+    """
+    if row.operator not in OPERATORS:
+        raise ValueError(
+            f"tried_first: no operator {row.operator!r}; there are {sorted(OPERATORS)}"
+        )
     rows = OPERATORS[row.operator].rows
     rows.insert(0, row)
     try:

@@ -73,6 +73,12 @@ print("frames:", counter.frame_count)
 """
 
 
+def test_a_row_of_an_unknown_operator_is_refused():
+    row = ops.Implementation("nothing", "k", lambda *_: True, "m", "f")
+    with pytest.raises(ValueError, match="no operator 'nothing'"), ops.tried_first(row):
+        pass
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_qlora_layer_compiles_whole_and_once(plain_python, dropout):
     printed = plain_python(COMPILE.format(backend="aot_eager", dropout=dropout))

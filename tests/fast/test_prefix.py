@@ -363,7 +363,9 @@ def test_shapes_that_do_not_belong_together(change):
         "q": torch.randn(1, 2, 5, 8), "k": torch.randn(1, 2, 5, 8), "v": torch.randn(1, 2, 5, 8),
         "prefix_k": torch.randn(2, 3, 8), "prefix_v": torch.randn(2, 3, 8), **change,
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"h a multiple of g|prefix of other shapes"):
+    with pytest.raises(
+        ValueError, match="h a multiple of g" if "q" in change else "prefix of other shapes"
+    ):
         merged_prefix_attention(**arguments, is_causal=False)
 
 

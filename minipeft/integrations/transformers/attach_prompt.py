@@ -31,10 +31,10 @@ def attach_prompt(
 
     `kind` "table" is prompt tuning (Lester et al. 2021): the embeddings are trained as they are.
     "mlp" is P-tuning v1 (Liu et al. 2021): an MLP makes them, whose inner size is `hidden` (None:
-    that of the embeddings); `bake` drops it after training.  A table
-    starts from N(0, init_std) (`init` "random"), from embeddings of tokens drawn from the
-    vocabulary ("vocabulary"), or from those of a text: `init` is then a tensor of token ids, which
-    are repeated or cut to the length.
+    that of the embeddings); `bake` drops it after training.  A table starts from N(0, init_std)
+    (`init` "random"), from embeddings of different tokens drawn from the vocabulary ("vocabulary"),
+    or from those of a text: `init` is then a tensor of token ids, (n,) or (1, n), which are
+    repeated or cut to the length.
 
     The prompt runs through the model once in each forward, for all rows of the batch.  Its keys and
     values come before those of the text, as in a deep prefix, so caches, masks and outputs are
@@ -63,8 +63,13 @@ def attach_prompt(
             return RunPrompt(PromptEncoder(prompt_length, size, hidden=hidden))
         source = PromptEmbedding(prompt_length, size, init_std=init_std)
         if isinstance(init, Tensor):
-            source.load_table(_embedded(table, init.reshape(-1), prompt_length))
+            source.load_table(_embedded(table, init, prompt_length))
         elif init == "vocabulary":
+            if prompt_length > table.num_embeddings:
+                raise ValueError(
+                    f"attach_prompt: prompt_length={prompt_length} of {table.num_embeddings} "
+                    "tokens; each is drawn once"
+                )
             drawn = torch.randperm(int(table.num_embeddings))[:prompt_length]
             source.load_table(_embedded(table, drawn, prompt_length))
         return RunPrompt(source)
@@ -77,8 +82,18 @@ def attach_prompt(
 
 def _embedded(table: Any, ids: Tensor, prompt_length: int) -> Tensor:
     """The ids' embeddings, repeated or cut to the length, as the model gets them: some scale."""
-    if ids.is_floating_point() or not len(ids):
-        raise ValueError(f"attach_prompt: init is {ids.dtype} of {len(ids)}; expected token ids")
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if not whole or not ids.numel() or ids.shape[-1:] != (ids.numel(),):
+        raise ValueError(
+            f"attach_prompt: init is {ids.dtype} of shape {tuple(ids.shape)}; expected the token "
+            "ids of one text"
+        )
+    ids, (low, high) = ids.reshape(-1).long(), (int(ids.min()), int(ids.max()))
+    if low < 0 or high >= table.num_embeddings:
+        raise ValueError(
+            f"attach_prompt: init has ids from {low} to {high}; the model has 0 to "
+            f"{table.num_embeddings - 1}"
+        )
     chosen = ids[torch.arange(prompt_length) % len(ids)].to(table.weight.device)
     with torch.no_grad():
         rows: Tensor = table(chosen)

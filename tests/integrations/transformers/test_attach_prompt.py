@@ -82,6 +82,38 @@ def test_rows_of_the_vocabulary_are_embeddings_of_different_tokens():
     assert len(set(ids)) == 40
 
 
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        (torch.tensor([3, 97]), "ids from 3 to 97; the model has 0 to 96"),
+        (torch.tensor([-1, 2]), "ids from -1"),
+        (torch.tensor([], dtype=torch.long), "token ids of one text"),
+        (torch.tensor(3), "token ids of one text"),
+        (torch.tensor([[1, 2], [3, 4]]), "token ids of one text"),
+        (torch.tensor([1.0]), "token ids of one text"),
+        (torch.tensor([True, False]), "token ids of one text"),
+        ("vocabulary", "prompt_length=98 of 97 tokens"),
+    ],
+)
+def test_a_text_that_is_none_is_refused_and_the_model_is_as_it_was(init, message):
+    case = Case("LLaMA")
+    before = case.logits()
+    with pytest.raises(ValueError, match=message):
+        mp.attach_prompt(case.model, 98, init=init)
+    assert not hasattr(case.model, "minipeft_prefix")
+    assert torch.equal(case.logits(), before)
+
+
+def test_ids_as_a_tokenizer_gives_them_are_cut_or_repeated():
+    case = Case("LLaMA")
+    words = case.model.get_input_embeddings().weight
+    ids = torch.tensor([[5, 9, 5]])
+    for length, expected in ((2, [5, 9]), (5, [5, 9, 5, 5, 9])):
+        prefix = mp.attach_prompt(case.model, length, init=ids)
+        assert torch.equal(prefix.encoder.source.table, words[expected])
+        mp.remove(case.model)
+
+
 def test_p_tuning_trains_its_network_and_bakes_it_away():
     case = Case("LLaMA")
     case.model.train()

@@ -422,7 +422,8 @@ def test_a_file_cannot_train_or_overwrite_the_base(tmp_path):
         more = {f"head.{place}.{k}": v for k, v in inside.items()}
         write_tensors(tmp_path / "prefix.safetensors", tensors | more)
         damage(tmp_path / "prefix_config.json", lambda c, place=place: c.update(heads=[place]))
-        with pytest.raises(ValueError, match=r"is no head|int64 of shape .*; expected floats"):
+        message = r"int64 of shape .*; expected floats" if place.endswith("0") else "is no head"
+        with pytest.raises(ValueError, match=message):
             prefixes.load_prefix(other.model, tmp_path)
         assert all(p.requires_grad for p in other.model.parameters())
 
@@ -503,12 +504,13 @@ def test_tensors_that_a_prefix_cannot_hold_are_refused(tmp_path):
     case = Case("LLaMA")
     mp.attach_prefix(case.model, P)
     prefixes.save_prefix(case.model, tmp_path)
-    for bad in (torch.ones(P, 96).long(), torch.full((P, 96), 1e300, dtype=torch.float64),
-                torch.ones(P, 96) + 0j):  # fmt: skip
+    for bad, message in (
+        (torch.ones(P, 96).long(), "expected floats of 16 bits"),
+        (torch.full((P, 96), 1e300, dtype=torch.float64), "NaN or Inf"),
+        (torch.ones(P, 96) + 0j, "C64, which is not"),
+    ):
         write_tensors(tmp_path / "prefix.safetensors", {"flat": bad})
-        with pytest.raises(
-            ValueError, match=r"NaN or Inf|expected floats of 16 bits|C64, which is not"
-        ):
+        with pytest.raises(ValueError, match=message):
             prefixes.load_prefix(Case("LLaMA").model, tmp_path)
     with torch.no_grad():
         case.model.minipeft_prefix.encoder.tables[0][0, 0] = float("nan")
