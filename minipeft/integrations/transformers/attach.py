@@ -11,8 +11,9 @@ from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.protocol import is_adapter
 from minipeft.adapters.targets import NEW_HEADS
 from minipeft.inject import freeze, restoring, tell
-from minipeft.integrations.transformers import attention, positions, probe
+from minipeft.integrations.transformers import attention, positions, probe, proof
 from minipeft.integrations.transformers.prefixes import NAME, Prefix, check_key
+from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.model.rows import refuse_rows
 from minipeft.model.train import train_modules
 
@@ -30,6 +31,8 @@ def attach(
     window: str | None = None,
     window_if_sliding: str | None = None,
     locations: Iterable[str] | None = None,
+    layers: Iterable[int] | None = None,
+    example: dict[str, Any] | None = None,
     train_head: bool | list[str] = True,
 ) -> Prefix:
     """Put what `make` returns among the model's prefixes; the model is as it was if it raises.
@@ -62,22 +65,29 @@ def attach(
         locations = [locations]
     check_key(caller, name)
     refuse_rows(caller, model)
-    prefix = _present(caller, model, name, position, window, locations)
+    layers = None if layers is None else list(layers)
+    prefix = _present(caller, model, name, position, window, locations, layers)
+    doubts: list[str] = []
     with restoring(model), ExitStack() as undo:
         if prefix is None:
             _refuse_inner(caller, model)
             probe.own_configs(model, undo)
             with probe.errors_of(caller):
-                reach = probe.study(model, locations)
+                example = probe.checked_example(model, example)
+                reach = probe.study(model, locations, layers, example)
                 chosen, seen = _settled(model, reach, length, position, window)
             if window is None and window_if_sliding and reach.has_windows and reach.causal:
                 seen = window_if_sliding
             prefix = Prefix(model, reach, position=chosen, window=seen)
             undo.callback(prefix.hooks.remove)
+            with probe.errors_of(caller):
+                doubts = proof.prove(model, prefix, example)
         encoder = make(prefix)
-        table: Any = model.get_input_embeddings()
+        if isinstance(encoder, RunPrompt):
+            with probe.errors_of(caller):
+                proof.prove_prompt(model, prefix)
         with probe.errors_of(caller):
-            encoder.to(positions.device_of(table)).train(model.training)
+            encoder.to(positions.input_device(model)).train(model.training)
         heads = _heads(caller, model, prefix, train_head)
         trained = any(is_adapter(getattr(model, part, None)) for part in NEW_HEADS)
         if trained and not heads and train_head is True:
@@ -101,6 +111,7 @@ def attach(
         if prefix.route == "attention":
             prefix.hooks.name_attention()
         undo.pop_all()
+    proof.warn(caller, model, doubts)
     return prefix
 
 
@@ -134,7 +145,7 @@ def _is_plain_head(model: nn.Module, part: str) -> bool:
 
 def _present(
     caller: str, model: nn.Module, name: str, position: str | None, window: str | None,
-    locations: Iterable[str] | None,
+    locations: Iterable[str] | None, layers: list[int] | None,
 ) -> Prefix | None:  # fmt: skip
     """The Prefix that the model has, if a further encoder can join it."""
     found: list[Prefix] = [part for part in model.modules() if isinstance(part, Prefix)]
@@ -154,7 +165,7 @@ def _present(
     wanted = None if locations is None else sorted(set(locations))
     for what, given, own in (
         ("position", position, prefix.position), ("window", window, prefix.window),
-        ("locations", wanted, sorted(set(prefix.locations))),
+        ("locations", wanted, sorted(set(prefix.locations))), ("layers", layers, prefix.layers),
     ):  # fmt: skip
         if given is not None and given != own:
             raise ValueError(f"{caller}: {what}={given!r}, but the first prefix has {own!r}")

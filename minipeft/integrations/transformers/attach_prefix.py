@@ -8,6 +8,7 @@ answers what attention asks (attention.py), or the cache where a model looks up 
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -36,6 +37,8 @@ def attach_prefix(
     position: str | None = None,
     window: str | None = None,
     locations: Iterable[str] | None = None,
+    layers: Iterable[int] | None = None,
+    example: dict[str, Any] | None = None,
     train_head: bool = True,
 ) -> Prefix:
     """Put a trainable prefix before the keys and values of every attention layer of `model`.
@@ -101,7 +104,8 @@ def attach_prefix(
 
     prefix = attach(
         model, length, make, caller="attach_prefix", name=name, position=position,
-        window=window, locations=locations, train_head=train_head,
+        window=window, locations=locations, layers=layers, example=example,
+        train_head=train_head,
     )  # fmt: skip
     encoder: Any = prefix.encoders[name]
     size = sum(p.numel() for p in encoder.parameters())

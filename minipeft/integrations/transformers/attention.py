@@ -110,14 +110,17 @@ class Call(NamedTuple):
         return KVShape(self.k.shape[1], self.k.shape[3], self.v.shape[3])
 
 
-_calls: ContextVar[list[Call] | None] = ContextVar("calls", default=None)
+_calls: ContextVar[tuple[list[Call], bool] | None] = ContextVar("calls", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[Call]]:
-    """Collect the calls of registered implementations within this context, in their order."""
+def recording(*, graph: bool = False) -> Iterator[list[Call]]:
+    """Collect the calls of registered implementations within this context, in their order.
+
+    `graph`: gradients flow through their keys and values.
+    """
     calls: list[Call] = []
-    token = _calls.set(calls)
+    token = _calls.set((calls, graph))
     try:
         yield calls
     finally:
@@ -180,9 +183,10 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
         **kwargs: Any,
     ) -> Any:
         # tracing cannot read context variables, and a probe is never compiled
-        if not torch.compiler.is_compiling() and (calls := _calls.get()) is not None:
-            window = kwargs.get("sliding_window")
-            calls.append(Call(module, query, window, key.detach(), value.detach()))
+        if not torch.compiler.is_compiling() and (seen := _calls.get()) is not None:
+            calls, graph = seen
+            pair = (key, value) if graph else (key.detach(), value.detach())
+            calls.append(Call(module, query, kwargs.get("sliding_window"), *pair))
         function = _function(name, module)
         found: Owner | None = reference()
         if found is None or hasattr(attention_mask, PLAIN):
@@ -192,6 +196,8 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
                 raise ValueError(f"{type(module).__name__}: {SWITCHED}")
             return function(module, query, key, value, attention_mask, **kwargs)
         columns = found.columns()
+        if attention_mask is None and not getattr(module, "is_causal", True):
+            attention_mask = _where_rows_differ(query, key, found)
         attention_mask = _checked(module, attention_mask, key.shape[2], found)
         if ATTRIBUTE not in module.__dict__:  # a location without a prefix
             own = None if attention_mask is None else attention_mask[..., columns:]
@@ -240,6 +246,17 @@ def forget(known: str) -> None:
     AttentionMaskInterface._global_mapping.pop(known, None)
 
 
+def _where_rows_differ(query: Tensor, key: Tensor, owner: Owner) -> Tensor | None:
+    """A mask for attention that has none, whose queries see all tokens; None: the prefix too."""
+    batch, _, queries, _ = query.shape
+    visible = owner.visible(Query(batch, queries, 0, None, None, query.device))
+    if visible is None:
+        return None
+    every = torch.ones(batch, 1, queries, key.shape[2], dtype=torch.bool, device=query.device)
+    covered: Tensor = put_in_front(every, visible, owner.columns())
+    return covered
+
+
 def _checked(module: nn.Module, mask: Tensor | None, tokens: int, owner: Owner) -> Tensor | None:
     """The mask, if it covers prefix and tokens."""
     name, columns = type(module).__name__, owner.columns()
@@ -247,9 +264,9 @@ def _checked(module: nn.Module, mask: Tensor | None, tokens: int, owner: Owner) 
     if stamp is not None and stamp.names != owner.names():
         raise ValueError(f"{name}: {SWITCHED}")
     if mask is None:
-        if ATTRIBUTE in module.__dict__:
-            raise ValueError(f"{name}: the model gave attention no mask; a prefix needs one")
-        return None
+        if ATTRIBUTE not in module.__dict__ or not getattr(module, "is_causal", True):
+            return None  # every query sees every key, and so the prefix
+        raise ValueError(f"{name}: the model gave attention no mask; a prefix needs one")
     if mask.shape[-1] != columns + tokens:
         raise ValueError(
             f"{name}: the mask covers {mask.shape[-1] - columns} of {tokens} keys (the prefix of "

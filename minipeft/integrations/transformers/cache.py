@@ -64,6 +64,11 @@ class PrefixedCache:
         most = -1 if self.inner is None else int(self.inner.get_max_length(layer_idx))
         return most if most < 0 else most + self.owner.columns()
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether keys and values are there already: the prefix is."""
+        return True
+
     def __len__(self) -> int:
         return 0 if self.inner is None else len(self.inner)
 

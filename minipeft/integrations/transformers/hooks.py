@@ -69,12 +69,9 @@ class Hooks:
         self.handles = []
         for index, holder in enumerate(reach.holders):
             before = _Before(self, index)
-            self.handles += [
-                holder.register_forward_pre_hook(before, with_kwargs=True),
-                holder.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
-                    _Embedded(self, index)
-                ),
-            ]
+            self.handles.append(holder.register_forward_pre_hook(before, with_kwargs=True))
+            if (table := positions.embedding_of(holder)) is not None:
+                self.handles.append(table.register_forward_hook(_Embedded(self, index)))
             if self.route == "cache":
                 self.handles.append(holder.register_forward_hook(_after, with_kwargs=True))
         if self.route == "cache":
@@ -150,13 +147,16 @@ class _Before:
         batch = positions.tokens(given).shape[0]
         takes_numbers = "position_ids" in hooks.names[self.index]
         if hooks.rule is not None and takes_numbers:
-            shift = prefix.shift(batch) if prefix.position == "shift" else 0
-            if hooks.route == "cache" or prefix.position == "shift":
-                positions.renumber(given, hooks.rule, pad, shift)
+            counted = prefix.shift(batch)
+            shift = counted if prefix.position == "shift" else 0
+            if hooks.route == "cache" or prefix.position == "shift" or prefix.causal:
+                unpadded = counted if prefix.causal else 0
+                positions.renumber(given, hooks.rule, pad, shift, unpadded)
         prefix.before_forward(holder, given)
         positions.check_table(given, hooks.rule, pad, hooks.rows[self.index], prefix.position)
         if hooks.route == "attention":
-            _see_all_encoded(given)
+            if "encoder_attention_mask" in hooks.names[self.index]:
+                _see_all_encoded(given)
             _cover(given, prefix, batch)
         else:
             _view_cache(given, hooks, holder, batch)

@@ -42,10 +42,11 @@ def seen(given: Arguments) -> Any:
 
 
 def tokens(given: Arguments) -> Tensor:
-    """A tensor (batch, tokens, ...) of the call."""
-    ids = given["input_ids"]
-    found: Tensor = given["inputs_embeds"] if ids is None else ids
-    return found
+    """A tensor (batch, tokens, ...) of the call; without text, its first tensor (batch, ...)."""
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(found := given[name], Tensor):
+            return found
+    return next(v for v in (*given.args, *given.kwargs.values()) if isinstance(v, Tensor))
 
 
 def check_mask(given: Arguments) -> None:
@@ -74,7 +75,10 @@ def _unpadded(given: Arguments, pad: int | None) -> Tensor:
     mask = given["attention_mask"]
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return _counted(given, pad)
-    return (mask.cumsum(1) * mask - 1).long()[:, -tokens(given).shape[1] :]
+    numbered = (mask.cumsum(1) * mask - 1).long()
+    new = tokens(given).shape[1]
+    slots: Tensor = torch.arange(new, device=mask.device) + seen(given)
+    return numbered.gather(1, slots.expand(len(mask), -1))
 
 
 def _behind_padding_id(given: Arguments, pad: int | None) -> Tensor:
@@ -95,16 +99,30 @@ RULES: dict[str, Callable[[Arguments, int | None], Tensor]] = {
 def padding_id(base: nn.Module) -> int | None:
     """The id of the padding token, if it is one of the vocabulary."""
     pad = getattr(base.config, "pad_token_id", None)
-    rows = base.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    table = embedding_of(base)
+    rows = getattr(table, "num_embeddings", 0)
     return pad if isinstance(pad, int) and 0 <= pad < rows else None
 
 
-def renumber(given: Arguments, rule: str, pad: int | None, by: int | Tensor) -> None:
-    """Add `by` (a number, or (batch, 1)) to the caller's positions, or to those of the rule."""
-    positions = given["position_ids"]
-    if positions is None:
-        positions = RULES[rule](given, pad)
-    given["position_ids"] = positions + by
+def renumber(
+    given: Arguments, rule: str, pad: int | None, by: int | Tensor, unpadded: int | Tensor
+) -> None:
+    """Add `by` (a number, or (batch, 1)) to the caller's positions, or to those of the rule.
+
+    Rows where `unpadded` is not 0 leave their padding out of the count, whatever the rule: where
+    attention sees only how far apart two tokens are, padding between a prefix and the text would
+    move them apart.
+    """
+    numbers = given["position_ids"]
+    if numbers is None:
+        numbers = RULES[rule](given, pad)
+        if rule == "counted":
+            without = _unpadded(given, pad).clamp(min=0)
+            if isinstance(unpadded, Tensor):
+                numbers = torch.where(unpadded != 0, without, numbers)
+            elif unpadded:
+                numbers = without
+    given["position_ids"] = numbers + by
 
 
 def table_rows(base: nn.Module) -> int | None:
@@ -122,7 +140,10 @@ def check_table(
     given: Arguments, rule: str | None, pad: int | None, rows: int | None, position: str
 ) -> None:
     """Raise ValueError if a position lies beyond a table of `rows`."""
-    if rows is None or torch.compiler.is_compiling():  # a compiled lookup checks its own bounds
+    texts = given["input_ids"] is not None or given["inputs_embeds"] is not None
+    if (
+        rows is None or not texts or torch.compiler.is_compiling()
+    ):  # a compiled lookup checks its own bounds
         return
     positions = given["position_ids"]
     if positions is None:
@@ -163,7 +184,9 @@ def run(model: nn.Module, *, use_cache: bool = False, **arguments: Any) -> Any:
             return model(**arguments)
         except Exception as error:
             raise ValueError(
-                f"{type(model).__name__} could not be run on a few tokens: {error}"
+                f"{type(model).__name__} could not be run on a few tokens "
+                f"({', '.join(arguments)}): {type(error).__name__}: {error}.  If it needs other "
+                "inputs, pass example=, the keyword arguments of one forward"
             ) from error
 
 
@@ -209,9 +232,30 @@ def is_causal(base: nn.Module) -> bool:
     return bool(change[0] <= 1e-2 * change[1])
 
 
-def device_of(table: nn.Module) -> torch.device:
+def embedding_of(model: Any) -> nn.Module | None:
+    """The module that embeds the model's input; None where the model names none."""
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model's input belongs.
+
+    Raises:
+        ValueError: the model has no values yet.
+    """
+    table = embedding_of(model)
+    return device_of(model if getattr(table, "weight", None) is None else table)
+
+
+def device_of(table: nn.Module | None) -> torch.device:
     """Where an embedding computes: accelerate keeps the weights of offloaded modules elsewhere."""
-    weight = table.weight
+    weight = getattr(table, "weight", None)
+    if weight is None and table is not None:  # of images, say: several modules embed them
+        weight = next((p for p in table.parameters() if not p.is_meta), None)
     hook = getattr(table, "_hf_hook", None)
     elsewhere = getattr(hook, "execution_device", None)
     if isinstance(weight, Tensor) and not weight.is_meta:

@@ -45,6 +45,7 @@ class Prefix(nn.Module):
         self.position, self.window, self.route = position, window, reach.route
         self.kv_shapes: list[KVShape] = reach.shapes
         self.locations = reach.locations
+        self.layers = reach.chosen  # the numbers of the model's layers; None: all that there are
         self.causal, self.has_windows = reach.causal, reach.has_windows
         self.served: tuple[str, ...] | None = None  # the names in rows; None: no rows were given
         self.register_buffer("row_columns", None, persistent=False)
@@ -134,7 +135,7 @@ class Prefix(nn.Module):
 
                 cache = given["past_key_values"] = DynamicCache(config=holder.config)  # type: ignore[arg-type]
             for encoder in running:
-                encoder.before_forward(holder, cache, by_attention=self.route == "attention")
+                encoder.before_forward(holder, cache, self.hooks.modules)
 
     # --- switching ---
 

@@ -38,17 +38,19 @@ class Reach:
     causal: bool = False  # whether text never looks ahead
     by_slot: bool = False  # of route A: whether distance is counted in slots (ALiBi)
     table: int | None = None  # rows of the table of positions
+    numbers: list[int] = field(default_factory=list)  # each layer's in the model; see `_numbers`
+    chosen: list[int] | None = None  # the numbers that were asked for
+    missing: str = ""  # which layers of the model have no attention that was seen
 
-    def only(self, wanted: tuple[str, ...]) -> "Reach":
-        """The layers in these locations."""
-        keep = [location in wanted for location in self.locations]
+    def only(self, keep: list[bool]) -> "Reach":
+        """The layers that are to be kept."""
 
         def kept(layers: list[Any]) -> list[Any]:
             return list(itertools.compress(layers, keep))
 
         return replace(
             self, shapes=kept(self.shapes), locations=kept(self.locations),
-            modules=kept(self.modules), pairs=kept(self.pairs),
+            modules=kept(self.modules), pairs=kept(self.pairs), numbers=kept(self.numbers),
         )  # fmt: skip
 
 
@@ -64,7 +66,13 @@ def look(model: nn.Module, **tokens: Tensor) -> Reach:
         ValueError: neither route reaches every layer; it says what was tried.
     """
     try:
-        return _through_attention(model, tokens)
+        reach = _through_attention(model, tokens)
+        if reach.missing:  # the cache may reach the other layers too
+            try:
+                return _through_cache(model, tokens)
+            except _NotReached:
+                pass
+        return reach
     except _NotReached as by_attention:
         if is_encoder_decoder(model):
             raise ValueError(str(by_attention)) from None
@@ -77,20 +85,67 @@ def look(model: nn.Module, **tokens: Tensor) -> Reach:
             ) from None
 
 
-def study(model: nn.Module, locations: Iterable[str] | None) -> Reach:
-    """`look`, the layers in these locations (None: all), and how the model numbers its tokens.
+def checked_example(model: nn.Module, example: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The example with its tensors where the model computes.
 
     Raises:
-        ValueError: as of `look`; locations that the model does not have.
+        ValueError: no dict of arguments of the model's forward, or no tensor among them.
     """
-    reach = look(model)
+    if example is None:
+        return None
+    takes = positions.names_of(model)
+    if not hasattr(example, "items") or not any(isinstance(v, Tensor) for v in example.values()):
+        raise ValueError(
+            f"example={type(example).__name__}; expected the keyword arguments of one forward of "
+            f"{type(model).__name__}, tensors among them"
+        )
+    if "kwargs" not in takes and (unknown := [name for name in example if name not in takes]):
+        raise ValueError(f"example has {unknown}; {type(model).__name__} takes {takes}")
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in example.items()}
+
+
+def embeds_tokens(base: nn.Module) -> bool:
+    """Whether this model has a table of tokens."""
+    return hasattr(positions.embedding_of(base), "num_embeddings")
+
+
+def study(
+    model: nn.Module,
+    locations: Iterable[str] | None,
+    layers: list[int] | None = None,
+    example: dict[str, Any] | None = None,
+) -> Reach:
+    """`look`, the layers chosen (None: all), and how the model numbers its tokens.
+
+    Raises:
+        ValueError: as of `look`; locations or layers that the model does not have; a model some of
+            whose layers have no attention, unless `layers` says which to take.
+    """
+    reach, name = look(model, **(example or {})), type(model).__name__
     there = list(dict.fromkeys(reach.locations))
     chosen = tuple(there if locations is None else locations)
     if not chosen or not set(chosen) <= set(there):
-        raise ValueError(f"locations={chosen}; {type(model).__name__} has {there}")
-    reach, base = reach.only(chosen), reach.holders[0]
+        raise ValueError(f"locations={chosen}; {name} has {there}")
+    wanted = reach.numbers if layers is None else layers
+    if layers is None and reach.missing:
+        raise ValueError(f"{reach.missing}; layers={sorted(set(reach.numbers))} takes those alone")
+    if layers is not None and not (wanted and set(wanted) <= set(reach.numbers)):
+        raise ValueError(f"layers={wanted}; attention of {name} is in layers {reach.numbers}")
+    if layers is not None and reach.route == "cache":
+        raise ValueError(f"{name} is reached through its cache, where layers= cannot choose")
+    reach = reach.only(
+        [
+            location in chosen and number in wanted
+            for location, number in zip(reach.locations, reach.numbers, strict=True)
+        ]
+    )
+    if not reach.shapes:
+        raise ValueError(f"layers={wanted} has no layer of locations={chosen}")
+    reach.chosen = layers
+    base = reach.holders[0]
     reach.table = positions.table_rows(base)
-    if not is_encoder_decoder(model):
+    if not is_encoder_decoder(model) and embeds_tokens(base):
         reach.rule = positions.find_rule(base)
         reach.causal = reach.route == "cache" or positions.is_causal(base)
         reach.by_slot = reach.route == "cache" and not positions.matter(base)
@@ -113,13 +168,14 @@ class _NotReached(Exception):
 def _inputs(model: nn.Module, tokens: dict[str, Tensor]) -> dict[str, Any]:
     if tokens:
         return tokens
-    table = model.get_input_embeddings()  # type: ignore[operator]
-    if not hasattr(table, "num_embeddings"):
-        kind = type(table).__name__
+    if not embeds_tokens(model):
+        kind = type(positions.embedding_of(model)).__name__
         raise ValueError(
-            f"{type(model).__name__} embeds its input by a {kind}, which is not an nn.Embedding "
-            "and has no num_embeddings; prefixes are for models with a table of tokens"
+            f"{type(model).__name__} embeds its input by a {kind}, which is no table of tokens, so "
+            "no text can be made up for it; pass example=, the keyword arguments of one forward "
+            "(pixel_values, input_features, ...)"
         )
+    table: Any = model.get_input_embeddings()  # type: ignore[operator]
     device = positions.device_of(table)
     one = torch.zeros(1, 1, dtype=torch.long, device=device)
     if is_encoder_decoder(model):
@@ -164,10 +220,12 @@ def _through_attention(model: Any, tokens: dict[str, Tensor]) -> Reach:
         for config in changed:
             config._attn_implementation_internal = current
         attention.forget(seen_by_us)
-    modules = {id(call.module) for call in calls}
     name = type(model).__name__
     if not calls:
         raise _NotReached(f"{name} called none from AttentionInterface on one token")
+    if not is_encoder_decoder(model):
+        calls = _of_one_model(model, calls)
+    modules = {id(call.module) for call in calls}
     locations = [_location(model, call) for call in calls]
     kinds = {type(call.module) for call in calls}
     all_of_kind = sum(type(module) in kinds for module in model.modules())
@@ -175,7 +233,6 @@ def _through_attention(model: Any, tokens: dict[str, Tensor]) -> Reach:
     if (
         len(modules) != len(calls)
         or len(calls) != all_of_kind
-        or not (layers is None or is_encoder_decoder(model) or len(calls) == layers)
         or locations.count("cross") not in (0, locations.count("decoder"))
     ):
         raise _NotReached(
@@ -183,13 +240,48 @@ def _through_attention(model: Any, tokens: dict[str, Tensor]) -> Reach:
             f"token; expected one call from each of {all_of_kind} modules for its {layers} layers"
         )
     order = sorted(range(len(calls)), key=lambda i: LOCATIONS.index(locations[i]))
-    found = [calls[i] for i in order]
+    found, missing = [calls[i] for i in order], ""
+    if not (layers is None or is_encoder_decoder(model) or len(calls) == layers):
+        missing = f"{name} has {layers} layers, of which {len(calls)} called attention on one token"
     return Reach(
         "attention", [call.shape for call in found], [locations[i] for i in order],
         [call.module for call in found], _holders(model, [call.module for call in found]),
         [(call.k, call.v) for call in found],
         any(call.window is not None for call in found),
+        numbers=_numbers([call.module for call in found], [locations[i] for i in order]),
+        missing=missing,
     )  # fmt: skip
+
+
+def _of_one_model(model: nn.Module, calls: list[attention.Call]) -> list[attention.Call]:
+    """The calls of the model that embeds the text, where images or sounds have one of their own.
+
+    Raises:
+        ValueError: several models attend, and none of them embeds the text.
+    """
+    holders = _holders(model, [call.module for call in calls])
+    if len(holders) == 1:
+        return calls
+    table = positions.embedding_of(model)
+    of_text = [h for h in holders if table is not None and positions.embedding_of(h) is table]
+    if not of_text:
+        names = {id(module): name for name, module in model.named_modules()}
+        raise ValueError(
+            f"{type(model).__name__} holds several models that attend: "
+            f"{[names[id(holder)] for holder in holders]}; attach a prefix to one of them"
+        )
+    inside = {id(module) for holder in of_text for module in holder.modules()}
+    return [call for call in calls if id(call.module) in inside]
+
+
+def _numbers(modules: list[nn.Module], locations: list[str]) -> list[int]:
+    """The number of each layer: what its attention calls itself, or its place in its stack."""
+    own = [getattr(module, "layer_idx", None) for module in modules]
+    if all(isinstance(n, int) for n in own) and len(set(zip(locations, own, strict=True))) == len(
+        own
+    ):
+        return [int(n) for n in own if n is not None]
+    return [locations[:i].count(location) for i, location in enumerate(locations)]
 
 
 def _location(model: nn.Module, call: attention.Call) -> str:
@@ -239,4 +331,5 @@ def _through_cache(model: Any, tokens: dict[str, Tensor]) -> Reach:
     if any(getattr(layer, "is_sliding", False) for layer in layers):
         raise _NotReached("its cache forgets what lies outside a sliding window")
     shapes = [KVShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
-    return Reach("cache", shapes, ["self"] * len(pairs), [], [holder], pairs)
+    numbers = list(range(len(pairs)))
+    return Reach("cache", shapes, ["self"] * len(pairs), [], [holder], pairs, numbers=numbers)

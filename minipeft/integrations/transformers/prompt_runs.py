@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.integrations.transformers import positions
+from minipeft.integrations.transformers import attention, positions
 from minipeft.integrations.transformers.attention import PLAIN, Part
 from minipeft.integrations.transformers.positions import names_of
 from minipeft.prefix import PrefixEncoder
@@ -96,7 +96,7 @@ class RunPrompt(nn.Module):
     def enabled(self, value: bool) -> None:
         self.source.enabled = value
 
-    def before_forward(self, holder: nn.Module, cache: Any, *, by_attention: bool) -> None:
+    def before_forward(self, holder: nn.Module, cache: Any, modules: list[nn.Module]) -> None:
         """Run the prompt, before each forward in which it takes part.
 
         Without gradients the run stays with the cache, so that the later turns of a conversation
@@ -108,7 +108,7 @@ class RunPrompt(nn.Module):
         run = kept.get(self.key) if keeps and cache.get_seq_length() else None
         if run is None:
             _refuse_reentrant(holder)
-            run = Run(run_prompt(holder, self.source(), by_attention=by_attention))
+            run = Run(run_prompt(holder, self.source(), modules))
             kept[self.key] = run
         self.last.set(run)
 
@@ -125,16 +125,17 @@ class RunPrompt(nn.Module):
         encoder = PrefixEncoder(prefix.kv_shapes, self.prefix_length)
         holder = prefix.hooks.holders[0]
         with positions.quietly(holder):
-            pairs = run_prompt(holder, self.source(), by_attention=prefix.route == "attention")
+            pairs = run_prompt(holder, self.source(), prefix.hooks.modules)
         encoder.load_kv(pairs)
         encoder.to(next(self.parameters()).device).train(self.training)
         encoder.enabled = self.enabled
         return encoder
 
 
-def run_prompt(holder: Any, rows: Tensor, *, by_attention: bool) -> Pairs:
+def run_prompt(holder: Any, rows: Tensor, modules: list[nn.Module]) -> Pairs:
     """Keys and values per layer, (kv_heads, prompt, dim), of embeddings (prompt, dim).
 
+    They are what the attention `modules` get (route A, which knows none: what the cache keeps).
     Gradients flow.  No prefix takes part: a mark says so, on the mask or (route A) on the cache.
     """
     from transformers import DynamicCache
@@ -146,14 +147,27 @@ def run_prompt(holder: Any, rows: Tensor, *, by_attention: bool) -> Pairs:
     given: dict[str, Any] = {"inputs_embeds": rows[None].to(table.device, dtype)}
     if "position_ids" in names_of(holder):
         given["position_ids"] = torch.arange(len(rows), device=table.device)[None]
-    if by_attention:
+    if modules:
         ahead = torch.ones(len(rows), len(rows), dtype=torch.bool, device=table.device).triu(1)
         mask = torch.zeros_like(ahead, dtype=dtype).masked_fill(ahead, torch.finfo(dtype).min)
         given["attention_mask"] = mask = mask[None, None]
         setattr(mask, PLAIN, True)
-    with _as_plain_run(holder):
-        holder(**given, past_key_values=cache, use_cache=True)
-    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    given |= {"past_key_values": cache, "use_cache": True}
+    if modules and not torch.compiler.is_compiling():
+        with _as_plain_run(holder), attention.recording(graph=True) as calls:
+            holder(**given)
+        seen = {id(call.module): (call.k[0], call.v[0]) for call in calls}
+        return [seen[id(module)] for module in modules]
+    with _as_plain_run(holder):  # tracing cannot record
+        holder(**given)
+    pairs = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    if modules and len(pairs) != len(modules):
+        raise ValueError(
+            f"{type(holder).__name__}: {len(pairs)} of {len(modules)} layers keep keys of their "
+            "own in the cache, where a compiled model reads a prompt's; bake the prompt, or do "
+            "not compile"
+        )
+    return pairs
 
 
 @contextmanager

@@ -176,6 +176,8 @@ def describe_prompts(
 
     if set(prefix.locations) != {"self"}:
         raise refuse(f"a prefix in {sorted(set(prefix.locations))}")
+    if prefix.layers is not None:
+        raise refuse(f"a prefix in layers {prefix.layers} alone")
     if prefix.position != "shift":
         raise refuse(
             "tokens are not numbered behind the prefix (position='none'; attached with "

@@ -32,6 +32,7 @@ _FIELDS = {
     "frozen": optional(_SIZE),
     "kv_shapes": _SHAPES,
     "locations": NAMES,
+    "layers": optional(list_of(whole(0, _MOST_LAYERS))),
     "heads": NAMES,
     "position": TEXT,
     "window": TEXT,

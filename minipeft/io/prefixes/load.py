@@ -33,15 +33,24 @@ def load_prefix(  # type: ignore[overload-overlap]  # an encoder is a module, an
 
 
 @overload
-def load_prefix(model: nn.Module, path: Path_, *, name: str = ...) -> Prefix:
+def load_prefix(
+    model: nn.Module, path: Path_, *, name: str = ..., example: dict[str, Any] | None = ...
+) -> Prefix:
     """A prefix attached."""
 
 
-def load_prefix(model: nn.Module, path: Path_, *, name: str = DEFAULT) -> Prefix | PrefixEncoder:
+def load_prefix(
+    model: nn.Module,
+    path: Path_,
+    *,
+    name: str = DEFAULT,
+    example: dict[str, Any] | None = None,
+) -> Prefix | PrefixEncoder:
     """Attach the prefix or prompt that `save_prefix` wrote; trainable, with its heads.
 
     `model` may also be a PrefixEncoder, for attention of your own: it is filled, in place, and
-    takes the file's dropout (`load_encoder` makes one).  Returns the Prefix, or the encoder.
+    takes the file's dropout (`load_encoder` makes one).  `example` is as in attach_prefix.  Returns
+    the Prefix, or the encoder.
 
     Raises:
         ValueError: a file missing or damaged, or of two saves; a prefix made for other shapes,
@@ -50,7 +59,7 @@ def load_prefix(model: nn.Module, path: Path_, *, name: str = DEFAULT) -> Prefix
     directory = Path(path)
     if isinstance(model, PrefixEncoder):
         return _fill_encoder(model, load_encoder(directory), directory)
-    return read_whole(directory, lambda: _load(model, directory, name))
+    return read_whole(directory, lambda: _load(model, directory, name, example))
 
 
 def load_encoder(path: Path_) -> PrefixEncoder:
@@ -92,7 +101,7 @@ def _fill_encoder(encoder: PrefixEncoder, loaded: PrefixEncoder, directory: Path
     return encoder
 
 
-def _load(model: nn.Module, directory: Path, name: str) -> Prefix:
+def _load(model: nn.Module, directory: Path, name: str, example: dict[str, Any] | None) -> Prefix:
     config = read_config(directory / CONFIG_NAME)
     if config["kind"] == "encoder":
         raise ValueError(
@@ -133,7 +142,7 @@ def _load(model: nn.Module, directory: Path, name: str) -> Prefix:
     prefix = attach(
         model, config["prefix_length"], make, caller="load_prefix", name=name,
         position=config["position"], window=config["window"], locations=locations,
-        train_head=modules,
+        layers=config.get("layers"), example=example, train_head=modules,
     )  # fmt: skip
     fill_heads(model, name, heads)
     return prefix

@@ -102,6 +102,7 @@ def describe_prefix(
     else:
         config |= {
             "position": holder.position, "window": holder.window, "locations": holder.locations,
+            "layers": holder.layers,
             "model": type(model).__name__, "model_type": getattr(model.config, "model_type", ""),
         }  # fmt: skip
     for place, state in states.items():
