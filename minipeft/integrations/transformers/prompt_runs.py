@@ -156,8 +156,8 @@ def run_prompt(holder: Any, rows: Tensor, modules: list[nn.Module]) -> Pairs:
     if modules and not torch.compiler.is_compiling():
         with _as_plain_run(holder), attention.recording(graph=True) as calls:
             holder(**given)
-        seen = {id(call.module): (call.k[0], call.v[0]) for call in calls}
-        return [seen[id(module)] for module in modules]
+        seen = {call.module: (call.k[0], call.v[0]) for call in calls}
+        return [seen[module] for module in modules]
     with _as_plain_run(holder):  # tracing cannot record
         holder(**given)
     pairs = [(layer.keys[0], layer.values[0]) for layer in cache.layers]

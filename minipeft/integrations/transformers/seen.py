@@ -1,28 +1,17 @@
 """Whether each layer's attention sees its own prefix, beyond every window: by trying it."""
 
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.integrations.transformers import positions, probe
 from minipeft.integrations.transformers.texts import PREFIX, TEXT, cut, invent
-from minipeft.prefix import PrefixEncoder
+from minipeft.integrations.transformers.trial import Trial
 
 SHORT_WINDOW = 4  # that windows have while the third question is asked
 LONGEST = 1024  # the longest text for a window that cannot be shortened
-
-
-class Trial(Protocol):
-    """What is asked of a trial (proof.py)."""
-
-    model: nn.Module
-    prefix: Any
-    encoder: PrefixEncoder
-    holder: nn.Module
-    is_text: bool
-    rest: dict[str, Any]
 
 
 def blind_layers(trial: Trial) -> tuple[list[tuple[int, nn.Module]], list[str]]:

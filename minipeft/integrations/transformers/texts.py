@@ -33,6 +33,7 @@ def invent(model: Any, length: int) -> dict[str, Tensor]:
 
 
 def cut(inputs: dict[str, Tensor], first: int) -> dict[str, Any]:
+    """The inputs without their first tokens."""
     return {name: ids[:, first:] for name, ids in inputs.items()}
 
 
