@@ -83,6 +83,7 @@ class Operator:
     rows: list[Implementation]  # tried before it
     arguments: tuple[str, ...]
     weight: int | None  # the place of its 4-bit weight
+    dtype: int | None  # the place of the result's dtype, in torch's arguments
     gradients: dict[str, Gradient]
     row_arguments: int
     in_transforms: Callable[..., Any] | None = None  # the same in torch.func; see `call`
@@ -144,7 +145,7 @@ def plain_row(name: str) -> Callable[[F], F]:
 
     def register(plain: F) -> F:
         rows = [row for row in ROWS if row.operator == name]
-        OPERATORS[name] = Operator(plain, rows, (), None, {}, 0)
+        OPERATORS[name] = Operator(plain, rows, (), None, None, {}, 0)
         return plain
 
     return register
@@ -174,12 +175,13 @@ def operator(
         LIBRARY.impl(name, _body(name), "CompositeExplicitAutograd")
         arguments = getattr(torch.ops.minipeft, name).default._schema.arguments
         names, place = [argument.name for argument in arguments], None
+        dtype = names.index("dtype") if "dtype" in names else None
         if "packed" in names:
             place = names.index("packed")
             names[place : place + len(Packed._fields)] = ["weight"]
         rows = [row for row in ROWS if row.operator == name]
         made = OPERATORS[name] = Operator(
-            plain, rows, tuple(names), place, gradients or {}, row_arguments
+            plain, rows, tuple(names), place, dtype, gradients or {}, row_arguments
         )
         fake = lambda *args: shapes(made.named(args))  # noqa: E731
         torch.library.register_fake(f"minipeft::{name}", fake, lib=LIBRARY)
@@ -190,11 +192,11 @@ def operator(
 
 def _body(operator: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
-        first = args[0]
-        dtype = next((a for a in args if isinstance(a, torch.dtype)), first.dtype)
+        defined, first = OPERATORS[operator], args[0]
+        dtype = first.dtype if defined.dtype is None else args[defined.dtype]
         function, _, _ = choose(operator, first.device, dtype, tuple(first.shape))
         with without_autocast(first.device):  # the caller has settled every dtype
-            return function(*OPERATORS[operator].grouped(args))
+            return function(*defined.grouped(args))
 
     return run
 

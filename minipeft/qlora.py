@@ -225,13 +225,13 @@ class PackedModule(nn.Module):
                 f"{type(self).__name__}: torch.jit.trace cannot hold 4-bit layers; use "
                 "torch.export or torch.compile, or minipeft.dequantize_model first"
             )
-        stored, scale, offset = cast(dict[str, Tensor], self._parameters), None, None
-        if self.double_quant:
-            absmax = stored["absmax_code"]
-            scale, offset = as_float32(stored["absmax_scale"]), as_float32(stored["absmax_offset"])
-        else:
+        stored: dict[str, Any] = self._parameters
+        packed, codes = stored["packed"], stored.get("absmax_code")
+        if codes is None:
             absmax = as_float32(stored["absmax_bytes"])
-        return Packed(stored["packed"], absmax, self.block_size, scale, offset, self.codebook)
+            return Packed(packed, absmax, self.block_size, codebook=self.codebook)
+        scale, offset = as_float32(stored["absmax_scale"]), as_float32(stored["absmax_offset"])
+        return Packed(packed, codes, self.block_size, scale, offset, self.codebook)
 
     @property
     def codebook(self) -> Float32[Tensor, " 16"] | None:
