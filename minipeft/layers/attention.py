@@ -14,7 +14,7 @@ nothing: both are the effective ones.
 import math
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost
-from minipeft.lora import LowRank, add_lora, lora_delta
+from minipeft.lora import LowRank, Options, add_lora, lora_delta
 
 # the weights of nn.MultiheadAttention, and what their factors are called without the last letter
 TOGETHER = {"in_proj_weight": "lora_", "out_proj.weight": "out_lora_"}
@@ -76,19 +76,14 @@ class LoRAMultiheadAttention(LowRank):
         rank: int,
         alpha: float | None = None,
         *,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
         init: Callable[["LoRAMultiheadAttention"], None] | None = None,
-        dtype: torch.dtype = torch.float32,
+        **options: Unpack[Options],
     ) -> None:
         plain = _checked_attention(type(self).__name__, base)
         names = TOGETHER if plain._qkv_same_embed_dim else APART
         shapes = {prefix: attrgetter(name)(plain).shape for name, prefix in names.items()}
         rows, columns = shapes.pop("lora_")
-        super().__init__(
-            base, (rank, columns), (rows, rank), rank, alpha,
-            dropout=dropout, rank_stabilized=rank_stabilized, dtype=dtype,
-        )  # fmt: skip
+        super().__init__(base, (rank, columns), (rows, rank), rank, alpha, **options)
         for prefix, (rows, columns) in shapes.items():
             a, b = self.lora_a.new_empty(rank, columns), self.lora_b.new_zeros(rows, rank)
             self.register_parameter(f"{prefix}a", nn.Parameter(_uniform(a)))

@@ -9,7 +9,7 @@ transformers) get the effective weights of all experts, made anew at every use.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from einops import rearrange
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minipeft.adapters import products
 from minipeft.adapters.products import without_autocast
 from minipeft.adapters.protocol import innermost
-from minipeft.lora import LowRank
+from minipeft.lora import LowRank, Options
 from minipeft.qlora import frozen
 from minipeft.quantized.experts import NF4Experts
 
@@ -105,32 +105,26 @@ class LoRAExperts(LowRank):
         alpha: float | None = None,
         *,
         transposed: bool = False,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
         init: Callable[["LoRAExperts"], None] | None = None,
-        dtype: torch.dtype = torch.float32,
+        **options: Unpack[Options],
     ) -> None:
         layer = _as_experts(type(self).__name__, base, transposed)
         transposed = getattr(layer, "transposed", transposed)  # a stack has one layout
         plain: Any = innermost(layer)
         n_experts, rows, columns = (int(size) for size in plain.shape)
         out_features, in_features = (columns, rows) if transposed else (rows, columns)
-        super().__init__(
-            layer, (n_experts, rank, in_features), (n_experts, out_features, rank), rank, alpha,
-            dropout=dropout, rank_stabilized=rank_stabilized, dtype=dtype,
-        )  # fmt: skip
+        shape_a, shape_b = (n_experts, rank, in_features), (n_experts, out_features, rank)
+        super().__init__(layer, shape_a, shape_b, rank, alpha, **options)
         self.n_experts, self.transposed = n_experts, transposed
         self.initialize(init)
         self.take_over()
 
-    def initialize(self, init: "Callable[[Any], None] | None") -> None:
-        """Each expert's A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, then `init`."""
+    def start(self) -> None:
+        """Each expert's A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0."""
         bound = max(1, self.lora_a.shape[2]) ** -0.5
         with torch.no_grad():
             self.lora_a.uniform_(-bound, bound)
             self.lora_b.zero_()
-        if init is not None:
-            init(self)
 
     @property
     def shape(self) -> torch.Size:

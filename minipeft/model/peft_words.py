@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from minipeft.lora import Options
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -35,7 +37,7 @@ OURS = {
     "num_virtual_tokens": "prefix_length (minipeft.attach_prefix)",
 }
 # what the layers that functions make take; they check the values
-_OF_LAYERS = ("dropout", "rank_stabilized", "init", "dtype", "dora", "across_groups")
+_OF_LAYERS = (*Options.__annotations__, "init", "dora", "across_groups")
 
 
 def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
