@@ -164,7 +164,7 @@ def operator(
     `schema` is torch's, with `Packed weight` for a 4-bit weight.  `shapes` gives empty tensors of
     the result's shapes.  `gradients` has a function for each argument in which the operator is
     linear; it takes the result's gradient first.  Both get the operator's arguments as attributes,
-    by the names in the schema; in a gradient a linear one is only its shape: its values are not
+    by the names in the schema; in a gradient a linear one has a shape only: its values are not
     kept for backward.  The first `row_arguments` arguments have a leading axis of rows: a batch
     of them is more rows (torch.func.vmap).
     """
