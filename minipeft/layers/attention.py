@@ -1,14 +1,15 @@
 """LoRA on nn.MultiheadAttention: on its input projections and on its output projection.
 
-It keeps the weights of query, key and value in one matrix and multiplies by it itself, so no layer
-inside can be wrapped.  Here its forward is written out, with a low-rank branch at each projection:
+That module keeps the weights of query, key and value in one matrix and multiplies by it itself, so
+there is no layer inside to wrap.  Its forward is written out here, with a low-rank branch at each
+projection:
 
     q, k, v = in_proj(x) + branch     (embed_dim each)
     heads   = softmax(q k^T / sqrt(head_dim) + mask) v
     out     = out_proj(heads) + branch
 
 `nn.TransformerEncoderLayer` in eval() reads `in_proj_weight` and `out_proj.weight` and calls
-nothing: both are the effective ones.
+nothing; it finds the effective weights there.
 """
 
 import math
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from minipeft.adapters.protocol import innermost
 from minipeft.lora import LowRank, Options, add_lora, lora_delta
 
-# the weights of nn.MultiheadAttention, and what their factors are called without the last letter
+# the weights of nn.MultiheadAttention, and the names of their factors but for the last letter
 TOGETHER = {"in_proj_weight": "lora_", "out_proj.weight": "out_lora_"}
 APART = {
     "q_proj_weight": "lora_", "k_proj_weight": "k_lora_", "v_proj_weight": "v_lora_",
@@ -34,7 +35,7 @@ APART = {
 
 
 class Projection(NamedTuple):
-    """What a model that reads `out_proj` finds."""
+    """The effective weight and the bias, for models that read `out_proj`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -46,7 +47,7 @@ def effective(name: str) -> Any:
 
 
 class LoRAMultiheadAttention(LowRank):
-    """nn.MultiheadAttention with LoRA on its projections; arguments and results are its own.
+    """nn.MultiheadAttention with LoRA on its projections; called as it, with the same results.
 
     `lora_a` (rank, embed_dim) and `lora_b` (3 embed_dim, rank) are over query, key and value
     together, as in PEFT; `out_lora_a` (rank, embed_dim) and `out_lora_b` (embed_dim, rank) over the
@@ -161,7 +162,7 @@ class LoRAMultiheadAttention(LowRank):
     def project(self, name: str, x: Tensor, part: int | None = None) -> Tensor:
         """x times one weight, and the branches of this layer and of those below that are on.
 
-        `part` 0, 1, 2 is that of the query, of the key, of the value, where they share a tensor.
+        Where query, key and value share a weight, `part` 0, 1 or 2 takes the third of one of them.
         """
         if isinstance(self.base, LoRAMultiheadAttention):
             out = self.base.project(name, x, part)
@@ -202,7 +203,7 @@ class LoRAMultiheadAttention(LowRank):
         deltas = self.deltas().items()
         return {**below, **{n: self.exact_below(n, delta.dtype) + delta for n, delta in deltas}}
 
-    # None where the model keeps them apart, or together
+    # each None where the base has no weight of this name
     in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight = map(
         effective, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     )
@@ -244,10 +245,10 @@ def attend(
 def joined_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
 ) -> Tensor | None:
-    """What is added to the scores, broadcasting to (batch, heads, tokens, sources).
+    """Both masks as one, to be added to the scores (batch, heads, tokens, sources).
 
-    Of a boolean mask -inf where it is True; `attn_mask` (tokens, sources) or (batch * heads,
-    tokens, sources), `key_padding_mask` (batch, sources).
+    `attn_mask` is (tokens, sources) or (batch * heads, tokens, sources), `key_padding_mask`
+    (batch, sources).  A boolean mask counts as -inf where it is True.
 
     Raises:
         ValueError: another shape, or neither boolean nor floating-point.

@@ -1,4 +1,4 @@
-"""PEFT's words for what functions here take: an unknown keyword gets an error that says ours."""
+"""PEFT's keywords and ours: the error for an unknown keyword names the one to use."""
 
 import difflib
 import functools
@@ -36,12 +36,12 @@ OURS = {
     "fan_in_fan_out": "nothing: Conv1D is known by its class",
     "num_virtual_tokens": "prefix_length (minipeft.attach_prefix)",
 }
-# what the layers that functions make take; they check the values
+# keywords of the layers that functions make
 _OF_LAYERS = (*Options.__annotations__, "init", "dora", "across_groups")
 
 
 def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, with a TypeError that names the right word for a keyword it does not take.
+    """Decorator: a keyword that the function does not take raises a TypeError that names ours.
 
     For functions that pass further keywords on to LoRA layers.
     """
