@@ -10,7 +10,7 @@ LoRAFusedLinear, whose slices only you know, is put in with `minipeft.inject`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from torch import nn
 
@@ -37,7 +37,7 @@ from minipeft.layers.dora import DoRAConv, DoRAEmbedding, DoRALinear
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.layers.mixture import LoRAExperts
 from minipeft.lora import LoRALinear
-from minipeft.model.peft_words import in_our_words
+from minipeft.model.peft_words import LayerOptions, in_our_words
 from minipeft.model.rows import refuse_rows
 from minipeft.quantized.embedding import NF4Embedding
 from minipeft.quantized.experts import NF4Experts
@@ -73,7 +73,7 @@ def inject_lora(
     name: str = DEFAULT,
     exclude: Target | None = None,
     head: Head = None,
-    **lora: object,
+    **lora: Unpack[LayerOptions],
 ) -> Names:
     """Wrap the layers that `target` names in LoRA layers, in place.
 

@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from minipeft.lora import Options
 
@@ -36,8 +36,14 @@ OURS = {
     "fan_in_fan_out": "nothing: Conv1D is known by its class",
     "num_virtual_tokens": "prefix_length (minipeft.attach_prefix)",
 }
-# keywords of the layers that functions make
-_OF_LAYERS = (*Options.__annotations__, "init", "dora", "across_groups")
+
+
+class LayerOptions(Options, total=False):
+    """Keywords that `inject_lora` and `inject_qlora` pass on to the layers that they make."""
+
+    init: Callable[[Any], None] | None
+    dora: bool  # chooses DoRA layers
+    across_groups: bool  # of LoRAConv
 
 
 def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
@@ -47,7 +53,7 @@ def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
     """
     own = inspect.signature(function).parameters.values()
     named = [p.name for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    known = [*named, *_OF_LAYERS]
+    known = [*named, *LayerOptions.__annotations__]
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
