@@ -18,6 +18,7 @@ from minipeft.adapters.state import (
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
 from minipeft.fast import derivatives as _derivatives
 from minipeft.fast import flops as _flops
+from minipeft.fast.backend import backend, use_kernels
 from minipeft.inject import freeze, inject
 from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
 from minipeft.model.base_state import base_state_dict, load_base_state_dict
@@ -30,7 +31,6 @@ from minipeft.model.quantize import dequantize_model, inject_qlora, quantize_mod
 from minipeft.model.switch import factors_of, replace_adapter, use_adapters
 from minipeft.model.train import tie_heads, train_biases, train_modules, train_tokens
 from minipeft.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
-from minipeft.ops import backend, use_kernels
 from minipeft.prefix import PrefixEncoder, prefix_attention
 from minipeft.qlora import NF4Linear
 from minipeft.quantized import codebooks

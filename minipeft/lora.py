@@ -19,7 +19,7 @@ Read next: inject.py.
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,14 @@ def add_lora(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float |
     return out.view(base_out.shape)
 
 
+class Options(TypedDict, total=False):
+    """Keywords that LoRA layers of every kind take; `LowRank` has the defaults."""
+
+    dropout: float  # of the branch's input, while training; at least 0, below 1
+    rank_stabilized: bool  # scaling = alpha / sqrt(rank), see `lora_scaling`
+    dtype: torch.dtype  # of the factors; a floating-point one
+
+
 class LowRank(Wrapper):
     """What LoRA layers of every kind share: two trained factors, their scaling and dropout.
 
@@ -123,9 +131,9 @@ class LowRank(Wrapper):
         rank: int,
         alpha: float | None,
         *,
-        dropout: float,
-        rank_stabilized: bool,
-        dtype: torch.dtype,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         alpha = rank if alpha is None else alpha
         super().__init__(base, scaling=lora_scaling(alpha, rank, rank_stabilized=rank_stabilized))
@@ -144,10 +152,23 @@ class LowRank(Wrapper):
         self.register_parameter("lora_b0", None)
 
     def initialize(self, init: "Callable[[Any], None] | None") -> None:
-        """The default initialisation, then `init`, which may fill only what it changes."""
-        init_default(self)
+        """Start the factors, then call `init`, which may fill only what it changes."""
+        self.start()
         if init is not None:
             init(self)
+
+    def start(self) -> None:
+        """A ~ U(-1/sqrt(n), 1/sqrt(n)), n inputs to each of its rows, B = 0: as loralib and PEFT.
+
+        B = 0 makes B A zero, so training starts at the base model.  With G the gradient of the
+        output, that of B is s G^T (x A^T) and that of A is s B^T G^T x: in the first step A's is
+        zero because B is zero, and B's is not.  If both started at zero, both gradients would be
+        zero and stay so; if both started random, training would start from a disturbed model.
+        """
+        bound = 1 / math.sqrt(max(1, self.lora_a[0].numel()))
+        with torch.no_grad():
+            self.lora_a.uniform_(-bound, bound)
+            self.lora_b.zero_()
 
     def subtract_start(self) -> None:
         """Keep a copy of the present factors, whose product is subtracted from now on.
@@ -198,20 +219,6 @@ class LowRank(Wrapper):
         return f"rank={self.rank}, alpha={self.alpha:g}, scaling={self.scaling:g}{off}"
 
 
-def init_default(layer: LowRank) -> None:
-    """A ~ U(-1/sqrt(n), 1/sqrt(n)), n inputs to each of its rows, B = 0, as in loralib and PEFT.
-
-    B = 0 makes B A zero, so training starts at the base model.  With G the gradient of the output,
-    that of B is s G^T (x A^T) and that of A is s B^T G^T x: in the first step A's is zero because B
-    is zero, and B's is not.  If both started at zero, both gradients would be zero and stay so; if
-    both started random, training would start from a disturbed model.
-    """
-    bound = 1 / math.sqrt(max(1, layer.lora_a[0].numel()))
-    with torch.no_grad():
-        layer.lora_a.uniform_(-bound, bound)
-        layer.lora_b.zero_()
-
-
 class LoRALinear(LowRank):
     """A linear layer with LoRA: base(x) + scaling * B A x  (Hu et al. 2021, eq. 3).
 
@@ -219,9 +226,9 @@ class LoRALinear(LowRank):
     with an adapter already; it is called, never copied, and its parameters are frozen.  `lora_a`
     (rank, in_features) and `lora_b` (out_features, rank) are float32 unless `dtype` says
     otherwise, and cast to the input's dtype (autocast's, under autocast) at use.  `alpha` None
-    means alpha = rank, an unscaled product.  `dropout` acts on the branch's input while training.
-    `init` is called with the layer after the default initialisation and changes lora_a and lora_b
-    in place.
+    means alpha = rank, an unscaled product.  `init` is called with the layer once lora_a is random
+    and lora_b zero, and changes them in place.  `options` are `dropout` (0) of the branch's input
+    while training, `rank_stabilized` (False) for scaling = alpha / sqrt(rank), and `dtype`.
 
     `weight` is the effective weight, base and product, in the base's layout and dtype, computed
     on read; the gradient flows through it.  Backward keeps x and x A^T.
@@ -243,16 +250,12 @@ class LoRALinear(LowRank):
         rank: int,
         alpha: float | None = None,
         *,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
         init: Callable[["LoRALinear"], None] | None = None,
-        dtype: torch.dtype = torch.float32,
+        **options: Unpack[Options],
     ) -> None:
         shape = checked_linear(type(self).__name__, base)
-        super().__init__(
-            base, (rank, shape.in_features), (shape.out_features, rank), rank, alpha,
-            dropout=dropout, rank_stabilized=rank_stabilized, dtype=dtype,
-        )  # fmt: skip
+        shape_a, shape_b = (rank, shape.in_features), (shape.out_features, rank)
+        super().__init__(base, shape_a, shape_b, rank, alpha, **options)
         self.in_features, self.out_features, self.transposed = shape
         warn_of_rank(type(self).__name__, rank, shape.in_features, shape.out_features)
         self.initialize(init)

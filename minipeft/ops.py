@@ -12,7 +12,7 @@ other functions that compute it are rows of a table:
 
 Rows are tried from the top; the plain one is the last of each operator.  A row's module is imported
 when the row is first needed, inside the operator's body, never when minipeft is imported.  An
-import that fails strikes the row out, and `backend()` tells the reason.
+import that fails strikes the row out, and `backend()` (fast/backend.py) tells why.
 
 Read next: kernels/README.md, how to add a row.
 """
@@ -20,17 +20,16 @@ Read next: kernels/README.md, how to add a row.
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from minipeft.adapters.products import is_slow, without_autocast
+from minipeft.adapters.products import without_autocast
 
 F = TypeVar("F", bound=Callable[..., Any])
 Gradient = Callable[[Tensor, Any], Tensor]
@@ -81,11 +80,14 @@ class Operator:
 
     plain: Callable[..., Any]
     rows: list[Implementation]  # tried before it
-    arguments: tuple[str, ...]
-    weight: int | None  # the place of its 4-bit weight
-    gradients: dict[str, Gradient]
-    row_arguments: int
+    arguments: list[str] = field(default_factory=list)  # as functions take them, see `grouped`
+    gradients: dict[str, Gradient] = field(default_factory=dict)
+    row_arguments: int = 0
     in_transforms: Callable[..., Any] | None = None  # the same in torch.func; see `call`
+
+    def __post_init__(self) -> None:
+        places = {name: place for place, name in enumerate(self.arguments)}
+        self.weight, self.dtype = places.get("weight"), places.get("dtype")
 
     def grouped(self, args: Sequence[Any]) -> Sequence[Any]:
         """torch's arguments as functions take them: those of a 4-bit weight are one Packed."""
@@ -131,20 +133,19 @@ ROWS = (
     Implementation("prefix_attention", "pytorch", _on_cpu, "minipeft.fast.prefix", "attention"),
 )  # fmt: skip
 
-Kernels = bool | Literal["plain"]
+Kernels = bool | Literal["plain"]  # see `use_kernels`
 _SETTINGS: dict[str, Kernels] = {"1": True, "0": False, "plain": "plain"}
 _wanted = os.environ.get("MINIPEFT_KERNELS") or "1"
 if _wanted not in _SETTINGS:
     raise ValueError(f"MINIPEFT_KERNELS={_wanted!r}; expected one of {list(_SETTINGS)}")
-_kernels: ContextVar[Kernels] = ContextVar("minipeft_kernels", default=_SETTINGS[_wanted])
+KERNELS: ContextVar[Kernels] = ContextVar("minipeft_kernels", default=_SETTINGS[_wanted])
 
 
 def plain_row(name: str) -> Callable[[F], F]:
     """Decorator: this is the plain row of `name`, a function that is not an operator of torch."""
 
     def register(plain: F) -> F:
-        rows = [row for row in ROWS if row.operator == name]
-        OPERATORS[name] = Operator(plain, rows, (), None, {}, 0)
+        OPERATORS[name] = Operator(plain, [row for row in ROWS if row.operator == name])
         return plain
 
     return register
@@ -163,40 +164,32 @@ def operator(
     `schema` is torch's, with `Packed weight` for a 4-bit weight.  `shapes` gives empty tensors of
     the result's shapes.  `gradients` has a function for each argument in which the operator is
     linear; it takes the result's gradient first.  Both get the operator's arguments as attributes,
-    by the names in the schema; in a gradient a linear one is only its shape: its values are not
+    by the names in the schema; in a gradient a linear one has a shape only: its values are not
     kept for backward.  The first `row_arguments` arguments have a leading axis of rows: a batch
     of them is more rows (torch.func.vmap).
     """
 
     def register(plain: F) -> F:
+        rows = [row for row in ROWS if row.operator == name]
+        arguments = [words.split()[-1] for words in schema.partition(")")[0].split(",")]
+        made = Operator(plain, rows, arguments, gradients or {}, row_arguments)
+        OPERATORS[name] = made
+
+        def run(*args: Any) -> Any:
+            first, given = args[0], made.grouped(args)
+            dtype = first.dtype if made.dtype is None else given[made.dtype]
+            function, _, _ = choose(name, first.device, dtype, tuple(first.shape))
+            with without_autocast(first.device):  # the caller has settled every dtype
+                return function(*given)
+
         # torch's `custom_op` first spends a second importing dynamo; these calls do not
         LIBRARY.define(name + schema.replace("Packed weight", _FIELDS))
-        LIBRARY.impl(name, _body(name), "CompositeExplicitAutograd")
-        arguments = getattr(torch.ops.minipeft, name).default._schema.arguments
-        names, place = [argument.name for argument in arguments], None
-        if "packed" in names:
-            place = names.index("packed")
-            names[place : place + len(Packed._fields)] = ["weight"]
-        rows = [row for row in ROWS if row.operator == name]
-        made = OPERATORS[name] = Operator(
-            plain, rows, tuple(names), place, gradients or {}, row_arguments
-        )
+        LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         fake = lambda *args: shapes(made.named(args))  # noqa: E731
         torch.library.register_fake(f"minipeft::{name}", fake, lib=LIBRARY)
         return plain
 
     return register
-
-
-def _body(operator: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        first = args[0]
-        dtype = next((a for a in args if isinstance(a, torch.dtype)), first.dtype)
-        function, _, _ = choose(operator, first.device, dtype, tuple(first.shape))
-        with without_autocast(first.device):  # the caller has settled every dtype
-            return function(*OPERATORS[operator].grouped(args))
-
-    return run
 
 
 def call(name: str, *args: Any) -> Tensor:
@@ -221,7 +214,7 @@ def choose(
 
     Also, for each row before it, the name and the words that say why not that row.
     """
-    defined, setting = OPERATORS[operator], _kernels.get()
+    defined, setting = OPERATORS[operator], KERNELS.get()
     rejected: list[tuple[Any, ...]] = []
     for row in defined.rows:
         if setting == "plain":
@@ -245,66 +238,3 @@ def _load(row: Implementation) -> Callable[..., Any] | str:
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return function
-
-
-@contextmanager
-def tried_first(row: Implementation) -> Iterator[None]:
-    """Within this context, a row more, before those that its operator has (a kernel on trial).
-
-    Raises:
-        ValueError: the operator does not exist.
-    """
-    if row.operator not in OPERATORS:
-        raise ValueError(
-            f"tried_first: no operator {row.operator!r}; there are {sorted(OPERATORS)}"
-        )
-    rows = OPERATORS[row.operator].rows
-    rows.insert(0, row)
-    try:
-        yield
-    finally:
-        rows.remove(row)
-
-
-@contextmanager
-def use_kernels(which: Kernels) -> Iterator[None]:
-    """Within this context, which rows of the table operators may use.
-
-    True: all of them.  False: PyTorch's, no optional kernels.  "plain": the functions that are
-    written to be read, which are slow and take more memory.  The environment variable
-    MINIPEFT_KERNELS (1, 0 or plain) does the same for a whole process.
-
-    Raises:
-        ValueError: none of the three.
-    """
-    if which not in (True, False, "plain"):
-        raise ValueError(f'use_kernels: {which!r}; expected True, False or "plain"')
-    token = _kernels.set(which)
-    try:
-        yield
-    finally:
-        _kernels.reset(token)
-
-
-def backend(
-    device: torch.device | str = "cpu",
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    shape: tuple[int, ...] = (4096, 4096),
-) -> dict[str, str]:
-    """What each operator would use for such a first argument, and why not what comes before it.
-
-    Says too where products of this dtype are computed in float32 (adapters/products.py).
-
-    >>> backend(dtype=torch.float32)["nf4_linear"]
-    'pytorch'
-    """
-    device, report = torch.device(device), {}
-    for name, defined in OPERATORS.items():
-        _, chosen, rejected = choose(name, device, dtype, shape)
-        reasons = [f"{row}: {' '.join(map(str, why))}" for row, *why in rejected]
-        report[name] = chosen + (f" (not {'; '.join(reasons)})" if reasons else "")
-        if defined.gradients and chosen == "pytorch" and is_slow(dtype, device):
-            kind = str(dtype).removeprefix("torch.")
-            report[name] += f", products in float32 (this CPU has none of {kind})"
-    return report

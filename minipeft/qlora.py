@@ -49,8 +49,8 @@ def multiply(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) 
 
 
 def _gradient_of_x(grad: Tensor, given: Any) -> Tensor:
-    """dL/dx = dL/dy W.  W is decoded again: kept, it would undo the saving.  given.x is a shape."""
-    return ops.call("nf4_linear_input_gradient", grad, *given.weight, given.x[-1])
+    """dL/dx = dL/dy W.  W is decoded again: kept since forward, it would undo the saving."""
+    return ops.call("nf4_linear_input_gradient", grad, *given.weight, given.x.shape[-1])
 
 
 @ops.operator(
@@ -68,21 +68,21 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) ->
     return F.linear(x, decode(weight, [out_features, x.shape[-1]], x.dtype), bias)
 
 
-def _gradient_of_grad(grad: Tensor, given: Any) -> Tensor:
+def _gradient_of_dy(grad: Tensor, given: Any) -> Tensor:
     """For second derivatives: dy W is linear in dy, and its gradient is a product with W^T."""
-    return ops.call("nf4_linear", grad, *given.weight, None, given.grad[-1])
+    return ops.call("nf4_linear", grad, *given.weight, None, given.dy.shape[-1])
 
 
 @ops.operator(
     "nf4_linear_input_gradient",
-    "(Tensor grad, Packed weight, SymInt in_features) -> Tensor",
-    shapes=lambda given: given.grad.new_empty((*given.grad.shape[:-1], given.in_features)),
-    gradients={"grad": _gradient_of_grad},
+    "(Tensor dy, Packed weight, SymInt in_features) -> Tensor",
+    shapes=lambda given: given.dy.new_empty((*given.dy.shape[:-1], given.in_features)),
+    gradients={"dy": _gradient_of_dy},
     row_arguments=1,
 )
-def input_gradient(grad: Tensor, weight: Packed, in_features: int) -> Tensor:
-    """Decode the weight, then multiply by it, not transposed."""
-    return grad @ decode(weight, [grad.shape[-1], in_features], grad.dtype)
+def input_gradient(dy: Tensor, weight: Packed, in_features: int) -> Tensor:
+    """dy W: decode the weight, then multiply by it, not transposed."""
+    return dy @ decode(weight, [dy.shape[-1], in_features], dy.dtype)
 
 
 def as_bytes(scales: Tensor) -> Tensor:
@@ -114,10 +114,8 @@ def encoded(weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Te
     packed, absmax = nf4.quantize_nf4(weight.detach(), block_size=block_size)
     if not double_quant:
         return {"packed": packed, "absmax": absmax}
-    code, scale, offset = quantize_absmax(absmax)
-    return {
-        "packed": packed, "absmax_code": code, "absmax_scale": scale, "absmax_offset": offset
-    }  # fmt: skip
+    names = ("absmax_code", "absmax_scale", "absmax_offset")
+    return {"packed": packed, **dict(zip(names, quantize_absmax(absmax), strict=True))}
 
 
 class Quantized(TypedDict, total=False):
@@ -166,14 +164,14 @@ class PackedModule(nn.Module):
         blocks = (*rows, row // block_size) if aligned else (n_blocks,)
         sizes = {"packed": (*rows, row // 2) if aligned else (math.ceil(n / 2),)}
         if double_quant:
-            sizes["absmax_code"] = blocks
-            sizes["absmax_scale"] = (4 * math.ceil(n_blocks / ABSMAX_BLOCK_SIZE),)
-            sizes["absmax_offset"] = (4,)
+            groups = math.ceil(n_blocks / ABSMAX_BLOCK_SIZE)
+            sizes |= {"absmax_code": blocks, "absmax_scale": (4 * groups,), "absmax_offset": (4,)}
         else:
             sizes["absmax_bytes"] = (*blocks[:-1], 4 * blocks[-1])
         for name, size in sizes.items():
-            empty = torch.empty(size, dtype=torch.uint8, device=device)
-            self.register_parameter(name, frozen(empty))
+            self.register_parameter(
+                name, frozen(torch.empty(size, dtype=torch.uint8, device=device))
+            )
         if codebook is not None:
             values = torch.tensor(codebook, dtype=torch.float32, device=device)
             self.register_parameter("codebook_bytes", frozen(as_bytes(values)))
@@ -187,21 +185,17 @@ class PackedModule(nn.Module):
         Raises:
             ValueError: a tensor is missing, or has another size.
         """
-        state = {
-            "absmax_bytes" if name == "absmax" else name: value for name, value in state.items()
-        }
-        names = [name for name in self.packed_parameters() if name != "codebook_bytes"]
-        if missing := [name for name in names if name not in state]:
+        state = {"absmax_bytes" if n == "absmax" else n: value for n, value in state.items()}
+        own = {n: p.shape for n, p in self.packed_parameters().items() if n != "codebook_bytes"}
+        if missing := [name for name in own if name not in state]:
             raise ValueError(f"{type(self).__name__}.fill: {missing} missing")
-        stored = {}
-        for name in names:
-            value, expected = as_bytes(state[name]), self.get_parameter(name).shape
-            if value.numel() != expected.numel():
+        stored = {name: as_bytes(state[name]) for name in own}
+        for name, shape in own.items():
+            if (found := stored[name].numel()) != shape.numel():
                 raise ValueError(
-                    f"{type(self).__name__}.fill: {name} takes {expected.numel()} bytes, got "
-                    f"{value.numel()}"
+                    f"{type(self).__name__}.fill: {name} takes {shape.numel()} bytes, got {found}"
                 )
-            stored[name] = value.view(expected)
+            stored[name] = stored[name].view(shape)
         if "codebook" in state:
             values = state["codebook"].float()
             if tuple(values.tolist()) != nf4.NF4_CODEBOOK:
@@ -225,13 +219,13 @@ class PackedModule(nn.Module):
                 f"{type(self).__name__}: torch.jit.trace cannot hold 4-bit layers; use "
                 "torch.export or torch.compile, or minipeft.dequantize_model first"
             )
-        stored, scale, offset = cast(dict[str, Tensor], self._parameters), None, None
-        if self.double_quant:
-            absmax = stored["absmax_code"]
-            scale, offset = as_float32(stored["absmax_scale"]), as_float32(stored["absmax_offset"])
-        else:
+        stored: dict[str, Any] = self._parameters
+        packed, codes = stored["packed"], stored.get("absmax_code")
+        if codes is None:
             absmax = as_float32(stored["absmax_bytes"])
-        return Packed(stored["packed"], absmax, self.block_size, scale, offset, self.codebook)
+            return Packed(packed, absmax, self.block_size, codebook=self.codebook)
+        scale, offset = as_float32(stored["absmax_scale"]), as_float32(stored["absmax_offset"])
+        return Packed(packed, codes, self.block_size, scale, offset, self.codebook)
 
     @property
     def codebook(self) -> Float32[Tensor, " 16"] | None:
@@ -352,9 +346,8 @@ class NF4Linear(PackedModule):
             raise ValueError(f"NF4Linear: {type(linear).__name__} is no nn.Linear")
         if reason := why_not("replace", linear):  # tried by adapters/linearity.py
             raise ValueError(
-                f"NF4Linear: {reason}, and NF4Linear would replace it by that; leave it dense "
-                "(LoRA can wrap it), or name the class in quantize_model(also=...) if you know "
-                "better"
+                f"NF4Linear: {reason}; leave it dense (LoRA can wrap it), or name the class in "
+                "quantize_model(also=...) if you know better"
             )
         layer = cls.from_weight(linear.weight, linear.bias, compute_dtype=compute_dtype, **settings)
         return layer.train(linear.training)

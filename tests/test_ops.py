@@ -14,6 +14,7 @@ from torch.library import opcheck
 
 import minipeft as mp
 from minipeft import ops
+from minipeft.fast.backend import tried_first
 
 CALLS = {
     "quantize_nf4": lambda w: (torch.randn(5, 64), 64),
@@ -73,12 +74,6 @@ print("frames:", counter.frame_count)
 """
 
 
-def test_a_row_of_an_unknown_operator_is_refused():
-    row = ops.Implementation("nothing", "k", lambda *_: True, "m", "f")
-    with pytest.raises(ValueError, match="no operator 'nothing'"), ops.tried_first(row):
-        pass
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_qlora_layer_compiles_whole_and_once(plain_python, dropout):
     printed = plain_python(COMPILE.format(backend="aot_eager", dropout=dropout))
@@ -130,7 +125,7 @@ def row(name, module, when=lambda *_: True):
 @pytest.fixture
 def added():
     with ExitStack() as rows:
-        yield lambda row: rows.enter_context(ops.tried_first(row))
+        yield lambda row: rows.enter_context(tried_first(row))
 
 
 def decode():
@@ -156,45 +151,6 @@ def test_a_row_that_cannot_be_loaded_is_skipped_and_says_why(added):
     added(row("missing", "no_such_module_anywhere"))
     assert (decode() == 1).all()
     assert "no_such_module_anywhere" in mp.backend()["dequantize_nf4"]
-
-
-def test_the_environment_turns_kernels_off(plain_python):
-    script = """
-import minipeft as mp
-from minipeft import ops
-kernel = ops.Implementation("nf4_linear", "k", lambda *_: True, "math", "sqrt")
-with ops.tried_first(kernel):
-    print(mp.backend()["nf4_linear"])
-"""
-    assert plain_python(script).strip() == "k"
-    assert "kernels are off" in plain_python(script, MINIPEFT_KERNELS="0")
-
-
-def test_the_plain_rows_compute_everything_where_they_are_asked_for(plain_python):
-    with mp.use_kernels("plain"):
-        said = mp.backend("cuda")
-    assert said.keys() == ops.OPERATORS.keys()
-    assert {text.split(" ")[0] for text in said.values()} == {"plain"}
-    for name in ("nf4_embedding", "nf4_experts"):
-        assert said[name] == "plain (not pytorch: only plain rows are on)"
-    assert "triton: only plain rows are on; pytorch: only plain" in said["dequantize_nf4"]
-    assert mp.backend()["nf4_linear"].startswith("pytorch")
-    script = "import minipeft as mp; print(mp.backend()['nf4_linear'])"
-    assert plain_python(script, MINIPEFT_KERNELS="plain").startswith("plain (not pytorch: only")
-
-
-def test_other_settings_raise(plain_python):
-    script = """
-try:
-    import minipeft
-    with minipeft.use_kernels("fast"):
-        pass
-except ValueError as error:
-    print(error)
-"""
-    assert "use_kernels: 'fast'; expected True, False" in plain_python(script)
-    printed = plain_python(script, MINIPEFT_KERNELS="fast")
-    assert "MINIPEFT_KERNELS='fast'; expected one of" in printed
 
 
 @pytest.mark.slow

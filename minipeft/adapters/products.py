@@ -66,9 +66,10 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
+# these ask `is_slow` only for a dtype that may be: each call counts in a layer's short forward
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear(x, weight, bias) of tensors of one dtype."""
-    if not is_slow(x.dtype, x.device):
+    if x.dtype not in SLOW_ON_CPU or not is_slow(x.dtype, x.device):
         return F.linear(x, weight, bias)
     wide = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
     return wide.to(x.dtype)
@@ -76,14 +77,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
     """torch.matmul(x, y) of tensors of one dtype."""
-    if not is_slow(x.dtype, x.device):
+    if x.dtype not in SLOW_ON_CPU or not is_slow(x.dtype, x.device):
         return torch.matmul(x, y)
     return torch.matmul(x.float(), y.float()).to(x.dtype)
 
 
 def addmm(out: Tensor, x: Tensor, y: Tensor, scaling: float) -> Tensor:
     """out + scaling * x y, rounded once: torch.addmm of tensors of one dtype."""
-    if not is_slow(out.dtype, out.device):
+    if out.dtype not in SLOW_ON_CPU or not is_slow(out.dtype, out.device):
         return torch.addmm(out, x, y, alpha=scaling)
     return torch.addmm(out.float(), x.float(), y.float(), alpha=scaling).to(out.dtype)
 

@@ -12,7 +12,7 @@ torch.func would refuse the operator.  So the operators get an autograd implemen
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,19 +23,25 @@ from minipeft.ops import LIBRARY, OPERATORS, call
 Arguments = tuple[Any, ...]
 
 
+class Forgotten(NamedTuple):
+    """A tensor of which only the shape is kept for backward."""
+
+    shape: torch.Size
+
+
 def _keep(ctx: Any, linear: Arguments, args: Arguments) -> None:
     """Keep the arguments for backward; of the linear ones only their shapes."""
     tensors = [a if isinstance(a, Tensor) and i not in linear else None for i, a in enumerate(args)]
     ctx.save_for_backward(*tensors)
     ctx.save_for_forward(*tensors)  # references: it costs no memory
     ctx.rest = [
-        (a.shape if i in linear else None) if isinstance(a, Tensor) else a
+        (Forgotten(a.shape) if i in linear else None) if isinstance(a, Tensor) else a
         for i, a in enumerate(args)
     ]
 
 
 def _kept(ctx: Any) -> list[Any]:
-    """What `_keep` kept: the operator's arguments, with shapes for the linear ones."""
+    """What `_keep` kept: the operator's arguments, linear ones as `Forgotten`."""
     pairs = zip(ctx.saved_tensors, ctx.rest, strict=True)
     return [rest if tensor is None else tensor for tensor, rest in pairs]
 
@@ -87,7 +93,7 @@ def _functions(name: str, linear: dict[int, Any], vmap_rule: Any) -> tuple[Any, 
 
     def tangent(ctx: Any, tangents: Arguments) -> Tensor:
         args = _kept(ctx)
-        shape = args[places[0]]
+        shape = args[places[0]].shape
         for place in places:
             args[place] = tangents[place]
         if args[places[0]] is None:  # this one must be given

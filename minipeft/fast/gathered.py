@@ -10,12 +10,13 @@ from minipeft.ops import Packed
 from minipeft.qlora import decode
 
 ROW = "NF4Embedding: row {} of a table of {} rows"
+EXPERT = "NF4Experts: expert {} of {}"
 
 
 def check_numbers(message: str, numbers: Tensor, count: int) -> None:
     """Raise IndexError, with a wrong number and the count, unless all are in 0..count-1."""
     if numbers.numel():
-        low, high = (int(number) for number in numbers.aminmax())
+        low, high = map(int, numbers.aminmax())
         if low < 0 or high >= count:
             raise IndexError(message.format(low if low < 0 else high, count))
 
@@ -76,11 +77,13 @@ def experts(
 ) -> Tensor:
     """The operator nf4_experts."""
     n_experts, *matrix = shape
-    check_numbers("NF4Experts: expert {} of {}", expert, n_experts)
     order = expert.argsort(stable=True)  # rows of one expert together: one product for each
-    numbers, counts = torch.unique_consecutive(expert[order], return_counts=True)
+    found, counts = torch.unique_consecutive(expert[order], return_counts=True)
+    inputs, places = (torch.split(t, counts.tolist()) for t in (x[order], order))
     out = x.new_empty(x.shape[0], matrix[1] if transposed else matrix[0])
-    for number, rows in zip(numbers.tolist(), torch.split(order, counts.tolist()), strict=True):
+    for number, part, rows in zip(found.tolist(), inputs, places, strict=True):
+        if not 0 <= number < n_experts:
+            raise IndexError(EXPERT.format(number, n_experts))
         dense = decode(one_expert(weight, number, n_experts), matrix, x.dtype)
-        out[rows] = products.matmul(x[rows], dense if transposed else dense.T)
+        out[rows] = products.matmul(part, dense if transposed else dense.T)
     return out

@@ -47,13 +47,13 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) ->
     return torch.cat(panels, dim=-1)
 
 
-def input_gradient(grad: Tensor, weight: Packed, in_features: int) -> Tensor:
+def input_gradient(dy: Tensor, weight: Packed, in_features: int) -> Tensor:
     """The operator nf4_linear_input_gradient."""
-    out_features, block_size = grad.shape[-1], weight.block_size
-    blocks = _panel_bytes(grad.device) // max(1, out_features * grad.element_size() * block_size)
+    out_features, block_size = dy.shape[-1], weight.block_size
+    blocks = _panel_bytes(dy.device) // max(1, out_features * dy.element_size() * block_size)
     columns = max(1, blocks) * block_size
     if columns >= in_features or in_features % block_size:
-        return products.matmul(grad, decode(weight, [out_features, in_features], grad.dtype))
+        return products.matmul(dy, decode(weight, [out_features, in_features], dy.dtype))
     # panels of columns, not of rows: each element of the gradient is one sum, rounded once
     codes, scales = _matrix(weight, out_features)
     panels = []
@@ -65,6 +65,6 @@ def input_gradient(grad: Tensor, weight: Packed, in_features: int) -> Tensor:
             block_size,
             codebook=weight.codebook,
         )
-        dense = decode(panel, [out_features, last - first], grad.dtype)
-        panels.append(products.matmul(grad, dense))
+        dense = decode(panel, [out_features, last - first], dy.dtype)
+        panels.append(products.matmul(dy, dense))
     return torch.cat(panels, dim=-1)

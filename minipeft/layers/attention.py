@@ -1,20 +1,21 @@
 """LoRA on nn.MultiheadAttention: on its input projections and on its output projection.
 
-It keeps the weights of query, key and value in one matrix and multiplies by it itself, so no layer
-inside can be wrapped.  Here its forward is written out, with a low-rank branch at each projection:
+That module keeps the weights of query, key and value in one matrix and multiplies by it itself, so
+there is no layer inside to wrap.  Its forward is written out here, with a low-rank branch at each
+projection:
 
     q, k, v = in_proj(x) + branch     (embed_dim each)
     heads   = softmax(q k^T / sqrt(head_dim) + mask) v
     out     = out_proj(heads) + branch
 
 `nn.TransformerEncoderLayer` in eval() reads `in_proj_weight` and `out_proj.weight` and calls
-nothing: both are the effective ones.
+nothing; it finds the effective weights there.
 """
 
 import math
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost
-from minipeft.lora import LowRank, add_lora, lora_delta
+from minipeft.lora import LowRank, Options, add_lora, lora_delta
 
-# the weights of nn.MultiheadAttention, and what their factors are called without the last letter
+# the weights of nn.MultiheadAttention, and the names of their factors but for the last letter
 TOGETHER = {"in_proj_weight": "lora_", "out_proj.weight": "out_lora_"}
 APART = {
     "q_proj_weight": "lora_", "k_proj_weight": "k_lora_", "v_proj_weight": "v_lora_",
@@ -34,7 +35,7 @@ APART = {
 
 
 class Projection(NamedTuple):
-    """What a model that reads `out_proj` finds."""
+    """The effective weight and the bias, for models that read `out_proj`."""
 
     weight: Tensor
     bias: Tensor | None
@@ -46,7 +47,7 @@ def effective(name: str) -> Any:
 
 
 class LoRAMultiheadAttention(LowRank):
-    """nn.MultiheadAttention with LoRA on its projections; arguments and results are its own.
+    """nn.MultiheadAttention with LoRA on its projections; called as it, with the same results.
 
     `lora_a` (rank, embed_dim) and `lora_b` (3 embed_dim, rank) are over query, key and value
     together, as in PEFT; `out_lora_a` (rank, embed_dim) and `out_lora_b` (embed_dim, rank) over the
@@ -76,19 +77,14 @@ class LoRAMultiheadAttention(LowRank):
         rank: int,
         alpha: float | None = None,
         *,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
         init: Callable[["LoRAMultiheadAttention"], None] | None = None,
-        dtype: torch.dtype = torch.float32,
+        **options: Unpack[Options],
     ) -> None:
         plain = _checked_attention(type(self).__name__, base)
         names = TOGETHER if plain._qkv_same_embed_dim else APART
         shapes = {prefix: attrgetter(name)(plain).shape for name, prefix in names.items()}
         rows, columns = shapes.pop("lora_")
-        super().__init__(
-            base, (rank, columns), (rows, rank), rank, alpha,
-            dropout=dropout, rank_stabilized=rank_stabilized, dtype=dtype,
-        )  # fmt: skip
+        super().__init__(base, (rank, columns), (rows, rank), rank, alpha, **options)
         for prefix, (rows, columns) in shapes.items():
             a, b = self.lora_a.new_empty(rank, columns), self.lora_b.new_zeros(rows, rank)
             self.register_parameter(f"{prefix}a", nn.Parameter(_uniform(a)))
@@ -166,7 +162,7 @@ class LoRAMultiheadAttention(LowRank):
     def project(self, name: str, x: Tensor, part: int | None = None) -> Tensor:
         """x times one weight, and the branches of this layer and of those below that are on.
 
-        `part` 0, 1, 2 is that of the query, of the key, of the value, where they share a tensor.
+        Where query, key and value share a weight, `part` 0, 1 or 2 takes the third of one of them.
         """
         if isinstance(self.base, LoRAMultiheadAttention):
             out = self.base.project(name, x, part)
@@ -207,7 +203,7 @@ class LoRAMultiheadAttention(LowRank):
         deltas = self.deltas().items()
         return {**below, **{n: self.exact_below(n, delta.dtype) + delta for n, delta in deltas}}
 
-    # None where the model keeps them apart, or together
+    # each None where the base has no weight of this name
     in_proj_weight, q_proj_weight, k_proj_weight, v_proj_weight = map(
         effective, ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
     )
@@ -249,10 +245,10 @@ def attend(
 def joined_mask(
     attn_mask: Tensor | None, key_padding_mask: Tensor | None, q: Tensor, k: Tensor
 ) -> Tensor | None:
-    """What is added to the scores, broadcasting to (batch, heads, tokens, sources).
+    """Both masks as one, to be added to the scores (batch, heads, tokens, sources).
 
-    Of a boolean mask -inf where it is True; `attn_mask` (tokens, sources) or (batch * heads,
-    tokens, sources), `key_padding_mask` (batch, sources).
+    `attn_mask` is (tokens, sources) or (batch * heads, tokens, sources), `key_padding_mask`
+    (batch, sources).  A boolean mask counts as -inf where it is True.
 
     Raises:
         ValueError: another shape, or neither boolean nor floating-point.

@@ -30,7 +30,7 @@ class ByRow(Wrapper):
 
     def __init__(self, base: nn.Module, gate: Tensor) -> None:
         super().__init__(base)
-        # shared by all of a model, so no buffer: casting one layer would part them
+        # not a buffer: it is shared by all layers of a model, and casting one would part them
         self.gate = gate
 
     def refuse_training(self) -> None:

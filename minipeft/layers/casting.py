@@ -5,9 +5,9 @@ copies of 16-bit modules train in float32.  The model around them must not notic
 
     x, bfloat16 -> float32 -> copy -> float32 -> bfloat16, as the original would give it
 
-What the original would give is found by calling it, once for each combination of dtypes, mode and
-autocast.  With arguments that a call may change (a cache of keys) it is not called, and what the
-copy gives in its own dtype is rounded to the original's.
+The dtype that the original would give is found by calling it, once for each combination of dtypes,
+mode and autocast.  It is not called with arguments that a call may change (a cache of keys): what
+the copy then gives in its own dtype is rounded to the original's.
 """
 
 import dataclasses
@@ -21,18 +21,16 @@ from torch import Tensor, nn
 from minipeft.adapters.products import autocast_is_on
 
 Dtypes = tuple[torch.dtype, ...]
-
-
-# a list or dictionary, what was made of it, and the items that this had at first
+# a list or dictionary, the new one that was made of it, and the new one's first items
 Made = list[tuple[Any, Any, Any]]
 
 
 def mapped(change: Callable[[Tensor], Tensor], value: Any, made: Made | None = None) -> Any:
     """`value` with `change` of every floating-point tensor in it, however nested.
 
-    Looked for in tuples, lists, mappings and data classes.  What holds none stays the same object,
-    so that a module can go on filling a list that it was given; where a new list or dictionary is
-    made, `made` notes it for `written_back`.
+    Tensors are looked for in tuples, lists, mappings and data classes.  A value that holds none
+    stays the same object, so that a module can go on filling a list that it was given.  `made`
+    gets an entry for each new list or dictionary, for `written_back`.
     """
     if isinstance(value, Tensor):
         return change(value) if value.is_floating_point() else value
@@ -46,7 +44,7 @@ def mapped(change: Callable[[Tensor], Tensor], value: Any, made: Made | None = N
         return new
     if isinstance(value, Mapping):
         items: Any = {key: mapped(change, part, made) for key, part in value.items()}
-        # the outputs of transformers models are both
+        # an output of a transformers model is a mapping and a data class
         new = type(value)(**items) if dataclasses.is_dataclass(value) else type(value)(items)  # type: ignore[call-arg]
         if made is not None:
             made.append((value, new, items))
@@ -58,7 +56,7 @@ def mapped(change: Callable[[Tensor], Tensor], value: Any, made: Made | None = N
 
 
 def written_back(made: Made) -> None:
-    """Let lists and dictionaries that were given have what a call put into those made of them."""
+    """Put into the lists and dictionaries that were given what a call put into the new ones."""
     for given, new, first in made:
         if isinstance(given, list):
             old = {id(item): before for item, before in zip(first, given, strict=True)}
@@ -72,7 +70,7 @@ def written_back(made: Made) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether this is made of tensors, numbers and words alone, of which a copy can be made."""
+    """Whether `value` holds tensors, numbers and strings alone, so that it can be copied."""
     if isinstance(value, tuple | list):
         return all(is_plain(part) for part in value)
     if isinstance(value, Mapping):
@@ -116,7 +114,7 @@ def widened(tensor: Tensor) -> Tensor:
 
 
 def rounded_like(module: nn.Module, original: nn.Module) -> nn.Module:
-    """The module with every parameter and buffer in the dtype that the original's has."""
+    """The module, whose parameters and buffers now have the dtypes of the original's."""
     for mine, its in (*zip(module.parameters(), original.parameters(), strict=True),
                       *zip(module.buffers(), original.buffers(), strict=True)):  # fmt: skip
         if mine.dtype != its.dtype:
@@ -125,9 +123,9 @@ def rounded_like(module: nn.Module, original: nn.Module) -> nn.Module:
 
 
 class CastCall:
-    """Calls a copy so that inputs and outputs are the original's; remembers what dtypes those are.
+    """Calls a copy with inputs and outputs in the original's dtypes, and remembers these.
 
-    Where the copy has the original's dtypes it is called as it is.
+    A copy that has the original's dtypes itself is called directly.
     """
 
     def __init__(self) -> None:
@@ -162,7 +160,7 @@ class CastCall:
         self, original: nn.Module, changed: Any, args: Any, kwargs: dict[str, Any]
     ) -> Dtypes:
         device = next(original.parameters()).device
-        if torch.compiler.is_compiling():  # of the call only its dtypes are left in the graph
+        if torch.compiler.is_compiling():  # the graph keeps only the dtypes of this call
             return _dtypes_of_call(original, args, kwargs)
         autocast = torch.get_autocast_dtype(device.type) if autocast_is_on(device) else None
         key = (changed, dtypes_in((args, kwargs)), autocast, original.training)
@@ -173,7 +171,7 @@ class CastCall:
 
 
 def _random_numbers_kept(device: torch.device) -> Any:
-    """A context after which the generators are as before: dropout draws no other numbers."""
+    """A context that leaves random generators as they were: later dropout draws the same."""
     on_gpu = device.type in ("cuda", "xpu")
     kind = device.type if on_gpu else "cuda"
     return torch.random.fork_rng([device.index or 0] if on_gpu else [], device_type=kind)

@@ -8,7 +8,7 @@ groups both stay within the groups, so that this holds there too.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.linearity import why_not_formula
 from minipeft.adapters.protocol import innermost
-from minipeft.lora import LowRank, lora_scaling
+from minipeft.lora import LowRank, Options, lora_scaling
 
 _POINTWISE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -49,11 +49,9 @@ class LoRAConv(LowRank):
         rank: int,
         alpha: float | None = None,
         *,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
         init: Callable[["LoRAConv"], None] | None = None,
-        dtype: torch.dtype = torch.float32,
         across_groups: bool = False,
+        **options: Unpack[Options],
     ) -> None:
         plain = _checked_convolution(type(self).__name__, base)
         groups, kernel = plain.groups, plain.kernel_size
@@ -64,12 +62,9 @@ class LoRAConv(LowRank):
                 f"{groups}, so that each group gets as much"
             )
         self_groups = 1 if across_groups else groups
-        super().__init__(
-            base,
-            (rank, plain.in_channels // self_groups, *kernel),
-            (plain.out_channels, rank // groups, *(1,) * len(kernel)),
-            rank, alpha, dropout=dropout, rank_stabilized=rank_stabilized, dtype=dtype,
-        )  # fmt: skip
+        shape_a = (rank, plain.in_channels // self_groups, *kernel)
+        shape_b = (plain.out_channels, rank // groups, *(1,) * len(kernel))
+        super().__init__(base, shape_a, shape_b, rank, alpha, **options)
         self.across_groups = self_groups != groups
         if self.across_groups:  # the base's settings but one; no submodule: its weight is not used
             kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(kernel) - 1]

@@ -12,7 +12,7 @@ An embedding has a length for each of its columns, over all tokens; a convolutio
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from minipeft.adapters.products import without_autocast
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed
 from minipeft.layers.conv import LoRAConv, kernel_product
 from minipeft.layers.embeddings import LoRAEmbedding
-from minipeft.lora import LoRALinear, LowRank, add_lora
+from minipeft.lora import LoRALinear, LowRank, Options, add_lora
 from minipeft.qlora import NF4Linear, multiply
 from minipeft.quantized.embedding import NF4Embedding
 
@@ -94,9 +94,15 @@ class DoRA(LowRank):
     magnitude: nn.Parameter
 
     def __init__(
-        self, base: nn.Module, rank: int, alpha: float | None = None, **options: Any
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float | None = None,
+        *,
+        init: Callable[[Any], None] | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(base, rank, alpha, **options)  # type: ignore[arg-type]
+        super().__init__(base, rank, alpha, init=init, **options)  # type: ignore[call-arg, arg-type]
         check_own_weight(type(self).__name__, innermost(base))
         self._kept_norms, self._kept_square = Kept(), Kept()
         self.magnitude = nn.Parameter(self.norms(self.scaling))
@@ -303,14 +309,21 @@ class DoRAConv(DoRA, LoRAConv):
     """
 
     def __init__(
-        self, base: nn.Module, rank: int, alpha: float | None = None, **options: Any
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float | None = None,
+        *,
+        init: Callable[[Any], None] | None = None,
+        across_groups: bool = False,
+        **options: Unpack[Options],
     ) -> None:
-        if options.get("across_groups"):
+        if across_groups:
             raise ValueError(
                 "DoRAConv: lora_a across groups makes no kernel of the base's shape, whose norm "
                 "DoRA needs; leave across_groups out"
             )
-        super().__init__(base, rank, alpha, **options)
+        super().__init__(base, rank, alpha, init=init, **options)
         self.magnitude = nn.Parameter(self.magnitude.detach().float())
 
     def scaled(self, out: Tensor, x: Tensor, strength: float | Tensor, ratio: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Rows of A^T are gathered like rows of E; the product is never made for the whole
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.linearity import why_not_formula
 from minipeft.adapters.protocol import innermost
-from minipeft.lora import LowRank
+from minipeft.lora import LowRank, Options
 from minipeft.quantized.embedding import NF4Embedding
 
 
@@ -43,23 +43,20 @@ class LoRAEmbedding(LowRank):
         rank: int,
         alpha: float | None = None,
         *,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
         init: Callable[["LoRAEmbedding"], None] | None = None,
-        dtype: torch.dtype = torch.float32,
+        **options: Unpack[Options],
     ) -> None:
         rows, dim = _checked_table(type(self).__name__, base)
-        super().__init__(
-            base, (rank, rows), (dim, rank), rank, alpha,
-            dropout=dropout, rank_stabilized=rank_stabilized, dtype=dtype,
-        )  # fmt: skip
+        super().__init__(base, (rank, rows), (dim, rank), rank, alpha, **options)
         self.num_embeddings, self.embedding_dim = rows, dim
+        self.initialize(init)
+        self.take_over()
+
+    def start(self) -> None:
+        """A = 0 and B ~ N(0, 1)."""
         with torch.no_grad():
             self.lora_a.zero_()
             self.lora_b.normal_()
-        if init is not None:
-            init(self)
-        self.take_over()
 
     def on_top(
         self, out: Float[Tensor, "*shape dim"], ids: Int[Tensor, "*shape"], strength: float | Tensor

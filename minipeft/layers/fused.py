@@ -6,7 +6,7 @@
 One pair of factors over the whole would tie the three together; here each learns its own.  The B
 are put together into one matrix with zeros between the slices, so that the branch is one product.
 
-Which rows belong to which slice is the model's matter; functions at the end give the usual layouts:
+The model decides which rows belong to which slice.  Functions at the end give the usual layouts:
 
     blocks          q | k | v                              GPT-2, MPT, ChatGLM2, Phi-3, gate | up
     per_head        q k v of head 1, of head 2, ...        ChatGLM-6B, BLOOM, GPT-NeoX, Falcon-RW
@@ -18,14 +18,14 @@ Each gives {name: row numbers}, in the order in which the model makes heads of t
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from minipeft.lora import LowRank, add_lora, checked_linear, lora_delta, lora_scaling
+from minipeft.lora import LowRank, Options, add_lora, checked_linear, lora_delta, lora_scaling
 
 Rows = dict[str, Tensor]
 Number = TypeVar("Number", int, float)
@@ -38,10 +38,11 @@ class LoRAFusedLinear(LowRank):
     below make them.  `rank` is one number for all or one for each name (0, or a name left out: no
     adapter there); `alpha` likewise, None for alpha = rank.  `lora_a` (sum of ranks, in_features)
     has the A of the slices one below the other; `lora_b_<name>` is (rows of the slice, its rank).
-    `init` is called with the layer after lora_a was drawn and every B is zero.  The other
-    arguments are as of LoRALinear.
+    `init` is called with the layer once lora_a is random and every B zero.  The other arguments
+    are as of LoRALinear.
 
-    As one adapter it has the rank `rank`, the sum, scaling 1 and the two `factors()`.
+    Seen as one adapter, the layer has the sum of the ranks as its `rank`, scaling 1, and the two
+    `factors()`.
 
     Raises:
         TypeError: base is no module.
@@ -60,10 +61,8 @@ class LoRAFusedLinear(LowRank):
         alpha: float | Mapping[str, float] | None = None,
         *,
         slices: Mapping[str, int] | Rows,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
         init: Callable[["LoRAFusedLinear"], None] | None = None,
-        dtype: torch.dtype = torch.float32,
+        **options: Unpack[Options],
     ) -> None:
         shape = checked_linear(type(self).__name__, base)
         rows = _checked_rows(slices, shape.out_features)
@@ -74,29 +73,29 @@ class LoRAFusedLinear(LowRank):
                 f"LoRAFusedLinear: rank={rank}, alpha={alpha}; expected a rank above 0, and an "
                 "alpha for each slice that has one"
             )
+        stabilized = options.pop("rank_stabilized", False)  # of the slices: the whole has scaling 1
         scalings = {
-            name: lora_scaling(alphas[name], r, rank_stabilized=rank_stabilized)
+            name: lora_scaling(alphas[name], r, rank_stabilized=stabilized)
             for name, r in ranks.items()
         }
         total = sum(ranks.values())
-        super().__init__(
-            base, (total, shape.in_features), (0, total), total, None,
-            dropout=dropout, rank_stabilized=False, dtype=dtype,
-        )  # fmt: skip
+        super().__init__(base, (total, shape.in_features), (0, total), total, None, **options)
         self.in_features, self.out_features, self.transposed = shape
         self.rows, self.ranks, self.scalings = rows, ranks, scalings
         for name, r in ranks.items():
             b = self.lora_b.new_zeros(len(rows[name]), r)
             self.register_parameter(f"lora_b_{name}", nn.Parameter(b))
         del self.lora_b  # each slice has its own
-        # no buffer: it is made from the arguments, and the meta device would lose it
+        # not a buffer: it is made from the arguments, and the meta device would lose it
         self._order = torch.cat([rows[name] for name in ranks]).to(_real_device(self.lora_a))
-        bound = max(1, shape.in_features) ** -0.5
+        self.initialize(init)
+        self.take_over()
+
+    def start(self) -> None:
+        """A ~ U(-1/sqrt(in), 1/sqrt(in)); every B is zero already."""
+        bound = max(1, self.in_features) ** -0.5
         with torch.no_grad():
             self.lora_a.uniform_(-bound, bound)
-        if init is not None:
-            init(self)
-        self.take_over()
 
     def slice_factors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A and B of each slice that has an adapter, (its rank, in) and (its rows, its rank)."""

@@ -2,14 +2,14 @@
 
     W (experts, out, in), A (experts, rank, in), B (experts, out, rank):  W_e + scaling * B_e A_e
 
-It stands where the parameter stood.  Models that multiply by one expert after the other index it,
-`layer[e]`, and get that expert's effective weight; `layer(x, expert)` multiplies each row by its
-expert and never makes a product of the factors.  Models that take the tensor whole (grouped_mm of
-transformers) get the effective weights of all experts, made anew at every use.
+The layer stands where the parameter stood.  Models that multiply by one expert after the other
+index it, `layer[e]`, and get that expert's effective weight; `layer(x, expert)` multiplies each row
+by its expert, without ever computing B A.  Models that take the tensor whole (grouped_mm of
+transformers) get the effective weights of all experts, computed again at every use.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from einops import rearrange
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minipeft.adapters import products
 from minipeft.adapters.products import without_autocast
 from minipeft.adapters.protocol import innermost
-from minipeft.lora import LowRank
+from minipeft.lora import LowRank, Options
 from minipeft.qlora import frozen
 from minipeft.quantized.experts import NF4Experts
 
@@ -29,13 +29,13 @@ def by_expert(
     expert: Int[Tensor, " tokens"],
     *weights: Float[Tensor, "n_experts _ _"],
 ) -> Float[Tensor, "tokens out_features"]:
-    """Each row times the matrix of its expert, then times that of the next weights: x W_e^T ...
+    """Multiply each row by the matrix of its expert, x W_e^T, then by that of the next weights.
 
-    One product for each expert over all of its rows.  (`F.grouped_mm` has no float64, and on a
-    GPU no rank whose bytes are no multiple of 16.)
+    One product for each expert over all of its rows.  (`F.grouped_mm` takes no float64, and on a
+    GPU only ranks that fill a multiple of 16 bytes.)
 
     Raises:
-        IndexError: an expert that is not there.
+        IndexError: there is no expert of such a number.
     """
     n_experts = len(weights[0])
     order = expert.argsort(stable=True)
@@ -51,7 +51,7 @@ def by_expert(
 class DenseExperts(nn.Module):
     """The 3-D parameter of a mixture of experts as a module; `original` gives it back.
 
-    `transposed` if it is (experts, in_features, out_features).
+    `transposed` says that it is (experts, in_features, out_features).
     """
 
     def __init__(self, weight: nn.Parameter, *, transposed: bool = False) -> None:
@@ -64,7 +64,7 @@ class DenseExperts(nn.Module):
 
     @property
     def shape(self) -> torch.Size:
-        """The parameter's."""
+        """The shape of the parameter."""
         return self.weight.shape
 
     def __getitem__(self, expert: int | Int[Tensor, "*index"]) -> Tensor:
@@ -96,7 +96,7 @@ class LoRAExperts(LowRank):
     (torch.Size([3, 2, 8]), torch.Size([3, 4, 2]), torch.Size([4, 8]))
     """
 
-    rows_are_lost = "experts get the tokens of all rows, sorted by expert: which row is lost there"
+    rows_are_lost = "experts get the tokens of all rows sorted by expert, without their row numbers"
 
     def __init__(
         self,
@@ -105,32 +105,26 @@ class LoRAExperts(LowRank):
         alpha: float | None = None,
         *,
         transposed: bool = False,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
         init: Callable[["LoRAExperts"], None] | None = None,
-        dtype: torch.dtype = torch.float32,
+        **options: Unpack[Options],
     ) -> None:
         layer = _as_experts(type(self).__name__, base, transposed)
         transposed = getattr(layer, "transposed", transposed)  # a stack has one layout
         plain: Any = innermost(layer)
         n_experts, rows, columns = (int(size) for size in plain.shape)
         out_features, in_features = (columns, rows) if transposed else (rows, columns)
-        super().__init__(
-            layer, (n_experts, rank, in_features), (n_experts, out_features, rank), rank, alpha,
-            dropout=dropout, rank_stabilized=rank_stabilized, dtype=dtype,
-        )  # fmt: skip
+        shape_a, shape_b = (n_experts, rank, in_features), (n_experts, out_features, rank)
+        super().__init__(layer, shape_a, shape_b, rank, alpha, **options)
         self.n_experts, self.transposed = n_experts, transposed
         self.initialize(init)
         self.take_over()
 
-    def initialize(self, init: "Callable[[Any], None] | None") -> None:
-        """Each expert's A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, then `init`."""
+    def start(self) -> None:
+        """Each expert's A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0."""
         bound = max(1, self.lora_a.shape[2]) ** -0.5
         with torch.no_grad():
             self.lora_a.uniform_(-bound, bound)
             self.lora_b.zero_()
-        if init is not None:
-            init(self)
 
     @property
     def shape(self) -> torch.Size:
@@ -229,7 +223,7 @@ class LoRAExperts(LowRank):
 def peft_from_experts(
     a: Float[Tensor, "n_experts rank in_features"], b: Float[Tensor, "n_experts out_features rank"]
 ) -> tuple[Float[Tensor, "packed_rank in_features"], Float[Tensor, "out_features packed_rank"]]:
-    """The factors as PEFT packs them: rows of A by expert, then rank; columns of B the other way.
+    """The factors as PEFT packs them: A's rows by expert, then rank; B's columns by rank first.
 
     >>> a, b = peft_from_experts(torch.zeros(3, 2, 8), torch.zeros(3, 4, 2))
     >>> a.shape, b.shape
@@ -293,7 +287,7 @@ def _as_experts(caller: str, base: object, transposed: bool) -> nn.Module:
 
 
 def _whole(values: Any) -> Any:
-    """Arguments of a function of torch with tensors in the places of layers."""
+    """The arguments of a torch function, with the effective weights in place of each layer."""
     if isinstance(values, LoRAExperts):
         return values.whole()
     if isinstance(values, list | tuple):

@@ -27,8 +27,8 @@ def _reason(model: nn.Module, adapter: Adapter) -> str:
 def check_gradients(model: nn.Module) -> int:
     """Raise unless, after a backward, every trainable adapter parameter has a gradient.
 
-    Call it once after the first `loss.backward()`.  Returns how many parameters have one.  A
-    gradient of zeros counts: lora_a's is zero as long as lora_b is.
+    Call it once after the first `loss.backward()`.  Returns how many parameters have a gradient.
+    One of zeros counts: lora_a's is zero as long as lora_b is.
 
     Raises:
         ValueError: parameters without a gradient (named, with the usual reason), a gradient that

@@ -10,7 +10,7 @@ LoRAFusedLinear, whose slices only you know, is put in with `minipeft.inject`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from torch import nn
 
@@ -37,7 +37,7 @@ from minipeft.layers.dora import DoRAConv, DoRAEmbedding, DoRALinear
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.layers.mixture import LoRAExperts
 from minipeft.lora import LoRALinear
-from minipeft.model.peft_words import in_our_words
+from minipeft.model.peft_words import LayerOptions, in_our_words
 from minipeft.model.rows import refuse_rows
 from minipeft.quantized.embedding import NF4Embedding
 from minipeft.quantized.experts import NF4Experts
@@ -73,20 +73,20 @@ def inject_lora(
     name: str = DEFAULT,
     exclude: Target | None = None,
     head: Head = None,
-    **lora: object,
+    **lora: Unpack[LayerOptions],
 ) -> Names:
     """Wrap the layers that `target` names in LoRA layers, in place.
 
-    Each kind of layer gets the layer of the table above: linear ones LoRALinear, embeddings
-    LoRAEmbedding, and so on.  `rank` and `alpha` are numbers, or dicts from patterns to numbers
-    (the first that fits a name counts).  Further keywords go to the layers: dropout,
-    rank_stabilized, init, dtype; `dora=True` makes them DoRA layers.  Freezes every parameter that
-    no adapter owns.  `head` names the output head of a model of your own, which "all-linear" leaves
-    out.  Returns the names; `.report()` of the result says what was made of each, and what
-    "all-linear" left out and why.
+    Linear layers get LoRALinear, embeddings LoRAEmbedding, and so on (the table is at the top of
+    this file).  `rank` and `alpha` are numbers, or dicts from patterns to numbers (the first that
+    fits a name counts).  Further keywords go to the layers: dropout, rank_stabilized, init, dtype;
+    `dora=True` makes them DoRA layers.  Every parameter that no adapter owns is frozen.  `head`
+    names the output head of a model of your own, which "all-linear" leaves out.  Returns the names
+    of the layers; `.report()` of the result says what each became, and what "all-linear" left out
+    and why.
 
     Another `name` makes one more adapter, over layers that may have others: layers stack, and each
-    adds to what those below compute.  It is on and trainable; the others stay as they are.
+    adds to what those below compute.  The new adapter is on and trainable; others stay as they are.
     "default" may be injected more than once, each time over layers that have no adapter.
 
     Raises:

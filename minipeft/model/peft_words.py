@@ -1,10 +1,12 @@
-"""PEFT's words for what functions here take: an unknown keyword gets an error that says ours."""
+"""PEFT's keywords and ours: the error for an unknown keyword names the one to use."""
 
 import difflib
 import functools
 import inspect
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
+
+from minipeft.lora import Options
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,18 +36,24 @@ OURS = {
     "fan_in_fan_out": "nothing: Conv1D is known by its class",
     "num_virtual_tokens": "prefix_length (minipeft.attach_prefix)",
 }
-# what the layers that functions make take; they check the values
-_OF_LAYERS = ("dropout", "rank_stabilized", "init", "dtype", "dora", "across_groups")
+
+
+class LayerOptions(Options, total=False):
+    """Keywords that `inject_lora` and `inject_qlora` pass on to the layers that they make."""
+
+    init: Callable[[Any], None] | None
+    dora: bool  # chooses DoRA layers
+    across_groups: bool  # of LoRAConv
 
 
 def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, with a TypeError that names the right word for a keyword it does not take.
+    """Decorator: a keyword that the function does not take raises a TypeError that names ours.
 
     For functions that pass further keywords on to LoRA layers.
     """
     own = inspect.signature(function).parameters.values()
     named = [p.name for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    known = [*named, *_OF_LAYERS]
+    known = [*named, *LayerOptions.__annotations__]
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -9,7 +9,7 @@ All codes are made before the first layer is put in, so an error changes nothing
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 from torch import nn
 
@@ -39,7 +39,7 @@ from minipeft.adapters.wrapper import take_hooks
 from minipeft.inject import Modules, build, restoring, swap
 from minipeft.model.dense_again import forget_codes
 from minipeft.model.inject_lora import plan_lora, wrap_in_lora
-from minipeft.model.peft_words import in_our_words
+from minipeft.model.peft_words import LayerOptions, in_our_words
 from minipeft.qlora import NF4Linear
 from minipeft.quantized.conv1d import NF4Conv1D
 from minipeft.quantized.embedding import NF4Embedding
@@ -301,7 +301,7 @@ def inject_qlora(
     double_quant: bool = True,
     compute_dtype: object = None,
     head: Head = None,
-    **lora: object,
+    **lora: Unpack[LayerOptions],
 ) -> Names:
     """QLoRA in place: quantise every layer that `quantize_model` would, wrap the targets in LoRA.
 

@@ -33,17 +33,18 @@ def use_adapters(
 ) -> list[str]:
     """Switch these adapters on and all others off; or let each row of a batch use its own.
 
-    An adapter that was never given a name is "default".  Does not touch `requires_grad`; in a
-    compiled training step one that is off gets gradients of zero instead of none, so leave it out
-    of the optimiser or freeze it, if weight decay must not move it.  `rows`
-    has an entry for each row of the batches to come: a name, None for no adapter, or a list of
-    names that add up; it is for inference, and holds until `names` are given.  Called again with
-    as many rows it compiles nothing again, and takes over what was trained since.  Returns the
+    An adapter that was never given a name is "default".  `requires_grad` stays as it is.  In a
+    compiled training step an adapter that is off gets gradients of zero instead of none: freeze it
+    or leave it out of the optimiser, if weight decay must not move it.
+
+    `rows` has an entry for each row of the batches to come: a name, None for no adapter, or a list
+    of names that add up.  Rows are for inference, and hold until `names` are given.  Another call
+    with as many rows compiles nothing again, and takes over what was trained since.  Returns the
     names of the modules that are on.
 
     Raises:
-        ValueError: no such adapter, a merged model, neither or both of names and rows; for rows an
-            adapter with layers in which they cannot be told apart (experts, nn.MultiheadAttention,
+        ValueError: no such adapter, a merged model, neither or both of names and rows; with rows,
+            an adapter with layers that cannot tell them apart (experts, nn.MultiheadAttention,
             tables of positions).  Nothing has changed then.
     """
     if (names is None) == (rows is None):
@@ -89,12 +90,13 @@ def _layers(caller: str, model: nn.Module, name: str) -> dict[str, LoRALinear]:
 def replace_adapter(
     model: nn.Module, name: str, other: nn.Module | Factors, *, other_name: str = DEFAULT
 ) -> list[str]:
-    """Let the adapter `name` compute what another one does, in place; returns the modules.
+    """Let the adapter `name` compute what another one does, in place; returns its modules' names.
 
-    `other` is a model that has it, as `other_name` (the same architecture, loaded from a file for
-    example), or what `factors_of` returns.  A smaller rank is padded with zeros; layers that the
-    other one lacks add nothing.  Its scaling goes into B, so that nothing but the values of
-    parameters changes: optimisers keep their parameters and a compiled model stays compiled.
+    `other` is a model that has the other adapter, as `other_name` (the same architecture, loaded
+    from a file for example), or what `factors_of` returns.  A smaller rank is padded with zeros;
+    layers that the other adapter lacks add nothing.  The other's scaling goes into B, so that only
+    the values of parameters change: optimisers keep their parameters, and a compiled model stays
+    compiled.
 
     Raises:
         ValueError: no such adapter, a layer that `name` lacks, a rank above a layer's, other sizes,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from minipeft import ops
 from minipeft.adapters import products
-from minipeft.fast.gathered import check_numbers, one_expert
+from minipeft.fast.gathered import EXPERT, check_numbers, one_expert
 from minipeft.ops import Packed
 from minipeft.qlora import PackedModule, Quantized, Stored, decode, encoded, frozen
 
@@ -44,7 +44,7 @@ def experts(
     x: Tensor, expert: Tensor, weight: Packed, shape: list[int], transposed: bool
 ) -> Tensor:
     """Decode all experts, then multiply each one's rows."""
-    check_numbers("NF4Experts: expert {} of {}", expert, shape[0])
+    check_numbers(EXPERT, expert, shape[0])
     dense = decode(weight, shape, x.dtype)
     dense = dense if transposed else dense.mT
     out = x.new_empty(x.shape[0], dense.shape[-1])
@@ -108,7 +108,7 @@ class NF4Experts(PackedModule):
     ) -> Float[Tensor, "out_features in_features"]:
         number = int(expert)
         if not -self.n_experts <= number < self.n_experts:
-            raise IndexError(f"NF4Experts: expert {number} of {self.n_experts}")
+            raise IndexError(EXPERT.format(number, self.n_experts))
         weight = one_expert(self.state(), number % self.n_experts, self.n_experts)
         return decode(weight, self.shape[1:], self.weight_dtype)
 

@@ -12,6 +12,7 @@ from triton.runtime import interpreter
 
 import minipeft as mp
 from minipeft import ops
+from minipeft.fast.backend import tried_first
 from minipeft_kernels.triton import nf4
 from tests.kernels.conftest import round_to_bfloat16
 
@@ -93,7 +94,7 @@ def test_chosen_through_the_table_for_a_layer_and_its_backward():
         return y, grad
 
     expected = run()
-    with ops.tried_first(row):
+    with tried_first(row):
         assert mp.backend()["dequantize_nf4"] == "triton"
         for got, wanted in zip(run(), expected, strict=True):
             assert torch.equal(got, wanted)
