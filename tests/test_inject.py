@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
+from minipeft import LoRALinear
 
 
 class Block(nn.Module):
@@ -397,3 +398,99 @@ def test_all_linear_trains_as_many_parameters_as_peft(kind):
     assert set(names) == expected
     lora = sum(p.numel() for n, p in theirs.named_parameters() if "lora_" in n)
     assert mp.count_parameters(ours).trainable == lora
+
+
+def two_names() -> nn.Module:
+    """One layer under two names."""
+    model = nn.Module()
+    model.a = model.b = nn.Linear(4, 4)
+    return model
+
+
+def random_lora(model: nn.Module, target, rank: int = 2, **lora) -> nn.Module:
+    def init(layer):
+        nn.init.normal_(layer.lora_a)
+        nn.init.normal_(layer.lora_b)
+
+    mp.inject_lora(model, target, rank, init=init, **lora)
+    return model
+
+
+class Gated(nn.Linear):
+    """A linear layer that holds another."""
+
+    def __init__(self):
+        super().__init__(8, 8)
+        self.gate = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return super().forward(x) * self.gate(x).sigmoid()
+
+
+def test_wrappers_are_in_the_mode_of_what_they_wrap():
+    model = random_lora(nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), ["0"], dropout=0.5)
+    x = torch.randn(2, 8)
+    assert not model[0].training and torch.equal(model(x), model(x))
+    mp.merge(model)
+    model(x)
+    mp.remove(model)
+    mp.quantize_model(model)
+    assert not model[0].training
+
+
+def test_a_target_inside_another_is_refused_and_nothing_changes():
+    model = nn.Sequential(Gated(), nn.ReLU())
+    before = list(model.named_modules())
+    for change in (
+        lambda: mp.inject_lora(model, "all-linear", 2),
+        lambda: mp.quantize_model(model, also=(Gated,)),
+        lambda: mp.inject_qlora(model, "all-linear", 2, also=(Gated,)),
+    ):
+        with pytest.raises(ValueError, match=r"\['0\.gate'\] lie inside other targets"):
+            change()
+    assert list(model.named_modules()) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert mp.inject_lora(model, "all-linear", 2, exclude=["0.gate"]) == ["0"]
+
+
+def test_a_shared_layer_is_wrapped_under_all_its_names():
+    model = random_lora(two_names(), ["a"])
+    assert model.a is model.b
+    assert sorted(mp.base_state_dict(model)) == ["a.bias", "a.weight", "b.bias", "b.weight"]
+    x = torch.randn(1, 4)
+    before = model.b(x)
+    mp.remove(model, merge=True)
+    assert model.a is model.b
+    torch.testing.assert_close(model.b(x), before, rtol=1e-5, atol=1e-6)  # float32
+
+
+def test_the_head_of_a_model_inside_another():
+    class Language(nn.Module):
+        _keep_in_fp32_modules = ("norm",)
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.body, self.lm_head = (nn.Linear(64, 64) for _ in range(3))
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+    model = nn.ModuleDict({"language": Language(), "projector": nn.Linear(64, 64)})
+    assert mp.inject_qlora(model, "all-linear", 2) == [
+        "language.norm", "language.body", "projector"
+    ]  # fmt: skip
+    assert type(model["language"].lm_head) is nn.Linear
+    assert type(model["language"].norm.base) is nn.Linear
+
+
+def test_small_things():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    assert mp.inject_qlora(model, (name for name in ["0"]), 2) == ["0"]
+    with pytest.raises(ValueError, match="no regular expression"):
+        mp.inject_lora(model, ["1"], {"[": 2})
+    linear = nn.Linear(4, 4)
+    with pytest.raises(RuntimeError, match="never mind"):
+        LoRALinear(linear, 2, init=lambda layer: (_ for _ in ()).throw(RuntimeError("never mind")))
+    assert linear.weight.requires_grad
+    with pytest.raises(ValueError, match="itself"):
+        mp.save_peft(LoRALinear(linear, 2), "nowhere")

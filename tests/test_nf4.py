@@ -312,3 +312,19 @@ def test_other_widths_are_ascending_from_minus_one_to_one_and_hold_zero(bits):
     assert list(values) == sorted(values)
     assert (values[0], values[-1]) == (-1.0, 1.0)
     assert 0.0 in values
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_the_default_dtype_does_not_change_nf4(plain_python, dtype):
+    script = f"""
+import torch
+torch.set_default_dtype(torch.{dtype})
+import minipeft
+w = torch.randn(64, 256, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+packed, absmax = minipeft.quantize_nf4(w)
+decoded = minipeft.dequantize_nf4(packed, absmax, w.shape)
+code, scale, offset = minipeft.quantize_absmax(absmax)
+print(minipeft.NF4_CODEBOOK, packed.sum().item(), decoded.double().sum().item(),
+      code.sum().item(), scale.sum().item(), offset.item())
+"""
+    assert plain_python(script) == plain_python(script.replace(dtype, "float32"))

@@ -257,3 +257,35 @@ def test_bits_and_bytes_of_the_same_weight_decode_alike():
     layer = NF4Linear.from_linear(linear, double_quant=False)
     packed, state = peer.quantize_4bit(linear.weight.data, quant_type="nf4", blocksize=64)
     assert torch.equal(layer.weight, peer.dequantize_4bit(packed, state))
+
+
+def test_a_float32_island_stays_float32_under_autocast():
+    class Island(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+
+    layer, x = LoRALinear(Island(8, 8), 2), torch.randn(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), layer.base(x)) and layer(x).dtype == torch.float32
+        packed = NF4Linear.from_linear(nn.Linear(64, 8))
+        assert packed(torch.randn(2, 64, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_assigning_a_state_dict_to_a_layer_on_the_meta_device(double_quant):
+    layer = NF4Linear.from_linear(nn.Linear(64, 8), double_quant=double_quant)
+    other = NF4Linear(64, 8, double_quant=double_quant, device="meta")
+    assert other(torch.empty(2, 64, device="meta")).shape == (2, 8)
+    other.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(2, 64)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_type_casts_no_codes():
+    layer, x = NF4Linear.from_linear(nn.Linear(64, 8)), torch.randn(2, 64)
+    before = layer.dequantize(torch.float32)
+    layer.type(torch.float16)
+    assert layer.weight.dtype == torch.float16
+    assert torch.equal(layer.dequantize(torch.float32), before)
+    layer(x)

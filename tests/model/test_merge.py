@@ -1,10 +1,13 @@
 """Merging: exact where it can be, measured where it rounds, finished or not begun."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 import minipeft as mp
+from minipeft import NF4Linear
 from minipeft.io.files import read_tensors
 
 
@@ -243,3 +246,87 @@ def test_removing_a_prefix_by_merging_names_bake():
         for call in (lambda m: mp.remove(m, merge=True), mp.merge):
             with pytest.raises(ValueError, match=r"bake\(\)"):
                 call(model)
+
+
+def random_lora(model: nn.Module, target, rank: int = 2, **lora) -> nn.Module:
+    def init(layer):
+        nn.init.normal_(layer.lora_a)
+        nn.init.normal_(layer.lora_b)
+
+    mp.inject_lora(model, target, rank, init=init, **lora)
+    return model
+
+
+def test_threads_that_run_a_merged_model_leave_the_base_alone():
+    class Own(nn.Linear):  # a forward of its own: the weight is swapped in for the call
+        def forward(self, x):
+            return super().forward(x)
+
+    for kind in (nn.Linear, Own):
+        model = random_lora(nn.Sequential(kind(256, 256), nn.ReLU()), ["0"]).eval()
+        parameter, before = model[0].base.weight, model[0].base.weight.detach().clone()
+        mp.merge(model)
+        x = torch.randn(32, 256)
+
+        def work(model=model, x=x):
+            with torch.no_grad():
+                for _ in range(100):
+                    model(x)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        mp.unmerge(model)
+        mp.remove(model)
+        assert model[0].weight is parameter and torch.equal(parameter, before)
+
+
+def test_computed_weights_are_not_merged_or_quantised():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    random_lora(model, "0")
+    x = torch.randn(1, 8)
+    before = model(x)
+    for change in (
+        lambda: mp.merge(model), lambda: mp.remove(model, merge=True), lambda: model[0].merged()
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="computes its weight"):
+            change()
+    assert torch.equal(model(x), before)
+    mp.remove(model)
+    names = mp.quantize_model(model)
+    assert names == ["1"] and "computes its weight" in names.left_out["0"]
+    with pytest.raises(ValueError, match="computes its weight"):
+        NF4Linear.from_linear(model[0])
+
+
+def test_load_state_dict_of_torch_refuses_a_merged_layer():
+    model = random_lora(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), ["0"]).eval()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mp.merge(model)
+    with pytest.raises(RuntimeError, match="0 is merged"):
+        model.load_state_dict(state)
+    mp.unmerge(model)
+    model.load_state_dict(state)
+
+
+def test_merging_and_quantising_in_inference_mode():
+    model = random_lora(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), ["0"]).eval()
+    with torch.inference_mode():
+        mp.merge(model)
+        mp.quantize_model(model)
+    x = torch.randn(2, 64, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    assert not any(p.is_inference() for p in model.parameters())
+
+
+def test_requantising_a_model_in_float64():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    mp.inject_qlora(model, ["0", "1"], 2)
+    model[1].double()
+    with pytest.warns(UserWarning, match="moved them by"):
+        mp.remove(model, merge=True, requantize=True)
+    assert all(type(layer) is NF4Linear for layer in model)
+    assert model[1].weight.dtype == torch.float64

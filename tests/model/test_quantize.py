@@ -253,3 +253,13 @@ def test_offloaded_weights_are_refused_before_anything_changes():
     with pytest.raises(ValueError, match="offloaded by accelerate"):
         mp.inject_lora(model, ["0"], 2)
     assert type(model[0]) is nn.Linear
+
+
+def test_hooks_survive_quantisation():
+    model, calls = nn.Sequential(nn.Linear(64, 8)), []
+    handle = model[0].register_forward_hook(lambda *a: calls.append(1))
+    mp.quantize_model(model)
+    model(torch.randn(1, 64))
+    handle.remove()
+    model(torch.randn(1, 64))
+    assert calls == [1]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 import minipeft as mp
 
@@ -122,3 +123,14 @@ def test_an_error_after_the_last_step_puts_everything_back(what, kind, monkeypat
                 change()
         assert state(model) == before
         assert torch.equal(model(text).logits, expected)
+
+
+def test_save_pretrained_is_the_models_own_again_after_remove():
+    class Saves(nn.Sequential):
+        def save_pretrained(self, path, model_name=None):
+            return path, model_name
+
+    model = Saves(nn.Linear(8, 8))
+    mp.inject_lora(model, ["0"], 2)
+    mp.remove(model)
+    assert model.save_pretrained(path="here", model_name="x") == ("here", "x")

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import minipeft as mp
@@ -299,3 +300,57 @@ def test_what_peft_writes_loads_here(tmp_path, case, capsys):
     with capsys.disabled():
         print(f"\nwritten by PEFT, loaded here ({case}): outputs, gradients {largest:.1e}")
     assert largest <= 1e-6
+
+
+def write_adapter(folder, tensor=None, **fields):
+    """A valid adapter of one layer but for `fields` and `tensor`."""
+    name = "base_model.model.query_projection"
+    a = torch.randn(2, 8) if tensor is None else tensor
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": torch.zeros(8, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["query_projection"]} | fields
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank_pattern": {"(?i)foo": 4}}, "no regular expression"),
+        ({"rank_pattern": {"a{99999999999}": 4}}, "no regular expression"),
+        ({"target_modules": "(" * 3000 + ")" * 3000}, "no regular expression"),
+        ({"target_modules": r"((\w|\w)+)+X"}, "takes more than"),
+        ({"lora_alpha": 10**400}, "lora_alpha"), ({"r": 10**400}, "r is"),
+        ({"use_rslora": 1}, "use_rslora"), ({"layers_to_transform": 0}, "layers_to_transform"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_hostile_configurations(tmp_path, monkeypatch, fields, message):
+    from minipeft.io.peft import patterns
+
+    monkeypatch.setattr(patterns, "SECONDS", 2)
+    model = nn.ModuleDict({"query_projection": nn.Linear(8, 8)})
+    write_adapter(tmp_path, **fields)
+    with pytest.raises(ValueError, match=message):
+        mp.load_peft(model, tmp_path)
+    assert type(model["query_projection"]) is nn.Linear
+
+
+def test_adapters_in_eight_bits_are_refused(tmp_path):
+    write_adapter(tmp_path, torch.randn(2, 8).to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match="float8_e4m3fn"):
+        mp.load_peft(nn.ModuleDict({"query_projection": nn.Linear(8, 8)}), tmp_path)
+
+
+def test_models_without_values_are_refused(tmp_path):
+    with torch.device("meta"):
+        model = nn.ModuleDict({"query_projection": nn.Linear(8, 8)})
+    with pytest.raises(ValueError, match="meta device"):
+        mp.quantize_model(model)
+    write_adapter(tmp_path)
+    with pytest.raises(ValueError, match="meta device"):
+        mp.load_peft(model, tmp_path)
+    assert type(model["query_projection"]) is nn.Linear
+    mp.inject_lora(model, ["query_projection"], 2)
+    state = {n: torch.zeros_like(t, device="cpu") for n, t in mp.adapter_state_dict(model).items()}
+    with pytest.raises(ValueError, match="meta device"):
+        mp.load_adapter_state_dict(model, state)
