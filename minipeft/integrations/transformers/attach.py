@@ -14,6 +14,7 @@ from minipeft.inject import freeze, restoring, tell
 from minipeft.integrations.transformers import attention, positions, probe, proof
 from minipeft.integrations.transformers.prefixes import NAME, Prefix, check_key
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
+from minipeft.integrations.transformers.trial import as_before
 from minipeft.model.rows import refuse_rows
 from minipeft.model.train import train_modules
 
@@ -72,7 +73,7 @@ def attach(
         if prefix is None:
             _refuse_inner(caller, model)
             probe.own_configs(model, undo)
-            with probe.errors_of(caller):
+            with probe.errors_of(caller), as_before(model):
                 example = probe.checked_example(model, example)
                 reach = probe.study(model, locations, layers, example)
                 chosen, seen = _settled(model, reach, length, position, window)
@@ -80,11 +81,11 @@ def attach(
                 seen = window_if_sliding
             prefix = Prefix(model, reach, position=chosen, window=seen)
             undo.callback(prefix.hooks.remove)
-            with probe.errors_of(caller):
+            with probe.errors_of(caller), as_before(model):
                 doubts = proof.prove(model, prefix, example)
         encoder = make(prefix)
         if isinstance(encoder, RunPrompt):
-            with probe.errors_of(caller):
+            with probe.errors_of(caller), as_before(model):
                 proof.prove_prompt(model, prefix)
         with probe.errors_of(caller):
             encoder.to(positions.input_device(model)).train(model.training)
@@ -111,6 +112,7 @@ def attach(
         if prefix.route == "attention":
             prefix.hooks.name_attention()
         undo.pop_all()
+        prefix.doubts += [doubt for doubt in doubts if doubt not in prefix.doubts]
     proof.warn(caller, model, doubts)
     return prefix
 

@@ -132,7 +132,7 @@ class _Before:
         if not prefix.is_on():
             return None
         given = Arguments(hooks.names[self.index], args, kwargs)
-        if hasattr(given["past_key_values"], attention.PLAIN):
+        if any(hasattr(given[n], attention.PLAIN) for n in ("past_key_values", "attention_mask")):
             return None
         pad = positions.padding_id(holder)
         positions.check_mask(given)
@@ -149,9 +149,8 @@ class _Before:
         if hooks.rule is not None and takes_numbers:
             counted = prefix.shift(batch)
             shift = counted if prefix.position == "shift" else 0
-            if hooks.route == "cache" or prefix.position == "shift" or prefix.causal:
-                unpadded = counted if prefix.causal else 0
-                positions.renumber(given, hooks.rule, pad, shift, unpadded)
+            if hooks.route == "cache" or prefix.position == "shift" or hooks.rule == "counted":
+                positions.renumber(given, hooks.rule, pad, shift, counted)
         prefix.before_forward(holder, given)
         positions.check_table(given, hooks.rule, pad, hooks.rows[self.index], prefix.position)
         if hooks.route == "attention":

@@ -1,5 +1,6 @@
 """Prefix: the prefixes of one model, which of them are on, and for which rows of a batch."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,10 @@ from minipeft.model.rows import refuse_rows
 from minipeft.prefix import KVShape, PrefixEncoder
 
 NAME = "minipeft_prefix"  # of the submodule in the model
+
+
+class NotProvedWarning(UserWarning):
+    """A prefix was attached without proof that the model sees it as it should."""
 
 
 def check_key(caller: str, name: str) -> None:
@@ -45,6 +50,7 @@ class Prefix(nn.Module):
         self.position, self.window, self.route = position, window, reach.route
         self.kv_shapes: list[KVShape] = reach.shapes
         self.locations = reach.locations
+        self.doubts: list[str] = []  # what could not be proved of the model (proof.py)
         self.layers = reach.chosen  # the numbers of the model's layers; None: all that there are
         self.causal, self.has_windows = reach.causal, reach.has_windows
         self.served: tuple[str, ...] | None = None  # the names in rows; None: no rows were given
@@ -212,6 +218,8 @@ class Prefix(nn.Module):
             ValueError: another number of tokens, or an encoder with an MLP.
         """
         encoder = self._table_of("load_tokens", name)
+        for doubt in self.doubts:
+            warnings.warn(f"load_tokens: {doubt}", NotProvedWarning, stacklevel=2)
         refuse_rows("load_tokens", self.model)
         expected = (1, encoder.prefix_length)
         for what, ids in {"input_ids": input_ids, **inputs}.items():

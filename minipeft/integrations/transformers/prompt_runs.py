@@ -142,8 +142,6 @@ def run_prompt(holder: Any, rows: Tensor, modules: list[nn.Module]) -> Pairs:
 
     table = holder.get_input_embeddings().weight
     dtype = table.dtype if table.is_floating_point() else next(holder.parameters()).dtype
-    cache: Any = DynamicCache()  # without a config: no layer of it forgets
-    cache.__dict__[PLAIN] = True
     given: dict[str, Any] = {"inputs_embeds": rows[None].to(table.device, dtype)}
     if "position_ids" in names_of(holder):
         given["position_ids"] = torch.arange(len(rows), device=table.device)[None]
@@ -152,14 +150,15 @@ def run_prompt(holder: Any, rows: Tensor, modules: list[nn.Module]) -> Pairs:
         mask = torch.zeros_like(ahead, dtype=dtype).masked_fill(ahead, torch.finfo(dtype).min)
         given["attention_mask"] = mask = mask[None, None]
         setattr(mask, PLAIN, True)
-    given |= {"past_key_values": cache, "use_cache": True}
     if modules and not torch.compiler.is_compiling():
         with _as_plain_run(holder), attention.recording(graph=True) as calls:
-            holder(**given)
+            holder(**given, use_cache=False)
         seen = {call.module: (call.k[0], call.v[0]) for call in calls}
         return [seen[module] for module in modules]
+    cache: Any = DynamicCache()  # without a config: no layer of it forgets
+    cache.__dict__[PLAIN] = True
     with _as_plain_run(holder):  # tracing cannot record
-        holder(**given)
+        holder(**given, past_key_values=cache, use_cache=True)
     pairs = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
     if modules and len(pairs) != len(modules):
         raise ValueError(

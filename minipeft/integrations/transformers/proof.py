@@ -1,8 +1,8 @@
 """Three questions that a model answers before it keeps a prefix, on a few tokens.
 
 1. Does a prefix count as what it is?  The keys and values of a text's first tokens, put back as a
-   prefix, must give the rest of that text.  Not asked where the position is "none": such a prefix
-   stands nowhere.
+   prefix, must give the rest of that text.  Not asked where the position is "none", since such a
+   prefix stands nowhere, nor where only some layers have a prefix.
 2. Does padding stay outside?  A padded text must give what the unpadded one gives, as nearly as it
    does in the model without a prefix.
 3. Does each layer see its prefix?  A layer's own prefix alone must change what that layer's
@@ -24,33 +24,28 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.integrations.transformers import positions, probe
-from minipeft.integrations.transformers.prefixes import Prefix
+from minipeft.integrations.transformers.prefixes import NotProvedWarning, Prefix
 from minipeft.integrations.transformers.prompt_runs import run_prompt
 from minipeft.integrations.transformers.seen import blind_layers, windows
 from minipeft.integrations.transformers.texts import PAD, PREFIX, TEXT, invent, padded
-from minipeft.integrations.transformers.trial import Trial, as_before, difference, pairs_of
-
-
-class NotProvedWarning(UserWarning):
-    """A prefix was attached without proof that the model sees it as it should."""
+from minipeft.integrations.transformers.trial import Trial, difference, pairs_of
 
 
 def prove(model: nn.Module, prefix: Prefix, example: dict[str, Any] | None) -> list[str]:
     """Ask the questions; returns what could not be proved, a sentence each.
 
-    The prefix has no encoder yet.  Parameters, buffers and random state are as before.
+    The prefix has no encoder yet.
 
     Raises:
         ValueError: an answer is no; it says which, and gives the difference and the effect.
     """
-    with as_before(model):
-        try:
-            trial = Trial(model, prefix, example)
-            doubts = [*_ask_tokens(trial), *_ask_padding(trial)]
-            if prefix.window == "always":
-                doubts += _ask_layers(trial)
-        finally:
-            prefix.encoders.clear()
+    try:
+        trial = Trial(model, prefix, example)
+        doubts = [*_ask_tokens(trial), *_ask_padding(trial)]
+        if prefix.window == "always":
+            doubts += _ask_layers(trial)
+    finally:
+        prefix.encoders.clear()
     return doubts
 
 
@@ -64,19 +59,18 @@ def prove_prompt(model: nn.Module, prefix: Prefix) -> None:
     table: Any = model.get_input_embeddings()  # type: ignore[operator]
     inputs = invent(model, PREFIX)
     on = [encoder for encoder in prefix.encoders.values() if encoder.enabled]
-    with as_before(model):
-        prefix.enabled = False
-        try:
-            wanted = pairs_of(prefix, probe.look(model, **inputs))
-            if prefix.route == "attention":
-                prefix.hooks.name_attention()
-            with positions.quietly(model):
-                found = run_prompt(holder, table(inputs["input_ids"])[0], prefix.hooks.modules)
-        except Exception as error:
-            raise ValueError(f"{name} cannot run a prompt: {error}") from error
-        finally:
-            for encoder in on:
-                encoder.enabled = True
+    prefix.enabled = False
+    try:
+        wanted = pairs_of(prefix, probe.look(model, **inputs))
+        if prefix.route == "attention":
+            prefix.hooks.name_attention()
+        with positions.quietly(model):
+            found = run_prompt(holder, table(inputs["input_ids"])[0], prefix.hooks.modules)
+    except Exception as error:
+        raise ValueError(f"{name} cannot run a prompt: {error}") from error
+    finally:
+        for encoder in on:
+            encoder.enabled = True
     for layer, (pair, own) in enumerate(zip(found, wanted, strict=True)):
         for one, other in zip(pair, own, strict=True):
             off = difference(one, other[0])
@@ -106,7 +100,10 @@ def _ask_tokens(trial: Trial) -> Iterator[str]:
             "prefix of real tokens is not these tokens"
         )
         return
-    short = [window for window in windows(trial.model) if window < PREFIX + TEXT]
+    if trial.prefix.layers is not None:  # the other layers would see less than the text
+        return
+    # a window of w tokens may reach w / 2 to either side
+    short = [window for window in windows(trial.model) if window < 2 * (PREFIX + TEXT)]
     with _seen_as_tokens(trial.prefix, bool(short)) as can_ask:
         if not can_ask:
             yield f"its window of {min(short)} tokens is shorter than the trial"
@@ -120,8 +117,14 @@ def _ask_tokens(trial: Trial) -> Iterator[str]:
 
 
 def _ask_padding(trial: Trial) -> Iterator[str]:
-    """The second question."""
-    left, length = trial.prefix.causal, trial.without.shape[1]
+    """The second question: padding on the left, and on the right where text looks ahead."""
+    with_prefix = trial.louder()
+    for left in (True,) if trial.prefix.causal else (True, False):
+        yield from _ask_padding_on(trial, with_prefix, left=left)
+
+
+def _ask_padding_on(trial: Trial, with_prefix: Tensor, *, left: bool) -> Iterator[str]:
+    length = trial.without.shape[1]
     longer = padded(trial.model, trial.rest, left=left)
     if longer is None:
         return
@@ -137,14 +140,14 @@ def _ask_padding(trial: Trial) -> Iterator[str]:
             return states
         return states[:, PAD:] if left else states[:, :-PAD]
 
-    error = difference(of_text(found), trial.with_prefix)
+    error = difference(of_text(found), with_prefix)
     if error <= trial.rounding and not _in_step():
         return
     own = difference(of_text(trial.run(longer, on=False)), trial.without)
     if error > 2 * own:
         yield from _judge(
             trial, "a padded text must give what it gives unpadded, as nearly as without a prefix "
-            f"(there {own:.1e} off)", error, trial.effect,
+            f"(there {own:.1e} off)", error, difference(with_prefix, trial.without),
         )  # fmt: skip
 
 
@@ -182,7 +185,7 @@ def _judge(trial: Trial, question: str, error: float, effect: float) -> Iterator
 def _seen_as_tokens(prefix: Prefix, windowed: bool) -> Iterator[bool]:
     """The prefix as if it were tokens, where windows are shorter than the trial; else as it is."""
     kept = prefix.window
-    if windowed and prefix.has_windows:
+    if windowed and prefix.has_windows and prefix.causal:
         prefix.window = "like_token"
     try:
         yield not windowed or prefix.window == "like_token"

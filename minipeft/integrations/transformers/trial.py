@@ -50,7 +50,6 @@ class Trial:
         prefix.encoders[NAME] = self.encoder
         self.with_prefix = self.run(self.rest, on=True)
         self.without = self.run(self.rest, on=False)
-        self.effect = difference(self.with_prefix, self.without)
         eps = torch.finfo(self.without.dtype).eps
         self.rounding = 32 * eps * float(self.without.abs().max())
         self._noise: float | None = None
@@ -61,6 +60,13 @@ class Trial:
         with self._states() as found:
             output = positions.run(self.model, **inputs)
         return found[-1] if found else _first(output)
+
+    def louder(self) -> Tensor:
+        """Make the prefix four times as large, so that it is not lost among a text's own noise."""
+        with torch.no_grad():
+            for table in self.encoder.tables:
+                table.mul_(4)
+        return self.run(self.rest, on=True)
 
     def runs(self, inputs: dict[str, Any]) -> bool:
         """Whether the model runs on these inputs without a prefix."""

@@ -1,0 +1,83 @@
+"""A small random model of any transformers class, by making its configuration small.
+
+Every size that a configuration names is set by its name, and everything else stays at the class's
+default.  So a class is one line here, where tests/prefix_families.py spells out each of its sizes.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+VOCABULARY, WINDOW = 97, 8
+NAMED = {
+    32: "hidden_size d_model n_embd dim emb_dim embed_dim embedding_size word_embed_proj_dim",
+    48: "intermediate_size ffn_dim d_ff n_inner hidden_dim encoder_ffn_dim decoder_ffn_dim",
+    3: "num_hidden_layers n_layer n_layers",
+    2: "encoder_layers decoder_layers num_decoder_layers num_layers num_key_value_heads "
+    "num_experts_per_tok type_vocab_size",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads num_experts "
+    "decoder_attention_heads rotary_dim num_local_experts n_routed_experts",
+    8: "head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim num_mel_bins",
+    16: "q_lora_rank kv_lora_rank max_source_positions",
+    24: "moe_intermediate_size shared_expert_intermediate_size",
+    1: "n_group topk_group first_k_dense_replace n_shared_experts",
+    128: "max_position_embeddings n_positions n_ctx max_sequence_length max_target_positions",
+    VOCABULARY: "vocab_size",
+}  # fmt: skip
+SMALL: dict[str, Any] = {name: size for size, names in NAMED.items() for name in names.split()}
+SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+SMALL |= {"image_size": 32, "patch_size": 8}
+SMALL |= {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
+
+
+def small_config(config: str, **settings: Any) -> Any:
+    """A small configuration of this class."""
+    import transformers
+
+    kind = getattr(transformers, config)
+    usual = kind()
+    takes = {*usual.to_dict(), *inspect.signature(kind.__init__).parameters}
+    sizes = {name: size for name, size in SMALL.items() if name in takes}
+    sizes |= {n: WINDOW for n in WINDOWS if n in takes and type(getattr(usual, n, None)) is int}
+    if "qk_rope_head_dim" in takes:  # the size of a head is a sum of two
+        sizes.pop("head_dim", None)
+    kinds = list(dict.fromkeys(getattr(usual, "layer_types", None) or ()))
+    if kinds and {"layer_types", "num_hidden_layers"} <= takes:
+        layers = sizes["num_hidden_layers"] = max(sizes["num_hidden_layers"], len(kinds))
+        sizes["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
+    return kind(**sizes | settings)
+
+
+def build(config: str, model: str, **settings: Any) -> nn.Module:
+    """A model whose outputs depend on everything: initial weights, and noise over them."""
+    import transformers
+
+    torch.manual_seed(0)
+    built: nn.Module = getattr(transformers, model)(small_config(config, **settings))
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.02))
+    return built.eval()
+
+
+def image() -> dict[str, Tensor]:
+    """Two images."""
+    draw = torch.Generator().manual_seed(2)
+    return {"pixel_values": torch.randn(2, 3, 32, 32, generator=draw)}
+
+
+def mel() -> dict[str, Tensor]:
+    """Two spectra, and ids of a decoder."""
+    draw = torch.Generator().manual_seed(2)
+    return {
+        "input_features": torch.randn(2, 8, 32, generator=draw),
+        "decoder_input_ids": torch.randint(3, VOCABULARY, (2, 5), generator=draw),
+    }
+
+
+def wave() -> dict[str, Tensor]:
+    """Two sounds."""
+    return {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(2))}
