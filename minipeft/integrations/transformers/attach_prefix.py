@@ -54,7 +54,12 @@ def attach_prefix(
     prefix shifts no token: it starts as if there were no prefix.  `window` "always": layers with a
     sliding window see the prefix from everywhere; "like_token": as if it were tokens.  `locations`
     chooses among an encoder-decoder's "encoder", "decoder" and "cross" (attention of the decoder to
-    the encoder's output); all of them unless given.
+    the encoder's output); all of them unless given.  `layers` chooses layers by the numbers that
+    the model gives them; a model of which only some layers have attention (hybrids) needs it.
+
+    Before the prefix stays, the model is tried on a few tokens (proof.py).  `example` is what such
+    a trial cannot make up, as the keyword arguments of one forward: images, sounds, ids with
+    special tokens, a longer text.
 
     A second prefix needs a `name`, and follows the first in position, window and locations;
     use_adapters chooses between them.  A new head for a task (score, classifier, qa_outputs) trains
@@ -65,12 +70,14 @@ def attach_prefix(
     A PrefixEncoder in the place of `prefix_length` is attached itself: it needs the model's layers
     (`Prefix.kv_shapes`), and brings its own length and settings.
 
-    Warns if an MLP (`hidden`) has more than a tenth of the base's parameters.
+    Warns if an MLP (`hidden`) has more than a tenth of the base's parameters, and of what could not
+    be proved (`NotProvedWarning`).
 
     Raises:
         TypeError: not a transformers model.
         ValueError: a model whose attention cannot be reached in every layer (the message says what
-            was tried), another attention implementation, a name that is taken, a length below 1 or
+            was tried), or that fails a trial (with the difference and the effect), or that needs an
+            example; an example that does not fit; another attention implementation, a name that is taken, a length below 1 or
             beyond the position table, a position or window that the model cannot have.  The model
             is then as it was.
     """
