@@ -1,0 +1,216 @@
+"""Names of tensors in checkpoint files, and the names that the model has for them.
+
+transformers renames tensors while it loads a checkpoint, and joins or splits some: one tensor for
+each expert becomes one for all.  What it does is in its own tables (`conversion_mapping`), which
+are asked here for the model at hand.  A model that is none of transformers' has one name for both.
+
+    found = read_names(model, own, keys)      what becomes of a file's tensors
+    found.names                               {name in the file: name in the model}
+    found.joined                              tensors of the model that are made of several, or one
+    write_names(model, own)                   {name in the model: name in the file}
+"""
+
+import re
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class Joined(NamedTuple):
+    """Tensors of the model that transformers computes from one or more tensors of the file."""
+
+    first: str  # the model's name for the first of them
+    sources: dict[str, list[str]]  # transformers' pattern: names in the file, in their order
+    converter: Any  # transformers' WeightConverter, never changed
+    model: Any
+
+    @property
+    def keys(self) -> list[str]:
+        """The names in the file."""
+        return [key for keys in self.sources.values() for key in keys]
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Move the values of the file's tensors into the model's, as transformers does.
+
+        Works on any dtype and on the meta device: values are moved, and none is computed.
+
+        Raises:
+            ValueError: transformers cannot: tensors are missing, or have other shapes.
+        """
+        converter = deepcopy(self.converter)
+        for pattern, keys in self.sources.items():
+            for key in keys:
+                converter.add_tensor(self.first, key, pattern, tensors[key])
+        try:
+            made = converter.convert(self.first, model=self.model, config=self.model.config)
+        except Exception as error:  # whatever the operations of transformers meet
+            counts = {pattern: len(keys) for pattern, keys in self.sources.items()}
+            raise ValueError(
+                f"{self.first}: transformers cannot make it of {self.keys[0]} and the like "
+                f"({counts}): {error}; is a tensor missing?"
+            ) from error
+        return {n: v[0] if isinstance(v, list) else v for n, v in made.items()}
+
+
+class Reading(NamedTuple):
+    """What becomes of a file's tensors."""
+
+    names: dict[str, str]  # name in the file: name in the model
+    joined: list[Joined]
+    ignored: dict[str, str]  # name in the file: why the model can do without it
+    unknown: dict[str, str]  # name in the file: the name looked for, which the model lacks
+
+
+def _is_transformers_own(model: nn.Module) -> bool:
+    """Whether the model is one of transformers' classes, asked without importing transformers."""
+    modeling: Any = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def read_names(model: nn.Module, own: Collection[str], keys: Iterable[str]) -> Reading:
+    """What becomes of the tensors called `keys`; `own` are the names of the model's own tensors.
+
+    Raises:
+        ValueError: two tensors of the file would become the same one of the model.
+    """
+    if not _is_transformers_own(model):
+        names = {key: key for key in keys if key in own}
+        return Reading(names, [], {}, {key: key for key in keys if key not in own})
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
+
+    renamings, converters, patterns = [], [], {}
+    for transform in _transforms(model):
+        if isinstance(transform, WeightRenaming):
+            renamings.append(transform)
+        elif isinstance(transform, WeightConverter):
+            converters.append(transform)
+            patterns |= dict.fromkeys(transform.source_patterns, transform)
+    found = Reading({}, [], {}, {})
+    groups: dict[str, dict[str, list[str]]] = {}
+    for key in sorted(keys, key=dot_natural_key):  # experts in the order of their numbers
+        name, pattern = _renamed(model, own, key, renamings, converters)
+        if name not in own:
+            found.unknown[key] = name
+        elif pattern is None:
+            found.names[key] = name
+        else:
+            groups.setdefault(name, {}).setdefault(pattern, []).append(key)
+    for name, sources in groups.items():
+        converter = patterns[next(iter(sources))]
+        found.joined.append(Joined(name, sources, converter, model))
+    _refuse_two_for_one(found)
+    for key, reason in _ignorable(model, own, found.unknown).items():
+        found.ignored[key] = reason
+        del found.unknown[key]
+    return found
+
+
+def _transforms(model: Any, *, legacy: bool = True) -> list[Any]:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return list(get_model_conversion_mapping(model, add_legacy=legacy))
+
+
+def _renamed(
+    model: Any, own: Collection[str], key: str, renamings: list[Any], converters: list[Any]
+) -> tuple[str, str | None]:
+    """The model's name for a key, and the pattern of the converter that takes it, if one does."""
+    from transformers.core_model_loading import rename_source_key
+
+    names = own if isinstance(own, dict) else dict.fromkeys(own, True)
+    found: tuple[str, str | None] = rename_source_key(
+        key, renamings, converters, model.base_model_prefix, names
+    )
+    # transformers' rule: a name that the model has is taken as it is where the tables lead nowhere
+    return (key, None) if found[0] not in own and key in own else found
+
+
+def _refuse_two_for_one(found: Reading) -> None:
+    taken: dict[str, str] = {}
+    pairs = [*found.names.items(), *((join.keys[0], join.first) for join in found.joined)]
+    for key, name in pairs:
+        if name in taken:
+            raise ValueError(
+                f"{taken[name]} and {key} are both {name} in the model; name the one that is not "
+                "wanted in ignore="
+            )
+        taken[name] = key
+
+
+def _ignorable(
+    model: Any, own: Collection[str], unknown: Mapping[str, str]
+) -> dict[str, str]:
+    """Tensors of the file that the model can do without, and why."""
+    declared = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    computed = {name for name, _ in model.named_buffers() if name not in own}
+    # layers of older versions had a copy each of what the model now computes once
+    declared += [
+        rf"(^|\.){re.escape(end)}$" for end in ("rotary_emb.inv_freq", "position_ids")
+        if any(name.endswith(end) for name, _ in model.named_buffers())
+    ]  # fmt: skip
+    expression = re.compile("|".join(f"({pattern})" for pattern in declared)) if declared else None
+    reasons = {}
+    for key, name in unknown.items():
+        if name in computed:
+            reasons[key] = "a buffer that the model computes"
+        elif expression is not None and expression.search(name):
+            reasons[key] = f"{type(model).__name__} declares it ignorable"
+    return reasons
+
+
+def write_names(model: nn.Module, own: Collection[str]) -> dict[str, str]:
+    """The names in a file for the model's own tensors: those that transformers would write.
+
+    A tensor that transformers would split or join keeps the model's name, which transformers and
+    minipeft read as well.  Each name is proved: read again, it is the tensor that it stands for.
+
+    Raises:
+        ValueError: no name for a tensor leads back to it.
+    """
+    plain = {name: name for name in own}
+    if not _is_transformers_own(model):
+        return plain
+    failed = ""
+    for candidates in (_reverted(model, own), plain):
+        names = dict(candidates)
+        for _ in range(2):  # the second time with the model's own names where the first failed
+            try:
+                found = read_names(model, own, names.values())
+            except ValueError as error:
+                failed = str(error)
+                break
+            wrong = [name for name, key in names.items() if found.names.get(key) != name]
+            if not wrong:
+                return names
+            failed = f"{wrong[0]} would be read as {found.names.get(names[wrong[0]])}"
+            names |= {name: name for name in wrong}
+    raise ValueError(
+        f"{type(model).__name__}: transformers' table of names cannot be inverted ({failed}); "
+        "save the state dict instead"
+    )
+
+
+def _reverted(model: Any, own: Collection[str]) -> dict[str, str]:
+    """The names that transformers' tables, read backwards, give; not proved."""
+    from transformers.core_model_loading import PrefixChange, WeightConverter
+
+    names = {name: name for name in own}
+    try:
+        backwards = [transform.reverse_transform()
+                     for transform in reversed(_transforms(model, legacy=False))
+                     if not isinstance(transform, PrefixChange)]  # fmt: skip
+    except Exception:  # a table with no way back; the model's own names are tried next
+        return names
+    for name in own:
+        key, joined = name, False
+        for transform in backwards:
+            if isinstance(transform, WeightConverter):
+                joined = joined or transform.rename_source_key(name)[1] is not None
+        for transform in [] if joined else backwards:
+            if not isinstance(transform, WeightConverter):
+                key = transform.rename_source_key(key)[0]
+        names[name] = key
+    return names
