@@ -299,7 +299,7 @@ def build(family: str, *, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         seen: set[int] = set()
         for parameter in model.parameters():
-            if id(parameter) not in seen and parameter.is_floating_point():
+            if id(parameter) not in seen and parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
             seen.add(id(parameter))
     return eager(model)

@@ -214,3 +214,12 @@ def _reverted(model: Any, own: Collection[str]) -> dict[str, str]:
                 key = transform.rename_source_key(key)[0]
         names[name] = key
     return names
+
+
+def may_lack(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the model's tensors that its class says a file may lack: it can compute them."""
+    declared = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    if not declared or not _is_transformers_own(model):
+        return []
+    expression = re.compile("|".join(f"({pattern})" for pattern in declared))
+    return [name for name in names if expression.search(name)]

@@ -3,6 +3,7 @@
 A 4-bit weight is several tensors of the file: bitsandbytes' (weight.py), or MXFP4's (mxfp4.py).
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -40,7 +41,13 @@ class Contents:
         if key in self.mxfp4:
             return mxfp4.shape_of(key, self.reader.specs)
         name = next(own for own in self.coded_keys[key] if weight_of(own) == key)
-        return settings_of(key, name, self.reader.read(name))[0].shape
+        settings, _ = settings_of(key, name, self.reader.read(name))
+        kind, stored = self.reader.specs.get(key, (torch.uint8, (0,)))
+        if kind.itemsize * math.prod(stored) != math.ceil(math.prod(settings.shape) / 2):
+            raise ValueError(
+                f"{self.file(key)}: {key}: {stored} of {kind} for a weight {settings.shape}"
+            )
+        return settings.shape
 
     def coded(self, key: str) -> Coded:
         """Codes and scales of a 4-bit weight, as `fill` takes them.
