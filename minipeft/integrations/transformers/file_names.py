@@ -7,7 +7,7 @@ are asked here for the model at hand.  A model that is none of transformers' has
     found = read_names(model, own, keys)      what becomes of a file's tensors
     found.names                               {name in the file: name in the model}
     found.joined                              tensors of the model that are made of several, or one
-    write_names(model, own)                   {name in the model: name in the file}
+    write_names(model, own, names)            {name in the model: name in the file}
 """
 
 import re
@@ -161,8 +161,10 @@ def _ignorable(
     return reasons
 
 
-def write_names(model: nn.Module, own: Collection[str]) -> dict[str, str]:
-    """The names in a file for the model's own tensors: those that transformers would write.
+def write_names(
+    model: nn.Module, own: Collection[str], names: Iterable[str]
+) -> dict[str, str]:
+    """The names in a file for `names`, some of the model's own: those that transformers writes.
 
     A tensor that transformers would split or join keeps the model's name, which transformers and
     minipeft read as well.  Each name is proved: read again, it is the tensor that it stands for.
@@ -170,50 +172,48 @@ def write_names(model: nn.Module, own: Collection[str]) -> dict[str, str]:
     Raises:
         ValueError: no name for a tensor leads back to it.
     """
-    plain = {name: name for name in own}
+    plain = {name: name for name in names}
     if not _is_transformers_own(model):
         return plain
     failed = ""
-    for candidates in (_reverted(model, own), plain):
-        names = dict(candidates)
+    for candidates in (_reverted(model, plain), plain):
+        keys = dict(candidates)
         for _ in range(2):  # the second time with the model's own names where the first failed
             try:
-                found = read_names(model, own, names.values())
+                found = read_names(model, own, keys.values())
             except ValueError as error:
                 failed = str(error)
                 break
-            wrong = [name for name, key in names.items() if found.names.get(key) != name]
+            wrong = [name for name, key in keys.items() if found.names.get(key) != name]
             if not wrong:
-                return names
-            failed = f"{wrong[0]} would be read as {found.names.get(names[wrong[0]])}"
-            names |= {name: name for name in wrong}
+                return keys
+            failed = f"{wrong[0]} would be read as {found.names.get(keys[wrong[0]])}"
+            keys |= {name: name for name in wrong}
     raise ValueError(
         f"{type(model).__name__}: transformers' table of names cannot be inverted ({failed}); "
         "save the state dict instead"
     )
 
 
-def _reverted(model: Any, own: Collection[str]) -> dict[str, str]:
+def _reverted(model: Any, names: Iterable[str]) -> dict[str, str]:
     """The names that transformers' tables, read backwards, give; not proved."""
     from transformers.core_model_loading import PrefixChange, WeightConverter
 
-    names = {name: name for name in own}
+    keys = {name: name for name in names}
     try:
         backwards = [transform.reverse_transform()
                      for transform in reversed(_transforms(model, legacy=False))
                      if not isinstance(transform, PrefixChange)]  # fmt: skip
     except Exception:  # a table with no way back; the model's own names are tried next
-        return names
-    for name in own:
-        key, joined = name, False
-        for transform in backwards:
-            if isinstance(transform, WeightConverter):
-                joined = joined or transform.rename_source_key(name)[1] is not None
-        for transform in [] if joined else backwards:
-            if not isinstance(transform, WeightConverter):
-                key = transform.rename_source_key(key)[0]
-        names[name] = key
-    return names
+        return keys
+    converters = [t for t in backwards if isinstance(t, WeightConverter)]
+    renamings = [t for t in backwards if not isinstance(t, WeightConverter)]
+    for name in keys:
+        if any(converter.rename_source_key(name)[1] is not None for converter in converters):
+            continue
+        for renaming in renamings:
+            keys[name] = renaming.rename_source_key(keys[name])[0]
+    return keys
 
 
 def may_lack(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -42,7 +42,7 @@ def planned(path: Path, model: nn.Module, contents: Contents, ignore: Ignore) ->
             name; a place that takes no codes; another shape; `ignore` fits no key.
     """
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    ignored = _unwanted(contents.keys, ignore)
+    ignored = unwanted(contents.keys, ignore)
     try:
         found = read_names(model, own, [key for key in contents.keys if key not in ignored])
     except ValueError as error:
@@ -90,7 +90,7 @@ def planned(path: Path, model: nn.Module, contents: Contents, ignore: Ignore) ->
     return Plan(own, names, found.joined, places, computed, {**ignored, **found.ignored})
 
 
-def _unwanted(keys: Iterable[str], ignore: Ignore) -> dict[str, str]:
+def unwanted(keys: Iterable[str], ignore: Ignore) -> dict[str, str]:
     """The keys that the caller does not want: an expression, or names and beginnings of names."""
     keys = list(keys)
     if isinstance(ignore, str):
