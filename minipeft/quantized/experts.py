@@ -119,7 +119,7 @@ class NF4Experts(PackedModule):
             raise IndexError(f"NF4Experts: expert {number} of {self.n_experts}")
         weight = one_expert(self.state(), number % self.n_experts, self.n_experts)
         dense = decode(weight, self.coded_shape[1:], self.weight_dtype)
-        return dense.T if self.turned else dense
+        return dense.T.contiguous() if self.turned else dense  # rows as the parameter has them
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "*shape"]:
         """The dense weight as the model has it, in `dtype` or the dtype that it had."""

@@ -14,12 +14,14 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 
-class Joined(NamedTuple):
+@dataclass(frozen=True)
+class Joined:
     """Tensors of the model that transformers computes from one or more tensors of the file."""
 
     first: str  # the model's name for the first of them
@@ -81,7 +83,9 @@ def read_names(model: nn.Module, own: Collection[str], keys: Iterable[str]) -> R
         return Reading(names, [], {}, {key: key for key in keys if key not in own})
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
-    renamings, converters, patterns = [], [], {}
+    renamings: list[Any] = []
+    converters: list[Any] = []
+    patterns: dict[str, Any] = {}
     for transform in _transforms(model):
         if isinstance(transform, WeightRenaming):
             renamings.append(transform)
@@ -140,9 +144,7 @@ def _refuse_two_for_one(found: Reading) -> None:
         taken[name] = key
 
 
-def _ignorable(
-    model: Any, own: Collection[str], unknown: Mapping[str, str]
-) -> dict[str, str]:
+def _ignorable(model: Any, own: Collection[str], unknown: Mapping[str, str]) -> dict[str, str]:
     """Tensors of the file that the model can do without, and why."""
     declared = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     computed = {name for name, _ in model.named_buffers() if name not in own}
@@ -161,9 +163,7 @@ def _ignorable(
     return reasons
 
 
-def write_names(
-    model: nn.Module, own: Collection[str], names: Iterable[str]
-) -> dict[str, str]:
+def write_names(model: nn.Module, own: Collection[str], names: Iterable[str]) -> dict[str, str]:
     """The names in a file for `names`, some of the model's own: those that transformers writes.
 
     A tensor that transformers would split or join keeps the model's name, which transformers and

@@ -51,9 +51,9 @@ def _computed(
                     places[own][own] = meta  # type: ignore[assignment]
         for own in metas:
             first, second = (values[own] for values in filled)
-            if own not in found and first is not None and second is not None:
-                if torch.equal(first, second):
-                    found[own] = first.detach()
+            there = own not in found and first is not None and second is not None
+            if there and torch.equal(first, second):  # type: ignore[arg-type]
+                found[own] = first.detach()  # type: ignore[union-attr]
         if len(found) == len(metas):
             break
     return found

@@ -68,7 +68,7 @@ def check_four_bits(path: Path, config: Mapping[str, object]) -> None:
 
 
 def dtype_of(config: Mapping[str, object]) -> torch.dtype:
-    """The dtype of dense weights that config.json names; bfloat16, MXFP4's own, if it names none."""
+    """The dtype of weights that config.json names; if it names none bfloat16, MXFP4's own."""
     said = config.get("dtype", config.get("torch_dtype"))
     return DTYPES.get(str(said), torch.bfloat16)
 
@@ -90,7 +90,7 @@ def quantization_config(
         "bnb_4bit_use_double_quant": double_quant,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": str(quant_storage).removeprefix("torch."),
-        "llm_int8_skip_modules": sorted(dense) or None,
+        "llm_int8_skip_modules": sorted(dense),  # None would mean transformers' own guess
     }
 
 

@@ -38,15 +38,19 @@ class Contents:
         """
         if key not in self.coded_keys:
             return self.reader.specs[key][1]
+        try:
+            return self._coded_shape(key)
+        except ValueError as error:
+            raise ValueError(f"{self.file(key)}: {error}") from error
+
+    def _coded_shape(self, key: str) -> tuple[int, ...]:
         if key in self.mxfp4:
             return mxfp4.shape_of(key, self.reader.specs)
         name = next(own for own in self.coded_keys[key] if weight_of(own) == key)
         settings, _ = settings_of(key, name, self.reader.read(name))
         kind, stored = self.reader.specs.get(key, (torch.uint8, (0,)))
         if kind.itemsize * math.prod(stored) != math.ceil(math.prod(settings.shape) / 2):
-            raise ValueError(
-                f"{self.file(key)}: {key}: {stored} of {kind} for a weight {settings.shape}"
-            )
+            raise ValueError(f"{key}: {stored} of {kind} for a weight {settings.shape}")
         return settings.shape
 
     def coded(self, key: str) -> Coded:

@@ -198,7 +198,8 @@ def _assign(
         setattr(model.get_submodule(holder), last, value)
     places: dict[str, nn.Module | nn.Parameter] = {}
     by_place = {id(plan.places[name]): layer for name, layer in layers.items()}
-    for name, layer in layers.items():
+    order = {name: number for number, name in enumerate(own)}
+    for name, layer in sorted(layers.items(), key=lambda item: order[item[0]]):
         if isinstance(layer, NF4Linear):
             name = name.rpartition(".")[0]
             bias = model.get_submodule(name).bias

@@ -1,8 +1,8 @@
 """What becomes of each tensor of a 4-bit checkpoint, decided before a value is read.
 
-    names    from the file to the model, by integrations/transformers/file_names.py
-    places   of 4-bit codes: linear layers, Conv1D, 3-D weights of experts
-    shapes   of everything, also of what is joined from several tensors
+names    from the file to the model, by integrations/transformers/file_names.py
+places   of 4-bit codes: linear layers, Conv1D, 3-D weights of experts
+shapes   of everything, also of what is joined from several tensors
 """
 
 from collections.abc import Iterable, Mapping
@@ -157,7 +157,7 @@ def _check_shape(
 ) -> None:
     """Raise ValueError unless a weight has the model's shape, in the layout of its codes."""
     expected = tuple(value.shape)
-    if place is not None and is_conv1d(place):
+    if isinstance(place, nn.Module) and is_conv1d(place):
         expected = expected[::-1]
     elif place is not None and key in contents.mxfp4:
         expected = (expected[0], *expected[:0:-1])
