@@ -151,6 +151,7 @@ TRIPS: dict[str, Callable[[str, Path], float]] = {
     "save_quantized and back": saved_and_back,
     "ours into bitsandbytes": into_bitsandbytes,
 }
+OWN = ("quantize_checkpoint and back", "save_quantized and back")  # minipeft reads what it wrote
 
 
 def measured(family: str, folder: Path) -> dict[str, float | str]:

@@ -191,7 +191,7 @@ def write_names(model: nn.Module, own: Collection[str], names: Iterable[str]) ->
             keys |= {name: name for name in wrong}
     raise ValueError(
         f"{type(model).__name__}: transformers' table of names cannot be inverted ({failed}); "
-        "save the state dict instead"
+        "keep the state dict under the model's own names instead"
     )
 
 
@@ -223,3 +223,49 @@ def may_lack(model: nn.Module, names: Iterable[str]) -> list[str]:
         return []
     expression = re.compile("|".join(f"({pattern})" for pattern in declared))
     return [name for name in names if expression.search(name)]
+
+
+class ModuleNames:
+    """Names of modules in files that hold no whole weights, as adapters' files: by their weights.
+
+    `names` are the model's own modules.  A module whose weight transformers joins with others has
+    no name of its own in the model, so it is not found.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self._model, self._own = model, {f"{name}.weight": True for name in names}
+        self._known: dict[str, str | None] = {}
+
+    def find(self, name: str) -> str | None:
+        """The model's module that a file calls `name`, by transformers' table; None: there is none.
+
+        The table is asked only for names that the model lacks.
+        """
+        if not _is_transformers_own(self._model) or f"{name}.weight" in self._own:
+            return None
+        if name not in self._known:
+            key = f"{name}.weight"
+            try:
+                found = read_names(self._model, self._own, [key]).names.get(key)
+            except ValueError:
+                found = None
+            self._known[name] = found and found.removesuffix(".weight")
+        return self._known[name]
+
+    def in_files(self) -> dict[str, str]:
+        """For the model's modules whose name in files differs: {name in the model: in files}.
+
+        Modules that hold others are left out.
+
+        Raises:
+            ValueError: transformers' table cannot be inverted.
+        """
+        if not _is_transformers_own(self._model):
+            return {}
+        modules = [name.removesuffix(".weight") for name in self._own]
+        holders = {name.rpartition(".")[0] for name in modules}
+        own = {f"{name}.weight": True for name in modules if name not in holders}
+        return {
+            name.removesuffix(".weight"): key.removesuffix(".weight")
+            for name, key in write_names(self._model, own, own).items() if name != key
+        }  # fmt: skip
