@@ -223,6 +223,7 @@ FAMILIES = {
     "DeiT": _image("DeiT"),
     "BEiT": _image("Beit"),
     "DINOv2": _image("Dinov2"),
+    "DINOv2, SwiGLU": _image("Dinov2", use_swiglu_ffn=True),
     "Swin": Family("SwinConfig", "SwinForImageClassification", {
         "image_size": 32, "patch_size": 4, "embed_dim": 64, "depths": [1, 1], "num_heads": [2, 4],
         "window_size": 4,

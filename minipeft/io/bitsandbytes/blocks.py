@@ -1,10 +1,12 @@
 """4-bit weights joined, split and reordered without decoding: whole blocks change their places.
 
-What a move does is tried on the numbers of the blocks: a tensor of numbers in the shape of each
-weight goes through the move, and what comes out says which block of which weight lies where.
+What a move does is tried on numbers: each quarter of a block has one, a tensor of them in the shape
+of each weight goes through the move, and what comes out says which block of which weight lies
+where.  A move that changes the order within rows (columns turned, interleaved, transposed) does not
+leave the four quarters of a block together, and is refused.
 
-    one tensor per expert, 64 x 128 in blocks of 64        numbers (64, 2) of each
-    stacked and concatenated, gate above up                numbers (experts, 128, 2)
+    one tensor per expert, 64 x 128 in blocks of 64        numbers (64, 8) of each
+    stacked and concatenated, gate above up                numbers (experts, 128, 8)
     codes and scales                                       taken in the order of these numbers
 """
 
@@ -18,6 +20,7 @@ from minipeft.double_quant import ABSMAX_BLOCK_SIZE, dequantize_absmax
 from minipeft.io.bitsandbytes.weight import Settings
 
 Coded = tuple[Settings, dict[str, Tensor]]  # what `state_of` gives for a weight
+_PARTS = 4  # of a block, that must stay together
 Move = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 
@@ -48,16 +51,18 @@ def moved(pieces: Mapping[str, Coded], move: Move) -> dict[str, Coded]:
             )
         if math.prod(settings.shape) % size:
             raise NotWholeBlocksError(f"{name} ends in a part of a block")
-    unit = math.gcd(size, *(settings.shape[-1] for settings, _ in pieces.values()))
+    unit = math.gcd(size // _PARTS, *(settings.shape[-1] for settings, _ in pieces.values()))
     numbers, start = {}, 0
     for name, (settings, _) in pieces.items():
         *rows, row = settings.shape
         count = math.prod(settings.shape) // unit
-        numbers[name] = torch.arange(start, start + count).view(*rows, row // unit)
+        numbered = torch.arange(start, start + count, dtype=torch.int32)
+        numbers[name] = numbered.view(*rows, row // unit)
         start += count
     made = {name: _blocks(name, value, size // unit) for name, value in move(numbers).items()}
     everywhere = torch.cat([blocks for blocks, _ in made.values()])
-    if not torch.equal(everywhere.sort().values, torch.arange(start * unit // size)):
+    each = torch.arange(start * unit // size, dtype=torch.int32)
+    if not torch.equal(everywhere.sort().values, each):
         raise NotWholeBlocksError(f"{next(iter(made))} does not get every block once")
     codes = torch.cat([own["packed"].view(-1, size // 2) for _, own in pieces.values()])
     scales = torch.cat([_scales(own) for _, own in pieces.values()])
@@ -77,9 +82,9 @@ def _blocks(name: str, numbers: Tensor, units: int) -> tuple[Tensor, tuple[int, 
     """The number of each block, from the numbers of its units; and the shape in units."""
     if numbers.numel() % units:
         raise NotWholeBlocksError(f"{name} ends in a part of a block")
-    runs = numbers.reshape(-1, units)
+    runs, order = numbers.reshape(-1, units), torch.arange(units, dtype=torch.int32)
     starts = runs[:, 0]
-    if bool((starts % units).any()) or not torch.equal(runs, starts[:, None] + torch.arange(units)):
+    if bool((starts % units).any()) or not torch.equal(runs, starts[:, None] + order):
         raise NotWholeBlocksError(f"{name} has blocks of several origins")
     return starts // units, tuple(numbers.shape)
 

@@ -83,8 +83,8 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
         parent, _, own = name.rpartition(".")
         if name not in spelled and parent in spelled:
             spelled[name] = [f"{spelled[parent][-1]}.{own}"]
-    for name, key in in_files.in_files().items() if renamed else ():
-        spelled[name] = [*spelled.get(name, []), key]  # by the names that the file is made with
+    for name, older in in_files.in_files().items() if renamed else ():
+        spelled[name] = [*spelled.get(name, []), older]  # by the names that the file is made with
     by_weight: dict[int, list[str]] = {}
     for name, module in modules.items():
         if (weight := _weight(module)) is not None:

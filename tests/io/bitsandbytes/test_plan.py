@@ -160,6 +160,47 @@ def test_block_sizes_that_differ_are_decoded_and_said(tmp_path):
     assert torch.equal(ours.model.layers[0].mlp.experts.gate_up_proj, expected)
 
 
+def test_one_4_bit_tensor_is_split_in_every_bit(tmp_path):
+    """DINOv2's SwiGLU: gate and up are one weight in files and two in the model."""
+    decoded = {}
+
+    def change(tensors):
+        made = {}
+        for key, value in tensors.items():
+            own, whole = coded(key, value) if "weights_in.weight" in key else ({key: value}, None)
+            made |= own
+            decoded[key] = whole
+        return made
+
+    folder_with(tmp_path / "a", "DINOv2, SwiGLU", change)
+    ours = empty(tmp_path / "a")
+    names = mp.load_quantized(ours, tmp_path / "a")
+    assert names[0] == "dinov2.encoder.layer.0.mlp.gate_proj" and len(names) == 4
+    for layer in (0, 1):
+        whole = decoded[f"dinov2.encoder.layer.{layer}.mlp.weights_in.weight"]
+        mlp = ours.dinov2.encoder.layer[layer].mlp
+        assert torch.equal(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), whole)
+    outputs(ours, "DINOv2, SwiGLU")
+
+
+def test_codes_that_transformers_ran_together_are_refused_by_name(tmp_path):
+    """It joins 4-bit weights as if they were dense: two descriptions one after the other."""
+
+    def change(tensors):
+        made = {}
+        for key, value in tensors.items():
+            if "weights_in.weight" not in key:
+                made[key] = value
+                continue
+            halves = [coded(key, half)[0] for half in value.chunk(2)]
+            made |= {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
+        return made
+
+    folder_with(tmp_path / "a", "DINOv2, SwiGLU", change)
+    unchanged(empty(tmp_path / "a"), tmp_path / "a",
+              r"model\.safetensors: dinov2.*weights_in\.weight.*no valid JSON")  # fmt: skip
+
+
 def test_a_missing_expert_is_named(tmp_path):
     change = experts_in_4_bits({})
 
