@@ -131,16 +131,26 @@ def load_quantized(
 
     `path` is a directory (config.json and safetensors files, with an index if there are several)
     or one safetensors file, written by transformers with bitsandbytes, by `save_quantized` or by
-    `quantize_checkpoint`.  Layers whose weights are codes become NF4Linear (NF4Conv1D) in place;
-    the rest is loaded in the file's dtype, or in `dtype`.  Weights go to `device`, one tensor at a
-    time; tied tensors stay tied; buffers that no file holds (rotary frequencies) are computed by
-    the model's own `_init_weights`.  Checksums are verified where the file has them.  `progress`
-    shows a bar; None: on a terminal.  `mmap=False` reads each tensor from its file instead of
-    mapping the files: for disks on a network.  Returns the names of the 4-bit layers.
+    `quantize_checkpoint`, or in MXFP4 (gpt-oss).  Layers whose weights are codes become NF4Linear
+    (NF4Conv1D) in place, 3-D weights of experts NF4Experts; the rest is loaded in the file's dtype,
+    or in `dtype`.  Weights go to `device`, one tensor at a time; tied tensors stay tied; buffers
+    that no file holds (rotary frequencies) are computed by the model's own `_init_weights`.
+    Checksums are verified where the file has them.  `progress` shows a bar; None: on a terminal.
+    `mmap=False` reads each tensor from its file instead of mapping the files: for disks on a
+    network.
+
+    In a model of transformers, names in the file become the model's by transformers' own tables.
+    Tensors that these join or split (one for each expert) keep their codes where whole blocks move,
+    with their scales in float32; where blocks would be taken apart they are decoded, and the
+    result's `.notes` says so.  Tensors of the file that the model's class declares ignorable are
+    left out, and so are those that `ignore` names: a full-match expression, or a list of names and
+    of beginnings of names up to a dot.  Returns the names of the 4-bit layers; `.left_out` says
+    what went nowhere and why, `.made` what was joined.
 
     Raises:
-        ValueError: the checkpoint is incomplete, damaged, not in 4 bits, or another model's; the
-            file and the tensor are named.  The model is then as it was.
+        ValueError: the checkpoint is incomplete, damaged, not in 4 bits, or another model's; a name
+            that fits nothing, two for one; experts that the model reads whole; the file and the
+            tensor are named.  The model is then as it was.
     """
     path, device = Path(path), torch.device(device)
     if not isinstance(model, nn.Module):

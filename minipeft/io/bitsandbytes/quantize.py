@@ -120,8 +120,12 @@ def quantize_checkpoint(
     `source` is a directory with config.json and safetensors files.  `model`, on the meta device,
     says which weights `quantize_model` would quantise, `head` as there; by default it is built from
     config.json with transformers.  The result is what `save_quantized` writes: it loads with
-    `load_quantized` and with transformers + bitsandbytes.  Other files (tokeniser, licence) are
-    copied.
+    `load_quantized` and with transformers + bitsandbytes, but for layers that `.notes` names (a
+    subclass of nn.Linear).  Other files (tokeniser, licence) are copied.
+
+    Tensors keep the source's names, which transformers' own tables lead to the model's; where these
+    split or join a weight that becomes 4-bit, the model's names are written, which are read too.
+    `ignore` leaves out tensors that the model lacks: as in `load_quantized`.
 
     Interrupted, the same call goes on after the last whole shard (`max_shard_bytes` each) and ends
     with the same bytes.  `destination` appears when all is done; until then the work lies in
@@ -131,7 +135,8 @@ def quantize_checkpoint(
     the names of the 4-bit layers; `.left_out` says what stayed dense and why.
 
     Raises:
-        ValueError: a source that is damaged, quantised already or another model's; weights that
+        ValueError: a source that is damaged, quantised already or another model's: it lacks tensors
+            of the model, or has others (those that the model's class ignores are copied); weights that
             are not finite (file, tensor and index are named); a destination that exists.
         OSError: the disk is full, and the like; the destination does not exist then.
     """

@@ -105,9 +105,9 @@ def test_joined_tensors_move_without_values():
     assert {name: tuple(v.shape) for name, v in shapes.items()} == {
         "model.layers.0.mlp.experts.gate_up_proj": (4, 128, 64)
     }
+    values = {key: torch.empty(64, 64) for key in gate_up.keys}
+    values[gate_up.keys[0]] = torch.empty(64, 32)
     with pytest.raises(ValueError, match=r"gate_up_proj.*w1.*is a tensor missing"):
-        values = {key: torch.empty(64, 64) for key in gate_up.keys}
-        values[gate_up.keys[0]] = torch.empty(64, 32)
         gate_up(values)
 
 

@@ -53,7 +53,7 @@ def test_rows_that_are_no_whole_blocks_move_with_their_weight():
 
 REFUSED = {
     "turned": (lambda t: {"a": t["0"].T}, [(64, 64)]),
-    "blocks cut": (lambda t: {"a": t["0"][:, :32], "b": t["0"][:, 32:]}, [(4, 64)]),
+    "blocks cut": (lambda t: dict(zip("ab", t["0"].chunk(2, dim=1), strict=True)), [(4, 64)]),
     "a block lost": (lambda t: {"a": t["0"][:2]}, [(4, 64)]),
     "a block twice": (lambda t: {"a": torch.cat([t["0"], t["0"]])}, [(4, 64)]),
     "rows of parts of blocks": (MOVES["side by side"], [(4, 96), (4, 96)]),
@@ -83,3 +83,13 @@ def test_weights_of_other_blocks_or_dtypes_are_refused():
             settings = settings._replace(dtype=torch.bfloat16)
         with pytest.raises(NotWholeBlocksError, match="blocks of"):
             moved({"0": one["0"], "1": (settings, state)}, MOVES["stacked"])
+
+
+def test_a_cut_at_a_fixed_column_shows_in_the_shape():
+    """Such a move takes numbers for columns; whoever asks compares the shape with the model's."""
+    coded, dense = pieces([(4, 128)])
+
+    def move(t):
+        return {"a": t["0"][:, :64], "b": t["0"][:, 64:]}
+
+    assert moved(coded, move)["a"][0].shape != tuple(move(dense)["a"].shape)
