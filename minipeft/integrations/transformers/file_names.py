@@ -81,21 +81,13 @@ def read_names(model: nn.Module, own: Collection[str], keys: Iterable[str]) -> R
     if not _is_transformers_own(model):
         names = {key: key for key in keys if key in own}
         return Reading(names, [], {}, {key: key for key in keys if key not in own})
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
+    from transformers.core_model_loading import dot_natural_key
 
-    renamings: list[Any] = []
-    converters: list[Any] = []
-    patterns: dict[str, Any] = {}
-    for transform in _transforms(model):
-        if isinstance(transform, WeightRenaming):
-            renamings.append(transform)
-        elif isinstance(transform, WeightConverter):
-            converters.append(transform)
-            patterns |= dict.fromkeys(transform.source_patterns, transform)
+    table, own = _table(model), dict.fromkeys(own, True)
     found = Reading({}, [], {}, {})
     groups: dict[str, dict[str, list[str]]] = {}
     for key in sorted(keys, key=dot_natural_key):  # experts in the order of their numbers
-        name, pattern = _renamed(model, own, key, renamings, converters)
+        name, pattern = _renamed(model, own, key, table)
         if name not in own:
             found.unknown[key] = name
         elif pattern is None:
@@ -103,7 +95,7 @@ def read_names(model: nn.Module, own: Collection[str], keys: Iterable[str]) -> R
         else:
             groups.setdefault(name, {}).setdefault(pattern, []).append(key)
     for name, sources in groups.items():
-        converter = patterns[next(iter(sources))]
+        converter = table.by_pattern[next(iter(sources))]
         found.joined.append(Joined(name, sources, converter, model))
     _refuse_two_for_one(found)
     for key, reason in _ignorable(model, own, found.unknown).items():
@@ -112,21 +104,39 @@ def read_names(model: nn.Module, own: Collection[str], keys: Iterable[str]) -> R
     return found
 
 
+class _Table(NamedTuple):
+    """transformers' table for one model."""
+
+    renamings: list[Any]
+    converters: list[Any]
+    by_pattern: dict[str, Any]  # the converter of each pattern
+
+
+def _table(model: Any) -> _Table:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    table = _Table([], [], {})
+    for transform in _transforms(model):
+        if isinstance(transform, WeightRenaming):
+            table.renamings.append(transform)
+        elif isinstance(transform, WeightConverter):
+            table.converters.append(transform)
+            table.by_pattern.update(dict.fromkeys(transform.source_patterns, transform))
+    return table
+
+
 def _transforms(model: Any, *, legacy: bool = True) -> list[Any]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return list(get_model_conversion_mapping(model, add_legacy=legacy))
 
 
-def _renamed(
-    model: Any, own: Collection[str], key: str, renamings: list[Any], converters: list[Any]
-) -> tuple[str, str | None]:
+def _renamed(model: Any, own: dict[str, bool], key: str, table: _Table) -> tuple[str, str | None]:
     """The model's name for a key, and the pattern of the converter that takes it, if one does."""
     from transformers.core_model_loading import rename_source_key
 
-    names = own if isinstance(own, dict) else dict.fromkeys(own, True)
     found: tuple[str, str | None] = rename_source_key(
-        key, renamings, converters, model.base_model_prefix, names
+        key, table.renamings, table.converters, model.base_model_prefix, own
     )
     # transformers' rule: a name that the model has is taken as it is where the tables lead nowhere
     return (key, None) if found[0] not in own and key in own else found
@@ -234,23 +244,31 @@ class ModuleNames:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._model, self._own = model, {f"{name}.weight": True for name in names}
-        self._known: dict[str, str | None] = {}
+        self._table: _Table | None = None
 
     def find(self, name: str) -> str | None:
         """The model's module that a file calls `name`, by transformers' table; None: there is none.
 
         The table is asked only for names that the model lacks.
         """
-        if not _is_transformers_own(self._model) or f"{name}.weight" in self._own:
-            return None
-        if name not in self._known:
-            key = f"{name}.weight"
-            try:
-                found = read_names(self._model, self._own, [key]).names.get(key)
-            except ValueError:
-                found = None
-            self._known[name] = found and found.removesuffix(".weight")
-        return self._known[name]
+        found, pattern = self._asked(name)
+        return found.removesuffix(".weight") if pattern is None and found in self._own else None
+
+    def joined(self, name: str) -> str | None:
+        """The model's tensor that the weight of module `name` is a part of, if it is in the table.
+
+        transformers joins experts so: `experts.3.w1` is a part of `experts.gate_up_proj`.
+        """
+        found, pattern = self._asked(name)
+        return None if pattern is None else found
+
+    def _asked(self, name: str) -> tuple[str, str | None]:
+        key = f"{name}.weight"
+        if not _is_transformers_own(self._model) or key in self._own:
+            return "", None
+        if self._table is None:
+            self._table = _table(self._model)
+        return _renamed(self._model, self._own, key, self._table)
 
     def in_files(self) -> dict[str, str]:
         """For the model's modules whose name in files differs: {name in the model: in files}.

@@ -136,8 +136,8 @@ def quantize_checkpoint(
 
     Raises:
         ValueError: a source that is damaged, quantised already or another model's: it lacks tensors
-            of the model, or has others (those that the model's class ignores are copied); weights that
-            are not finite (file, tensor and index are named); a destination that exists.
+            of the model, or has others (those that the model's class ignores are copied); weights
+            that are not finite (file, tensor and index are named); a destination that exists.
         OSError: the disk is full, and the like; the destination does not exist then.
     """
     source, destination = Path(source), Path(destination)

@@ -33,6 +33,7 @@ class Located:
     keys: dict[str, Key]  # key in the file: what it says; role "unknown" if the model lacks it
     spelled: dict[str, list[str]]  # plain name: how the file spells it, where it does otherwise
     by_weight: dict[int, list[str]]  # id of a parameter `weight`: the modules that have it
+    joined: dict[str, str]  # unknown key: the weight of experts that its module became a part of
 
     def tied(self, name: str) -> list[str]:
         """The modules that share this one's weight, itself among them; none if it has no weight."""
@@ -57,7 +58,7 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
         if modules[names.plain(name)] is module:
             real[names.plain(name)] = name
     spellings, in_files = Spellings(["", *modules]), ModuleNames(model, modules)
-    renamed = False
+    renamed, joined = False, {}
     plain_keys = without_prefix(keys, modules)
     if len(plain_keys) < len(keys):
         raise ValueError(f"{where}: the same key with and without {PREFIX!r}")
@@ -79,6 +80,8 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
                 break
         else:
             parsed[in_file] = key._replace(role="unknown")
+            if (whole := in_files.joined(key.module)) in experts and whole is not None:
+                joined[in_file] = whole
     for name in (*modules, *experts) if spelled else ():  # those without keys, after their parents
         parent, _, own = name.rpartition(".")
         if name not in spelled and parent in spelled:
@@ -91,7 +94,7 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
             by_weight.setdefault(id(weight), []).append(name)
     return Located(
         modules, experts, real, names.by_plain(places.heads), _vocabulary(model),
-        names.by_plain(places.in_attention), parsed, spelled, by_weight,
+        names.by_plain(places.in_attention), parsed, spelled, by_weight, joined,
     )  # fmt: skip
 
 

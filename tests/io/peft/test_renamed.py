@@ -74,3 +74,39 @@ def test_a_name_that_fits_nothing_is_named(tmp_path):
     saved("ViT", tmp_path / "a")
     with pytest.raises(ValueError, match=r"unexpected 'base_model\.model\.vit\.encoder\.layer\.0"):
         mp.load_peft(build("LLaMA"), tmp_path / "a")
+
+
+def test_an_adapter_of_experts_that_were_joined_says_what_to_do(tmp_path):
+    model = build("Mixtral")
+    mp.inject_lora(model, ["q_proj"], rank=2)
+    mp.save_peft(model, tmp_path / "a")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    key = "base_model.model.model.layers.0.block_sparse_moe.experts.1.w1.lora_A.weight"
+    save_file({**load_file(file), key: torch.ones(2, 64)}, file)
+    with pytest.raises(ValueError, match=r"experts\.1\.w1.*joined.*experts\.gate_up_proj.*PEFT"):
+        mp.load_peft(build("Mixtral"), tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+def test_what_peft_makes_of_such_an_adapter_loads(tmp_path):
+    """PEFT joins the factors of one expert's matrices, and names the parameters by their ends."""
+    peft = pytest.importorskip("peft")
+    tensors = {}
+    for layer in range(2):
+        for expert in range(4):
+            for name, rows, columns in (("w1", 96, 64), ("w2", 64, 96), ("w3", 96, 64)):
+                key = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}"
+                tensors[f"{key}.{name}.lora_A.weight"] = torch.randn(2, columns) * 0.1
+                tensors[f"{key}.{name}.lora_B.weight"] = torch.randn(rows, 2) * 0.1
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["w1", "w2", "w3"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    theirs = peft.PeftModel.from_pretrained(build("Mixtral"), tmp_path / "a")
+    theirs.save_pretrained(tmp_path / "b")
+    ours = build("Mixtral")
+    names = mp.load_peft(ours, tmp_path / "b")
+    assert [name.rpartition(".")[2] for name in names] == ["gate_up_proj", "down_proj"] * 2
+    expected = outputs(theirs, "Mixtral")
+    assert not torch.equal(expected, outputs(build("Mixtral"), "Mixtral"))
+    assert torch.equal(outputs(ours, "Mixtral"), expected)
