@@ -84,11 +84,13 @@ class _Loading:
         if all(key in contents.coded_keys for key in join.keys):
             pieces = {key: contents.coded(key) for key in join.keys}
             try:
-                for name, coded in moved(pieces, join).items():
+                found = moved(pieces, join)
+                for name, coded in found.items():
                     if name not in self.plan.places or coded[0].shape != self._shape(name):
                         raise NotWholeBlocksError(f"{name} cannot keep blocks of {join.keys[0]}")
+                for name, coded in found.items():
                     self._coded(name, join.keys[0], coded)
-                    self.made[name.removesuffix(".weight")] = f"joined from {count} in the file"
+                    self.made[name.removesuffix(".weight")] = f"made of {count} in the file"
                 return
             except NotWholeBlocksError as error:
                 why = str(error)
@@ -96,7 +98,6 @@ class _Loading:
                 raise ValueError(f"{where}: {error}") from error
         values = join({key: contents.dense(key) for key in join.keys})
         for name, value in values.items():
-            self.layers.pop(name, None)
             self._dense(name, value)
             if any(key in contents.coded_keys for key in join.keys):
                 self.notes[name] = f"decoded to {value.dtype}, no longer in 4 bits: {why}"

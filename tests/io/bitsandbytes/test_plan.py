@@ -87,7 +87,7 @@ def test_one_4_bit_tensor_per_expert_is_joined_in_every_bit(tmp_path, double_qua
     names = mp.load_quantized(ours, tmp_path / "a", mmap=mmap)
     assert names == [f"model.layers.{i}.mlp.experts.{w}" for i in (0, 1)
                      for w in ("gate_up_proj", "down_proj")]  # fmt: skip
-    assert names.made[names[0]] == "joined from 8 in the file" and not names.notes
+    assert names.made[names[0]] == "made of 8 in the file" and not names.notes
     with torch.no_grad():
         for number in (0, 1):
             experts = model.model.layers[number].mlp.experts
