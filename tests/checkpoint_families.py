@@ -275,6 +275,15 @@ FAMILIES = {
         "image_token_id": 100, "video_token_id": 101, "vision_start_token_id": 102,
         "vision_end_token_id": 103,
     }),
+    "Qwen3-VL-MoE": Family("Qwen3VLMoeConfig", "Qwen3VLMoeForConditionalGeneration", {
+        "text_config": {**MOE, "rope_parameters": {
+            "rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
+        "vision_config": {"depth": 2, "hidden_size": 64, "out_hidden_size": 64, "num_heads": 4,
+                          "intermediate_size": 96, "patch_size": 4, "num_position_embeddings": 16,
+                          "deepstack_visual_indexes": [0]},
+        "image_token_id": 100, "video_token_id": 101, "vision_start_token_id": 102,
+        "vision_end_token_id": 103,
+    }),
     "InternVL": Family("InternVLConfig", "InternVLForConditionalGeneration", {
         "text_config": {"model_type": "qwen2", **SIZES},
         "vision_config": {**VISION, "image_size": [32, 32], "patch_size": [16, 16]},

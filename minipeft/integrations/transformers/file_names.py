@@ -12,11 +12,12 @@ are asked here for the model at hand.  A model that is none of transformers' has
 
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -56,6 +57,35 @@ class Joined:
             ) from error
         return {n: v[0] if isinstance(v, list) else v for n, v in made.items()}
 
+    def keeps(
+        self, shape: Sequence[int], shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> bool:
+        """Whether this is one tensor that stays as it is if its shape in the file is this one.
+
+        transformers turns some weights only where a file has them the other way round.  `shapes`
+        are those of the model's tensors, where the model itself holds codes in their place.
+        """
+        if len(self.keys) != 1:
+            return False
+        join = self if shapes is None else replace(self, model=_Shapes(self.model.config, shapes))
+        tensor = torch.empty(tuple(shape), device="meta")
+        try:
+            made = join({self.keys[0]: tensor})
+            return made.keys() == {self.first} and made[self.first] is tensor
+        except ValueError:
+            return False
+
+
+class _Shapes:
+    """As much of a model as transformers' converters ask for: its configuration, and shapes."""
+
+    def __init__(self, config: Any, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.config, self._shapes = config, shapes
+
+    def get_parameter(self, name: str) -> Tensor:
+        """A tensor of this parameter's shape."""
+        return torch.empty(tuple(self._shapes[name]), device="meta")
+
 
 class Reading(NamedTuple):
     """What becomes of a file's tensors."""
@@ -72,8 +102,13 @@ def _is_transformers_own(model: nn.Module) -> bool:
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
-def read_names(model: nn.Module, own: Collection[str], keys: Iterable[str]) -> Reading:
+def read_names(
+    model: nn.Module, own: Collection[str], keys: Iterable[str],
+    shape: Callable[[str], Sequence[int]] | None = None,
+) -> Reading:  # fmt: skip
     """What becomes of the tensors called `keys`; `own` are the names of the model's own tensors.
+
+    With `shape`, of a key, a tensor that transformers would only look at is in `names`.
 
     Raises:
         ValueError: two tensors of the file would become the same one of the model.
@@ -96,7 +131,11 @@ def read_names(model: nn.Module, own: Collection[str], keys: Iterable[str]) -> R
             groups.setdefault(name, {}).setdefault(pattern, []).append(key)
     for name, sources in groups.items():
         converter = table.by_pattern[next(iter(sources))]
-        found.joined.append(Joined(name, sources, converter, model))
+        join = Joined(name, sources, converter, model)
+        if shape is not None and len(join.keys) == 1 and join.keeps(shape(join.keys[0])):
+            found.names[join.keys[0]] = name
+        else:
+            found.joined.append(join)
     _refuse_two_for_one(found)
     for key, reason in _ignorable(model, own, found.unknown).items():
         found.ignored[key] = reason
@@ -173,11 +212,15 @@ def _ignorable(model: Any, own: Collection[str], unknown: Mapping[str, str]) -> 
     return reasons
 
 
-def write_names(model: nn.Module, own: Collection[str], names: Iterable[str]) -> dict[str, str]:
+def write_names(
+    model: nn.Module, own: Collection[str], names: Iterable[str],
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, str]:  # fmt: skip
     """The names in a file for `names`, some of the model's own: those that transformers writes.
 
     A tensor that transformers would split or join keeps the model's name, which transformers and
     minipeft read as well.  Each name is proved: read again, it is the tensor that it stands for.
+    `shapes` of the dense tensors are needed for those that transformers may turn.
 
     Raises:
         ValueError: no name for a tensor leads back to it.
@@ -194,7 +237,13 @@ def write_names(model: nn.Module, own: Collection[str], names: Iterable[str]) ->
             except ValueError as error:
                 failed = str(error)
                 break
-            wrong = [name for name, key in keys.items() if found.names.get(key) != name]
+            kept = {
+                join.first for join in found.joined
+                if shapes and keys.get(join.first) == join.keys[0]
+                and join.first in shapes and join.keeps(shapes[join.first], shapes)
+            }  # fmt: skip
+            wrong = [name for name, key in keys.items()
+                     if found.names.get(key) != name and name not in kept]  # fmt: skip
             if not wrong:
                 return keys
             failed = f"{wrong[0]} would be read as {found.names.get(keys[wrong[0]])}"

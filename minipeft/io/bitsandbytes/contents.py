@@ -43,6 +43,11 @@ class Contents:
         except ValueError as error:
             raise ValueError(f"{self.file(key)}: {error}") from error
 
+    def model_shape(self, key: str) -> tuple[int, ...]:
+        """The shape that a weight has in the model: MXFP4's is turned there."""
+        shape = self.shape(key)
+        return (shape[0], *shape[:0:-1]) if key in self.mxfp4 else shape
+
     def _coded_shape(self, key: str) -> tuple[int, ...]:
         if key in self.mxfp4:
             return mxfp4.shape_of(key, self.reader.specs)

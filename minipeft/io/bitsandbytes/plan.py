@@ -44,7 +44,8 @@ def planned(path: Path, model: nn.Module, contents: Contents, ignore: Ignore) ->
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
     ignored = unwanted(contents.keys, ignore)
     try:
-        found = read_names(model, own, [key for key in contents.keys if key not in ignored])
+        keys = [key for key in contents.keys if key not in ignored]
+        found = read_names(model, own, keys, contents.model_shape)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     experts = survey(model).experts

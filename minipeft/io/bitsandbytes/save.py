@@ -56,7 +56,8 @@ def _tensors(
             found[key] = value
         seen.add(place)
         own_names.append(key)
-    names = write_names(modules[""], {*own_names, *found}, found)
+    shapes = {name: tuple(what.shape) for name, what in found.items()}
+    names = write_names(modules[""], {*own_names, *found}, found, shapes)
     tensors: dict[str, Tensor] = {}
     for name, what in found.items():
         if isinstance(what, PackedModule):

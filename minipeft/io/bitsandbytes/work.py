@@ -45,7 +45,8 @@ def work_for(
     modules = {f"{name}.weight": module for name, module in chosen.items()}
     ignored = unwanted(reader.specs, ignore)
     try:
-        found = read_names(model, own, [key for key in reader.specs if key not in ignored])
+        keys_left = [key for key in reader.specs if key not in ignored]
+        found = read_names(model, own, keys_left, lambda key: reader.specs[key][1])
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     shapes = {name: reader.specs[key][1] for key, name in found.names.items()}
