@@ -67,7 +67,10 @@ def test_what_transformers_writes_is_found(tmp_path, family):
     assert all(own[n].data_ptr() in held or n in may_lack(model, lacking) for n in lacking)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[] if f in FEW else pytest.mark.slow) for f in FAMILIES],
+)
 def test_written_names_are_read_back(family):
     model = build(family)
     own = own_names(model)
