@@ -8,6 +8,7 @@ are asked here for the model at hand.  A model that is none of transformers' has
     found.names                               {name in the file: name in the model}
     found.joined                              tensors of the model that are made of several, or one
     write_names(model, own, names)            {name in the model: name in the file}
+    ModuleNames(model, names).find(name)      the module that the file of an adapter calls so
 """
 
 import re
@@ -246,7 +247,8 @@ def write_names(
                      if found.names.get(key) != name and name not in kept]  # fmt: skip
             if not wrong:
                 return keys
-            failed = f"{wrong[0]} would be read as {found.names.get(keys[wrong[0]])}"
+            read = found.names.get(keys[wrong[0]], "nothing alone")
+            failed = f"{wrong[0]}, written as {keys[wrong[0]]}, would be read as {read}"
             keys |= {name: name for name in wrong}
     raise ValueError(
         f"{type(model).__name__}: transformers' table of names cannot be inverted ({failed}); "

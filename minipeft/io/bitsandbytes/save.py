@@ -57,7 +57,10 @@ def _tensors(
         seen.add(place)
         own_names.append(key)
     shapes = {name: tuple(what.shape) for name, what in found.items()}
-    names = write_names(modules[""], {*own_names, *found}, found, shapes)
+    try:
+        names = write_names(modules[""], {*own_names, *found}, found, shapes)
+    except ValueError as error:
+        raise ValueError(f"save_quantized: {error}") from None
     tensors: dict[str, Tensor] = {}
     for name, what in found.items():
         if isinstance(what, PackedModule):
@@ -144,7 +147,8 @@ def save_quantized(
 
     Raises:
         ValueError: no 4-bit layer, one that the format does not have (embeddings), a
-            tensor without values, or a directory that holds a checkpoint already.
+            tensor without values, one that transformers' table of names leads to no file name for,
+            or a directory that holds a checkpoint already.
         OSError: the disk is full, and the like; the directory is then as it was.
     """
     directory = Path(path)

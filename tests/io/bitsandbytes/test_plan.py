@@ -68,36 +68,45 @@ def experts_in_4_bits(decoded, *, unless=lambda key: False, **settings):
     return change
 
 
-def joined_by_hand(decoded, layer, names, experts):
+def joined_by_hand(decoded, layer, names, experts, block="mlp"):
     """The weights of the experts of one layer, one under the other, stacked."""
-    prefix = f"model.layers.{layer}.mlp.experts"
+    prefix = f"model.layers.{layer}.{block}.experts"
     return torch.stack([
         torch.cat([decoded[f"{prefix}.{e}.{name}.weight"] for name in names])
         for e in range(experts)
     ])  # fmt: skip
 
 
+OLD = {  # by family: what a layer's mixture was called in files, and the matrices of an expert
+    "Qwen3-MoE": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "Mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+}
+
+
+@pytest.mark.parametrize("family", OLD)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("mmap", [True, False])
-def test_one_4_bit_tensor_per_expert_is_joined_in_every_bit(tmp_path, double_quant, mmap):
+def test_one_4_bit_tensor_per_expert_is_joined_in_every_bit(tmp_path, family, double_quant, mmap):
+    """Mixtral's MLP has 96 columns: blocks of 64 run over the ends of rows."""
     decoded = {}
-    model = folder_with(tmp_path / "a", "Qwen3-MoE",
+    model = folder_with(tmp_path / "a", family,
                         experts_in_4_bits(decoded, double_quant=double_quant))  # fmt: skip
     ours = empty(tmp_path / "a")
     names = mp.load_quantized(ours, tmp_path / "a", mmap=mmap)
     assert names == [f"model.layers.{i}.mlp.experts.{w}" for i in (0, 1)
                      for w in ("gate_up_proj", "down_proj")]  # fmt: skip
     assert names.made[names[0]] == "made of 8 in the file" and not names.notes
+    block, gate, up, down = OLD[family]
     with torch.no_grad():
         for number in (0, 1):
             experts = model.model.layers[number].mlp.experts
-            experts.gate_up_proj.copy_(joined_by_hand(decoded, number, ["gate_proj", "up_proj"], 4))
-            experts.down_proj.copy_(joined_by_hand(decoded, number, ["down_proj"], 4))
+            experts.gate_up_proj.copy_(joined_by_hand(decoded, number, [gate, up], 4, block))
+            experts.down_proj.copy_(joined_by_hand(decoded, number, [down], 4, block))
             for own in ("gate_up_proj", "down_proj"):
                 layer = ours.get_submodule(f"model.layers.{number}.mlp.experts.{own}")
                 assert isinstance(layer, NF4Experts)
                 assert torch.equal(layer.weight, getattr(experts, own))
-    assert torch.equal(outputs(ours, "Qwen3-MoE"), outputs(model, "Qwen3-MoE"))
+    assert torch.equal(outputs(ours, family), outputs(model, family))
 
 
 @pytest.mark.parametrize("family", ["Qwen3-MoE", "Mixtral", "Qwen3-VL-MoE", "gpt-oss"])
