@@ -134,11 +134,11 @@ def load_quantized(
     or one safetensors file, written by transformers with bitsandbytes, by `save_quantized` or by
     `quantize_checkpoint`, or in MXFP4 (gpt-oss).  Layers whose weights are codes become NF4Linear
     (NF4Conv1D) in place, 3-D weights of experts NF4Experts; the rest is loaded in the file's dtype,
-    or in `dtype`.  Weights go to `device`, one tensor at a time; tied tensors stay tied; buffers
-    that no file holds (rotary frequencies) are computed by the model's own `_init_weights`.
-    Checksums are verified where the file has them.  `progress` shows a bar; None: on a terminal.
-    `mmap=False` reads each tensor from its file instead of mapping the files: for disks on a
-    network.
+    or in `dtype`; an MXFP4 weight has `dtype`, or that of config.json.  Weights go to `device`, one
+    tensor at a time; tied tensors stay tied; buffers that no file holds (rotary frequencies) are
+    computed by the model's own `_init_weights`.  Checksums are verified where the file has them.
+    `progress` shows a bar; None: on a terminal.  `mmap=False` reads each tensor from its file
+    instead of mapping the files: for disks on a network.
 
     In a model of transformers, names in the file become the model's by transformers' own tables.
     Tensors that these join or split (one for each expert) keep their codes where whole blocks move,
