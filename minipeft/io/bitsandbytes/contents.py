@@ -23,6 +23,7 @@ class Contents:
         self.reader, self.dtype = reader, dtype
         self.mxfp4 = mxfp4.groups(reader.specs)
         self.coded_keys = _groups(reader) | self.mxfp4  # 4-bit weight: the tensors that it is
+        self._shapes: dict[str, tuple[int, ...]] = {}
         inside = {key for keys in self.coded_keys.values() for key in keys}
         self.keys = [*self.coded_keys, *(key for key in reader.specs if key not in inside)]
 
@@ -38,10 +39,12 @@ class Contents:
         """
         if key not in self.coded_keys:
             return self.reader.specs[key][1]
-        try:
-            return self._coded_shape(key)
-        except ValueError as error:
-            raise ValueError(f"{self.file(key)}: {error}") from error
+        if key not in self._shapes:
+            try:
+                self._shapes[key] = self._coded_shape(key)
+            except ValueError as error:
+                raise ValueError(f"{self.file(key)}: {error}") from error
+        return self._shapes[key]
 
     def model_shape(self, key: str) -> tuple[int, ...]:
         """The shape that a weight has in the model: MXFP4's is turned there."""

@@ -43,9 +43,9 @@ def planned(path: Path, model: nn.Module, contents: Contents, ignore: Ignore) ->
     """
     own: dict[str, Tensor] = model.state_dict(keep_vars=True)
     ignored = unwanted(contents.keys, ignore)
+    in_model = {key: contents.model_shape(key) for key in contents.keys if key not in ignored}
     try:
-        keys = [key for key in contents.keys if key not in ignored]
-        found = read_names(model, own, keys, contents.model_shape)
+        found = read_names(model, own, in_model, in_model.__getitem__)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     experts = survey(model).experts
