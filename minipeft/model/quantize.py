@@ -146,14 +146,14 @@ def other_weights(places: Survey) -> dict[str, str]:
     return found
 
 
-def _check_experts(model: nn.Module, names: Iterable[str]) -> None:
+def check_experts(caller: str, model: nn.Module, names: Iterable[str]) -> None:
     """Raise unless the modules that hold these 3-D weights index them one expert at a time."""
     for name in names:
         holder = model.get_submodule(name.rpartition(".")[0])
         how = getattr(getattr(holder, "config", None), "_experts_implementation", None)
         if how not in (None, "eager"):
             raise ValueError(
-                f"quantize_model: {name} is read whole by the {how!r} implementation of experts; "
+                f"{caller}: {name} is read whole by the {how!r} implementation of experts; "
                 "call model.set_experts_implementation('eager') first"
             )
 
@@ -187,7 +187,7 @@ def _plan_codes(
     weights = [n for n, layer in chosen.items() if isinstance(layer, nn.Parameter)]
     if experts and not weights:
         raise ValueError("quantize_model: experts=True, but no 3-D weight may be quantised")
-    _check_experts(places.model, weights)
+    check_experts("quantize_model", places.model, weights)
     settings = {"block_size": 64, "double_quant": True, "compute_dtype": None} | dict(nf4)
     if unknown := set(settings) - {"block_size", "double_quant", "compute_dtype"}:
         raise TypeError(f"quantize_model: unknown arguments {sorted(unknown)}")

@@ -58,6 +58,10 @@ class NF4Experts(PackedModule):
 
     `forward(x, expert)` multiplies each row of x by the weight of its expert.  Nothing dense is
     kept for backward: the codes of the experts that were asked for are decoded again.
+
+    `turned` says that the model has the weight as (n_experts, in_features, out_features), while
+    blocks of codes run along the inputs, as in gpt-oss' files: `shape`, `weight` and `experts[i]`
+    are then as the model has them.  Without it a model's weight of either layout is kept as it is.
     """
 
     def __init__(
@@ -67,15 +71,19 @@ class NF4Experts(PackedModule):
         in_features: int,
         *,
         compute_dtype: torch.dtype | None = None,
+        turned: bool = False,
         **stored: Unpack[Stored],
     ) -> None:
         super().__init__((n_experts, out_features, in_features), **stored)
+        self.coded_shape, self.turned = self.shape, turned  # the codes' own layout
         if (out_features * in_features) % self.block_size:
             raise ValueError(
                 f"NF4Experts: an expert of {out_features} x {in_features} weights is no whole "
                 f"number of blocks of {self.block_size}; choose a smaller block_size"
             )
         self.n_experts, self.compute_dtype = n_experts, compute_dtype
+        if turned:
+            self.shape = (n_experts, in_features, out_features)
 
     @classmethod
     @torch.inference_mode(False)
@@ -110,7 +118,13 @@ class NF4Experts(PackedModule):
         if not -self.n_experts <= number < self.n_experts:
             raise IndexError(EXPERT.format(number, self.n_experts))
         weight = one_expert(self.state(), number % self.n_experts, self.n_experts)
-        return decode(weight, self.shape[1:], self.weight_dtype)
+        dense = decode(weight, self.coded_shape[1:], self.weight_dtype)
+        return dense.T.contiguous() if self.turned else dense  # rows as the parameter has them
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Float[Tensor, "*shape"]:
+        """The dense weight as the model has it, in `dtype` or the dtype that it had."""
+        dense = decode(self.state(), self.coded_shape, dtype or self.weight_dtype)
+        return dense.mT.contiguous() if self.turned else dense
 
     def __len__(self) -> int:
         return self.n_experts
@@ -118,7 +132,7 @@ class NF4Experts(PackedModule):
     def forward(
         self, x: Float[Tensor, "tokens in_features"], expert: Int[Tensor, " tokens"]
     ) -> Float[Tensor, "tokens out_features"]:
-        in_features = self.shape[2]
+        in_features = self.coded_shape[2]
         if x.dim() != 2 or x.shape[-1] != in_features or expert.shape != x.shape[:1]:
             raise ValueError(
                 f"NF4Experts: x {tuple(x.shape)} and expert {tuple(expert.shape)}; expected "
@@ -126,7 +140,8 @@ class NF4Experts(PackedModule):
             )
         dtype = products.product_dtype(x)
         x = x.to(self.compute_dtype or dtype)
-        return ops.call("nf4_experts", x, expert, *self.state(), list(self.shape), False).to(dtype)
+        shape = list(self.coded_shape)
+        return ops.call("nf4_experts", x, expert, *self.state(), shape, False).to(dtype)
 
     def dense(self, weight: Tensor | None = None) -> nn.Parameter:
         """The 3-D parameter that this layer stands for, or another one; frozen."""

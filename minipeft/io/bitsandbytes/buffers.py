@@ -1,28 +1,73 @@
-"""Buffers that no file holds, of a model that was built on the meta device.
+"""Tensors that no file holds, of a model that was built on the meta device.
 
 Rotary frequencies, causal masks and position numbers are computed in a constructor; on the meta
-device that leaves no values.  Hugging Face models compute them again in `_init_weights(module)`.
+device that leaves no values.  Hugging Face models compute them again in `_init_weights(module)`, of
+the module itself or of one around it.
 """
+
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 
-def _initializer(model: nn.Module, path: str) -> nn.Module | None:
-    """The innermost module around this path that can initialise its parts."""
-    parts = path.split(".")
-    for length in range(len(parts), -1, -1):
-        module = model.get_submodule(".".join(parts[:length]))
-        if callable(getattr(module, "_init_weights", None)):
-            return module
-    return None
+def _initializations(model: nn.Module, path: str) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(who initialises, what): the module of this path, then those around it, inside out."""
+    parts = path.split(".") if path else []
+    around = [model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
+    for number, module in enumerate(around):
+        owner = next((m for m in around[number:] if callable(getattr(m, "_init_weights", None))),
+                     None)  # fmt: skip
+        if owner is not None:
+            yield owner, module
 
 
-def restore_buffers(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
+def _computed(
+    model: nn.Module, path: str, metas: dict[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
+    """The values that the model computes for these tensors of one module; others are not there.
+
+    Each is computed over two different fillings: values that are equal after both were computed.
+    """
+    module = model.get_submodule(path)
+    found: dict[str, Tensor] = {}
+    for owner, whole in _initializations(model, path):
+        filled: list[dict[str, Tensor | None]] = []
+        if whole is not module and not all(p.is_meta for p in model.parameters()):
+            break  # it would initialise values that are there
+        for filling in (0, 1):
+            places = {own: module._parameters if own in module._parameters else module._buffers
+                      for own in metas}  # fmt: skip
+            try:
+                for own, meta in metas.items():
+                    value = torch.full_like(meta, filling, device=device, requires_grad=False)
+                    given = nn.Parameter(value, False) if own in module._parameters else value
+                    places[own][own] = given  # type: ignore[assignment]
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    owner._init_weights(whole)  # type: ignore[operator]
+                filled.append({own: place[own] for own, place in places.items()})
+            finally:
+                for own, meta in metas.items():
+                    places[own][own] = meta  # type: ignore[assignment]
+        for own in metas:
+            first, second = (values[own] for values in filled)
+            there = own not in found and first is not None and second is not None
+            if there and torch.equal(first, second):  # type: ignore[arg-type]
+                found[own] = first.detach()  # type: ignore[union-attr]
+        if len(found) == len(metas):
+            break
+    return found
+
+
+def restore_buffers(
+    model: nn.Module, device: torch.device, also: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Values for every meta buffer that no state dict holds; the model is not changed.
 
+    `also` names tensors of the state dict that the model computes as well.
+
     Raises:
-        ValueError: a buffer whose values nothing computes, or a tensor on the meta device that is
+        ValueError: a tensor whose values nothing computes, or a tensor on the meta device that is
             neither parameter nor buffer.
     """
     for path, module in model.named_modules():
@@ -34,31 +79,17 @@ def restore_buffers(model: nn.Module, device: torch.device) -> dict[str, Tensor]
             )
     restored: dict[str, Tensor] = {}
     for path, module in list(model.named_modules()):
-        buffers = {own: module._buffers.get(own)
-                   for own in sorted(module._non_persistent_buffers_set)}  # fmt: skip
-        metas = {own: b for own, b in buffers.items() if b is not None and b.is_meta}
-        if not metas:
-            continue
-        owner = _initializer(model, path)
-        filled: list[dict[str, Tensor | None]] = []
-        # over two different fillings: values that are equal after both were computed
-        for filling in (0, 1):
-            try:
-                for own, meta in metas.items():
-                    module._buffers[own] = torch.full_like(meta, filling, device=device)
-                if owner is not None:
-                    with torch.no_grad():
-                        owner._init_weights(module)  # type: ignore[operator]
-                filled.append({own: module._buffers[own] for own in metas})
-            finally:
-                module._buffers.update(metas)
-        for own in metas:
-            name = f"{path}.{own}" if path else own
-            first, second = (found[own] for found in filled)
-            if first is None or second is None or not torch.equal(first, second):
+        before = f"{path}." if path else ""
+        own = {**module._buffers, **module._parameters}
+        wanted = [*sorted(module._non_persistent_buffers_set),
+                  *(name for name in own if before + name in also)]  # fmt: skip
+        metas = {n: v for n in wanted if (v := own.get(n)) is not None and v.is_meta}
+        found = _computed(model, path, metas, device) if metas else {}
+        for name in metas:
+            if name not in found:
                 raise ValueError(
-                    f"{name}: a buffer that no checkpoint holds and nothing computes again; build "
-                    "the model with this buffer on a real device"
+                    f"{before}{name}: a buffer that no checkpoint holds and nothing computes "
+                    "again; build the model with this buffer on a real device"
                 )
-            restored[name] = first
+            restored[before + name] = found[name]
     return restored

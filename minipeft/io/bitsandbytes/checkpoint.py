@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
+from minipeft.io.bitsandbytes.weight import DTYPES
 from minipeft.io.fields import read_object
+from minipeft.io.mxfp4 import MXFP4
 from minipeft.io.replace import current
 from minipeft.io.shards import Reader, indexed
 
@@ -57,9 +59,18 @@ def check_four_bits(path: Path, config: Mapping[str, object]) -> None:
     if said is None:
         return
     method = said.get("quant_method") if isinstance(said, dict) else said
-    if not isinstance(said, dict) or method != "bitsandbytes" or said.get("load_in_8bit"):
+    known = method in ("bitsandbytes", MXFP4)
+    if not isinstance(said, dict) or not known or said.get("load_in_8bit"):
         what = "8-bit integers" if method == "bitsandbytes" else repr(str(method)[:40])
-        raise ValueError(f"{path / CONFIG}: quantised by {what}; expected bitsandbytes in 4 bits")
+        raise ValueError(
+            f"{path / CONFIG}: quantised by {what}; expected bitsandbytes in 4 bits, or {MXFP4}"
+        )
+
+
+def dtype_of(config: Mapping[str, object]) -> torch.dtype:
+    """The dtype of weights that config.json names; if it names none bfloat16, MXFP4's own."""
+    said = config.get("dtype", config.get("torch_dtype"))
+    return DTYPES.get(str(said), torch.bfloat16)
 
 
 def quantization_config(
@@ -79,7 +90,7 @@ def quantization_config(
         "bnb_4bit_use_double_quant": double_quant,
         "bnb_4bit_compute_dtype": str(compute_dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": str(quant_storage).removeprefix("torch."),
-        "llm_int8_skip_modules": sorted(dense) or None,
+        "llm_int8_skip_modules": sorted(dense),  # None would mean transformers' own guess
     }
 
 

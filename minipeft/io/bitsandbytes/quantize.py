@@ -16,19 +16,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from minipeft.adapters.progress import Progress
-from minipeft.adapters.protocol import is_conv1d, linear_shape
+from minipeft.adapters.protocol import linear_shape
 from minipeft.adapters.targets import Head, HeadWarning, Names, likely_head, survey
 from minipeft.io.bitsandbytes import checkpoint
-from minipeft.io.bitsandbytes.weight import Settings, entries, specs
+from minipeft.io.bitsandbytes.plan import Ignore
+from minipeft.io.bitsandbytes.weight import entries
+from minipeft.io.bitsandbytes.work import Work, not_theirs, work_for
 from minipeft.io.fields import read_object
 from minipeft.io.header import Spec, nbytes
 from minipeft.io.replace import locked, write_file
 from minipeft.io.shards import Reader, ShardWriter, split
-from minipeft.model.quantize import Skip, quantizable
+from minipeft.model.quantize import Skip
 from minipeft.nf4 import check_block_size
 from minipeft.qlora import NF4Linear
 
@@ -36,43 +37,6 @@ PROGRESS = ".quantize_checkpoint.json"
 _NOT_COPIED = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".ot",
 }  # fmt: skip
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def _chosen(
-    model: nn.Module, reader: Reader, skip: Skip, block_size: int, double_quant: bool, head: Head
-) -> tuple[dict[str, tuple[Settings, bool]], dict[str, str]]:
-    """What each weight becomes, and whether it is transposed first; which modules stay dense."""
-    chosen, left_out = quantizable(survey(model, head), skip=skip)
-    weights: dict[str, tuple[Settings, bool]] = {}
-    absent: dict[int, str] = {}
-    present: set[int] = set()
-    for name, module in chosen.items():
-        assert isinstance(module, nn.Module)  # 3-D parameters are taken on request only
-        key = f"{name}.weight"
-        if key not in reader.specs:
-            absent[id(module)] = key
-            continue
-        present.add(id(module))
-        dtype, shape = reader.specs[key]
-        own = tuple(module.get_parameter("weight").shape)
-        if shape != own:
-            raise ValueError(
-                f"{reader.file_of[key]}: {key} has shape {shape}; the model's is {own}"
-            )
-        if dtype not in _FLOATS:
-            raise ValueError(f"{reader.file_of[key]}: {key} is {dtype}; expected a 16-bit float")
-        transposed = is_conv1d(module)
-        rows = shape[::-1] if transposed else shape
-        weights[key] = (Settings(rows, dtype, block_size, "nf4", double_quant), transposed)
-    if lost := [key for number, key in absent.items() if number not in present]:
-        raise ValueError(
-            f"{next(iter(reader.file_of.values())).parent}: no {sorted(lost)[:3]} ({len(lost)} in "
-            f"all); the files have {sorted(reader.specs)[:3]}: pass the model that they belong to"
-        )
-    if not weights:
-        raise ValueError(f"quantize_checkpoint: nothing to quantise; left out: {left_out}")
-    return weights, left_out
 
 
 def _is_taken(destination: Path) -> bool:
@@ -149,14 +113,19 @@ def quantize_checkpoint(
     progress: bool | None = None,
     mmap: bool = True,
     head: Head = None,
+    ignore: Ignore = (),
 ) -> Names:
     """Write the 4-bit copy of a checkpoint in 16 or 32 bits, one tensor in memory at a time.
 
     `source` is a directory with config.json and safetensors files.  `model`, on the meta device,
     says which weights `quantize_model` would quantise, `head` as there; by default it is built from
     config.json with transformers.  The result is what `save_quantized` writes: it loads with
-    `load_quantized` and with transformers + bitsandbytes.  Other files (tokeniser, licence) are
-    copied.
+    `load_quantized` and with transformers + bitsandbytes, but for layers that `.notes` names (a
+    subclass of nn.Linear).  Other files (tokeniser, licence) are copied.
+
+    Tensors keep the source's names, which transformers' own tables lead to the model's; where these
+    split or join a weight that becomes 4-bit, the model's names are written, which are read too.
+    `ignore` leaves out tensors that the model lacks: as in `load_quantized`.
 
     Interrupted, the same call goes on after the last whole shard (`max_shard_bytes` each) and ends
     with the same bytes.  `destination` appears when all is done; until then the work lies in
@@ -166,8 +135,9 @@ def quantize_checkpoint(
     the names of the 4-bit layers; `.left_out` says what stayed dense and why.
 
     Raises:
-        ValueError: a source that is damaged, quantised already or another model's; weights that
-            are not finite (file, tensor and index are named); a destination that exists.
+        ValueError: a source that is damaged, quantised already or another model's: it lacks tensors
+            of the model, or has others (those that the model's class ignores are copied); weights
+            that are not finite (file, tensor and index are named); a destination that exists.
         OSError: the disk is full, and the like; the destination does not exist then.
     """
     source, destination = Path(source), Path(destination)
@@ -187,28 +157,26 @@ def quantize_checkpoint(
 
         model = meta_model(source)
     with checkpoint.open_weights(source, mmap=mmap) as reader:
-        weights, left_out = _chosen(model, reader, skip, block_size, double_quant, head)
-        wanted = [key.removesuffix(".weight") for key in weights]
-        notes = likely_head(survey(model, head), wanted)
+        work = work_for(model, reader, skip, block_size, double_quant, head, ignore)
+        notes = likely_head(survey(model, head), work.wanted)
         for name, note in notes.items():
             warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=2)
-        becomes = {
-            key: specs(key, weights[key][0]) if key in weights else {key: spec}
-            for key, spec in reader.specs.items()
-        }
-        sizes = {key: sum(map(nbytes, made.values())) for key, made in becomes.items()}
+        notes |= not_theirs(model, work.wanted)
+        sizes = {key: sum(map(nbytes, made.values())) for key, made in work.becomes.items()}
         files = split(sizes, max_shard_bytes)
         expected = {
-            file: {name: spec for key in keys for name, spec in becomes[key].items()}
+            file: {name: spec for key in keys for name, spec in work.becomes[key].items()}
             for file, keys in files.items()
         }
-        described = hashlib.sha256(repr((sorted(weights.items()), expected)).encode()).hexdigest()
+        described = hashlib.sha256(
+            repr((sorted(work.weights.items()), expected)).encode()
+        ).hexdigest()
         record: dict[str, object] = {
             "source": {p.name: [p.stat().st_size, p.stat().st_mtime_ns]
                        for p in sorted(set(reader.file_of.values()))},
             "settings": described,
         }  # fmt: skip
-        names = Names(wanted, left_out, notes=notes)
+        names = Names(work.wanted, work.left_out, notes=notes)
         if _is_finished(destination, record):
             return names
         with (
@@ -224,10 +192,11 @@ def quantize_checkpoint(
                 raise OSError(errno.ENOSPC, what, str(directory))
             for file, keys in files.items():
                 if file in left:
-                    _write(directory / file, expected[file], keys, weights, reader, bar)
+                    _write(directory / file, expected[file], keys, work, reader, bar)
                 else:
-                    bar.update(sum(nbytes(reader.specs[key]) for key in keys))
-            _finish(directory, source, config, model, weights, expected)
+                    bar.update(sum(nbytes(reader.specs[own]) for key in keys
+                                   for own in work.steps[key]))  # fmt: skip
+            _finish(directory, source, config, model, work, expected)
             if _is_taken(destination):
                 raise ValueError(f"{destination}: exists already; it was made meanwhile")
             if destination.exists():  # empty; Windows renames onto nothing
@@ -241,27 +210,29 @@ def _write(
     path: Path,
     expected: Mapping[str, Spec],
     keys: list[str],
-    weights: Mapping[str, tuple[Settings, bool]],
+    work: Work,
     reader: Reader,
     bar: Progress,
 ) -> None:
     with ShardWriter(path, expected) as writer:
         for key in keys:
-            tensor = reader.view(key)
-            if key in weights:
-                settings, transposed = weights[key]
+            found = {own: reader.view(own) for own in work.steps[key]}
+            made = work.joined[key](found) if key in work.joined else found
+            for name, tensor in made.items():
+                if name not in work.weights:
+                    writer.write(name, tensor)
+                    continue
+                settings, turned = work.weights[name]
                 try:
                     layer = NF4Linear.from_weight(
-                        tensor.T if transposed else tensor, block_size=settings.block_size,
+                        tensor.T if turned else tensor, block_size=settings.block_size,
                         double_quant=settings.double_quant,
                     )  # fmt: skip
                 except ValueError as error:
-                    raise ValueError(f"{reader.file_of[key]}: {key}: {error}") from error
-                for name, value in entries(key, layer).items():
-                    writer.write(name, value)
-            else:
-                writer.write(key, tensor)
-            bar.update(nbytes(reader.specs[key]))
+                    raise ValueError(f"{reader.file_of[key]}: {name}: {error}") from error
+                for own, value in entries(name, layer).items():
+                    writer.write(own, value)
+            bar.update(sum(nbytes(reader.specs[own]) for own in work.steps[key]))
         writer.finish()
 
 
@@ -270,7 +241,7 @@ def _finish(
     source: Path,
     config: dict[str, object],
     model: nn.Module,
-    weights: Mapping[str, tuple[Settings, bool]],
+    work: Work,
     expected: Mapping[str, Mapping[str, Spec]],
 ) -> None:
     """Everything but the weights, config.json last."""
@@ -278,9 +249,8 @@ def _finish(
     if len(expected) > 1:
         sizes = {name: nbytes(spec) for own in expected.values() for name, spec in own.items()}
         write_file(directory / checkpoint.INDEX, checkpoint.index_text(expected, sizes))
-    names = {key.removesuffix(".weight") for key in weights}
-    dense = [n for n, m in model.named_modules() if n not in names and linear_shape(m)]
-    first = next(iter(weights.values()))[0]
+    dense = [n for n, m in model.named_modules() if n not in work.wanted and linear_shape(m)]
+    first = next(iter(work.weights.values()))[0]
     config["quantization_config"] = checkpoint.quantization_config(
         quant_type="nf4", double_quant=first.double_quant, dense=dense, compute_dtype=first.dtype
     )

@@ -32,6 +32,7 @@ class Contents:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     example: str = ""  # the name of some module of the model
+    joined: dict[str, str] = field(default_factory=dict)  # Located's: unexpected key, weight
 
     def complaint(self) -> str:
         """What is wrong with the file, for an error; empty if nothing is."""
@@ -45,7 +46,13 @@ class Contents:
         parts = []
         if self.untargeted:
             parts.append(f"{self.untargeted} in {CONFIG_NAME} fit no module of the model")
-        if self.unexpected:
+        if part := next((key for key in self.unexpected if key in self.joined), None):
+            parts.append(
+                f"unexpected {part!r} ({len(self.unexpected)} in all): transformers 5 joined this "
+                f"module's weight with those of other experts into {self.joined[part]!r}; load the "
+                "adapter with PEFT, which joins the factors too, and save it again"
+            )
+        elif self.unexpected:
             parts.append(
                 f"unexpected {self.unexpected[0]!r} ({len(self.unexpected)} in all; the model has "
                 f"for example {self.example!r}); is this adapter another model's, or one of the "
@@ -71,7 +78,7 @@ def sort_out(
     Raises:
         ValueError: two keys that mean the same tensor.
     """
-    modules, contents = found.modules, Contents()
+    modules, contents = found.modules, Contents(joined=found.joined)
     contents.example = next(iter(reversed(modules)), "")
     saved, bias = _saved_modules(found, config), config.config.bias
     wrapped = _wrapped_ids(found, config)

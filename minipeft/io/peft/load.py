@@ -261,7 +261,8 @@ def load_peft(
     with or without PEFT's "base_model.model." before it, and every module that the configuration
     targets must have its keys.  Values take the dtype of the layers, float32.  With a `name` it is
     one more adapter, over those that are there.  Freezes every parameter that no adapter owns.
-    Names may hold what torch wraps around modules, in the file or in the model.  Returns the names;
+    Names may hold what torch wraps around modules, in the file or in the model, and may be those
+    that modules of transformers had before its version 5.  Returns the names;
     with `strict=False` what is missing or unexpected is in the result's `.missing` and
     `.unexpected`, and the rest is loaded; `.ignored` has the configuration's fields of other
     trainers that were read past, and with `strict=False` those that nobody here knows.

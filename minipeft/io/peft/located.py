@@ -1,7 +1,8 @@
 """For each key of a file, the module of a given model that it belongs to.
 
 File and model may spell a name differently: what torch wraps around modules adds parts to it.  So
-they are compared by plain names (adapters/plain_names.py).
+they are compared by plain names (adapters/plain_names.py).  A name that the model lacks is looked
+up in transformers' table of names that changed since (integrations/transformers/file_names.py).
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from torch import nn
 from minipeft.adapters.plain_names import PlainNames, Spellings
 from minipeft.adapters.protocol import innermost
 from minipeft.adapters.targets import survey
+from minipeft.integrations.transformers.file_names import ModuleNames
 from minipeft.io.peft.keys import PREFIX, Key, beside, parse, without_prefix
 
 LONGEST_KEY = 1000  # characters; real names have some hundred, and matching longer ones takes time
@@ -31,6 +33,7 @@ class Located:
     keys: dict[str, Key]  # key in the file: what it says; role "unknown" if the model lacks it
     spelled: dict[str, list[str]]  # plain name: how the file spells it, where it does otherwise
     by_weight: dict[int, list[str]]  # id of a parameter `weight`: the modules that have it
+    joined: dict[str, str]  # unknown key: the weight of experts that its module became a part of
 
     def tied(self, name: str) -> list[str]:
         """The modules that share this one's weight, itself among them; none if it has no weight."""
@@ -54,7 +57,8 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
     for name, module in reversed(places.modules.items()):  # the first name stays
         if modules[names.plain(name)] is module:
             real[names.plain(name)] = name
-    spellings = Spellings(["", *modules])
+    spellings, in_files = Spellings(["", *modules]), ModuleNames(model, modules)
+    renamed, joined = False, {}
     plain_keys = without_prefix(keys, modules)
     if len(plain_keys) < len(keys):
         raise ValueError(f"{where}: the same key with and without {PREFIX!r}")
@@ -66,6 +70,9 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
             if key.role == "unknown":
                 continue
             place = spellings.find(candidate.module)
+            if place is None:
+                place = in_files.find(candidate.module)
+                renamed = renamed or place is not None
             if place is not None and (place or candidate.role == "plain"):
                 parsed[in_file] = candidate._replace(module=place)
                 if place != candidate.module:
@@ -73,17 +80,21 @@ def locate(model: nn.Module, keys: Iterable[str], where: str) -> Located:
                 break
         else:
             parsed[in_file] = key._replace(role="unknown")
+            if (whole := in_files.joined(key.module)) in experts and whole is not None:
+                joined[in_file] = whole
     for name in (*modules, *experts) if spelled else ():  # those without keys, after their parents
         parent, _, own = name.rpartition(".")
         if name not in spelled and parent in spelled:
             spelled[name] = [f"{spelled[parent][-1]}.{own}"]
+    for name, older in in_files.in_files().items() if renamed else ():
+        spelled[name] = [*spelled.get(name, []), older]  # by the names that the file is made with
     by_weight: dict[int, list[str]] = {}
     for name, module in modules.items():
         if (weight := _weight(module)) is not None:
             by_weight.setdefault(id(weight), []).append(name)
     return Located(
         modules, experts, real, names.by_plain(places.heads), _vocabulary(model),
-        names.by_plain(places.in_attention), parsed, spelled, by_weight,
+        names.by_plain(places.in_attention), parsed, spelled, by_weight, joined,
     )  # fmt: skip
 
 

@@ -74,8 +74,11 @@ class MatchedConfig:
 
     def has_expert_weights(self, name: str) -> bool:
         """Whether target_parameters names weights of this module."""
-        owners = [entry.rpartition(".")[0] for entry in self.config.target_parameters]
-        return self.fits(owners, name)
+        entries = self.config.target_parameters
+        owners = [entry.rpartition(".")[0] for entry in entries]
+        return self.fits(owners, name) or any(
+            "." not in entry and f"{name}.{entry}" in self.ends for entry in entries
+        )
 
     def token_ids(self, name: str) -> list[int] | None:
         """The trained tokens of the embedding, or of the head, of this name."""

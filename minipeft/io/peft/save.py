@@ -272,7 +272,8 @@ def save_peft(
     its start is written as the plain LoRA of twice the rank that it is.  `state_dict` gives values
     gathered elsewhere (a sharded model's), under the model's own names.  No name that is
     written or returned has what torch wraps around modules in it (torch.compile, DDP,
-    checkpointing).
+    checkpointing); names are the model's of today, as PEFT writes them, not those of its weights in
+    checkpoints.
 
     All files are of one save: whenever it dies, every adapter is the old one, or the new one, or,
     in a new folder, one that load_peft refuses; io/replace.py says what others see.  What training

@@ -360,6 +360,26 @@ def test_buffers_that_no_file_holds(tmp_path):
     assert torch.equal(model.scale, torch.arange(3.0))
 
 
+def test_a_buffer_that_a_module_around_computes(tmp_path):
+    """Falcon-H1's model fills the buffers of its layers; random state stays as it was."""
+
+    class Computed(Small):
+        def __init__(self):
+            super().__init__()
+            self.norm.register_buffer("scale", torch.arange(3.0), persistent=False)
+
+        def _init_weights(self, module):
+            if module is self:
+                self.norm.scale.copy_(torch.arange(3.0))
+                torch.rand(1)
+
+    saved(tmp_path / "saved")
+    model, before = on_meta(Computed), torch.get_rng_state()
+    load_quantized(model, tmp_path / "saved")
+    assert torch.equal(model.norm.scale, torch.arange(3.0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_transformers_with_bitsandbytes_loads_what_is_written(tmp_path, tied, double_quant):
