@@ -76,10 +76,10 @@ def attach_prefix(
     Raises:
         TypeError: not a transformers model.
         ValueError: a model whose attention cannot be reached in every layer (the message says what
-            was tried), or that fails a trial (with the difference and the effect), or that needs an
-            example; an example that does not fit; another attention implementation, a name that is taken, a length below 1 or
-            beyond the position table, a position or window that the model cannot have.  The model
-            is then as it was.
+            was tried), that fails a trial (with the difference and the effect), or that needs an
+            example; an example that does not fit; another attention implementation, a name that is
+            taken, a length below 1 or beyond the position table, a position or window that the
+            model cannot have.  The model is then as it was.
     """
 
     settings: dict[str, Any] = {
