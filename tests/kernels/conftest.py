@@ -1,8 +1,8 @@
-"""Makes Triton's interpreter round to bfloat16; loaded where TRITON_INTERPRET=1 is set.
+"""Makes Triton's interpreter compute bfloat16; loaded where TRITON_INTERPRET=1 is set.
 
-Up to 3.8 it cuts float32 off instead of rounding to nearest even (triton-lang/triton#11584), so a
-kernel that is right on a GPU would look wrong.  `interpreted.py` has a test that fails when this
-is no longer needed.
+Up to 3.8 it cuts float32 off instead of rounding to nearest even (triton-lang/triton#11584), and
+multiplies matrices of bfloat16 by their bits, as whole numbers, so a kernel that is right on a GPU
+would look wrong.  `interpreted.py` has tests that fail when this is no longer needed.
 """
 
 import os
@@ -28,5 +28,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             return round_to_bfloat16(np.asarray(data).view(np.float32))
         return original(data, source, target, rounding)
 
+    def widened(handle):
+        """A tensor of bfloat16 as float32."""
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = np.asarray(handle.data).view(np.uint16).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    original_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *others):
+        return original_dot(self, widened(a), widened(b), *others)
+
     if os.environ.get("MINIPEFT_NO_REPAIR") != "1":
         interpreter._convert_float = convert_float
+        interpreter.InterpreterBuilder.create_dot = create_dot

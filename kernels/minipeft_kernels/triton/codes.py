@@ -94,8 +94,8 @@ EIGHT_REGISTERS = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r")
 
 
 @triton.jit
-def values(codes, codebook, DTYPE: tl.constexpr, PERMUTE: tl.constexpr):
-    """Codebook values of bytes (ROWS, WIDTH) in DTYPE, (ROWS, 2 * WIDTH): high nibbles first.
+def values(codes, codebook, dtype: tl.constexpr, PERMUTE: tl.constexpr):
+    """Codebook values of bytes (ROWS, WIDTH) in `dtype`, (ROWS, 2 * WIDTH): high nibbles first.
 
     PERMUTE: NF4's values, by byte permutation; four neighbouring bytes are then one thread's.
     """
@@ -103,12 +103,12 @@ def values(codes, codebook, DTYPE: tl.constexpr, PERMUTE: tl.constexpr):
     WIDTH: tl.constexpr = codes.shape[1]
     if not PERMUTE:
         high, low = tl.load(codebook + (codes >> 4)), tl.load(codebook + (codes & 15))
-        return tl.join(high, low).reshape(ROWS, 2 * WIDTH).to(DTYPE)
-    if DTYPE == tl.float32:
+        return tl.join(high, low).reshape(ROWS, 2 * WIDTH).to(dtype)
+    if dtype == tl.float32:
         first, second = tl.inline_asm_elementwise(
             FLOAT32, EIGHT_REGISTERS, [codes], (tl.float32, tl.float32), is_pure=True, pack=4
         )
-    elif DTYPE == tl.bfloat16:
+    elif dtype == tl.bfloat16:
         first, second = tl.inline_asm_elementwise(
             BFLOAT16, FOUR_REGISTERS, [codes], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )

@@ -57,15 +57,10 @@ def gradient_kernel(
     mine = first_k // BLOCK
 
     block = tl.minimum(n_w, N - 1).to(tl.int64) * per_row + mine
-    scales = decoded_scales(
-        tl.load(absmax + block), block, scale, offset, dynamic, NESTED, GROUP
-    )
+    scales = decoded_scales(tl.load(absmax + block), block, scale, offset, dynamic, NESTED, GROUP)
     block = tl.minimum(n_w + STEP, N - 1).to(tl.int64) * per_row + mine
     code = tl.load(absmax + block)
-    if SLICES == 1:
-        acc = tl.zeros((BM, BK), tl.float32)
-    else:
-        acc = tl.zeros((SLICES, BM, BK), tl.float32)
+    acc = tl.zeros((BM, BK) if SLICES == 1 else (SLICES, BM, BK), tl.float32)
     for step in range(steps):
         at = step * STEP
         n = tl.minimum(n_w + at, N - 1)
@@ -104,8 +99,7 @@ def input_gradient(grad: Tensor, weight: Packed, in_features: int) -> Tensor:
 
     What the kernel does not take goes to the PyTorch row, as in `product.linear`.
     """
-    rows = grad.numel() // max(1, grad.shape[-1])
-    if not takes(rows, in_features, weight.block_size) or not grad.shape[-1]:
+    if not takes(grad, in_features, weight.block_size) or not grad.shape[-1]:
         return fast.input_gradient(grad, weight, in_features)
     return gradient(grad, weight, in_features)
 
@@ -123,7 +117,7 @@ def gradient(
     grad = grad.reshape(-1, n)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     m, k = grad.shape[0], in_features
-    plan = plan or plan_for("nf4_linear_input_gradient", m, n, k)
+    plan = plan or plan_for("nf4_linear_input_gradient", m, n, k, grad.element_size())
     bk = min(64, weight.block_size)
     out = grad.new_empty(m, k)
     split = plan.parts > 1

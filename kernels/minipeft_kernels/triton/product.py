@@ -61,19 +61,16 @@ def product_kernel(
     n = tl.minimum(tl.program_id(0) * BN + row_w % BN, N - 1)  # rows beyond N are not stored
     k_x, k_w = first_k + row_x // BM * BK, first_k + row_w // BN * BK
     x += m[:, None].to(tl.int64) * row_of_x + k_x[:, None] + tl.arange(0, BK)[None, :]
-    packed += n[:, None].to(tl.int64) * (K // 2) + k_w[:, None] // 2 + tl.arange(0, BK // 2)[None, :]
+    packed += (
+        n[:, None].to(tl.int64) * (K // 2) + k_w[:, None] // 2 + tl.arange(0, BK // 2)[None, :]
+    )
     of_row = n.to(tl.int64) * (K // BLOCK)  # number of the row's first block
 
     block = of_row + tl.minimum(k_w, K - 1) // BLOCK
-    scales = decoded_scales(
-        tl.load(absmax + block), block, scale, offset, dynamic, NESTED, GROUP
-    )
+    scales = decoded_scales(tl.load(absmax + block), block, scale, offset, dynamic, NESTED, GROUP)
     block = of_row + tl.minimum(k_w + STEP, K - 1) // BLOCK
     code = tl.load(absmax + block)
-    if SLICES == 1:
-        acc = tl.zeros((BN, BM), tl.float32)
-    else:
-        acc = tl.zeros((SLICES, BN, BM), tl.float32)
+    acc = tl.zeros((BN, BM) if SLICES == 1 else (SLICES, BN, BM), tl.float32)
     for step in range(steps):
         at = step * STEP
         if EVEN:
@@ -122,9 +119,11 @@ def add_parts_kernel(
     tl.store(out + m.to(tl.int64) * N + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
-def takes(rows: int, columns: int, block_size: int) -> bool:
-    """Whether the kernels of few rows take such an input and such blocks."""
-    return 0 < rows <= MOST_ROWS and columns > 0 and columns % block_size == 0
+def takes(x: Tensor, columns: int, block_size: int) -> bool:
+    """Whether the kernels of few rows take such an input, and a weight of rows of `columns`."""
+    rows = x.numel() // max(1, x.shape[-1])
+    few = 0 < rows <= MOST_ROWS.get(x.element_size(), 0)
+    return few and columns > 0 and columns % block_size == 0
 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) -> Tensor:
@@ -132,8 +131,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) ->
 
     Blocks that run over the ends of rows go to the PyTorch row, and so do more than MOST_ROWS rows.
     """
-    rows = x.numel() // max(1, x.shape[-1])
-    if not takes(rows, x.shape[-1], weight.block_size) or not out_features:
+    if not takes(x, x.shape[-1], weight.block_size) or not out_features:
         return fast.linear(x, weight, bias, out_features)
     return product(x, weight, bias, out_features)
 
@@ -152,7 +150,7 @@ def product(
     x = x.reshape(-1, k)
     x = x if x.stride(1) == 1 else x.contiguous()
     m, n = x.shape[0], out_features
-    plan = plan or plan_for("nf4_linear", m, n, k)
+    plan = plan or plan_for("nf4_linear", m, n, k, x.element_size())
     bk = min(64, weight.block_size)
     out = x.new_empty(m, n)
     split = plan.parts > 1
