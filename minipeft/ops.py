@@ -134,6 +134,9 @@ ROWS = (
         "nf4_linear_input_gradient", "triton", _few_rows_on_gpu,
         "minipeft_kernels.triton.gradient", "input_gradient",
     ),
+    Implementation(
+        "quantize_nf4", "triton", _on_gpu, "minipeft_kernels.triton.quantize", "quantize"
+    ),
     _fast("quantize_nf4", "nf4", "quantize"),
     _fast("dequantize_nf4", "nf4", "dequantize"),
     _fast("nf4_linear", "linear", "linear"),

@@ -51,8 +51,8 @@ def _planes(values: Sequence[float], dtype: torch.dtype) -> list[list[str]]:
 def lookup(values: Sequence[float], dtype: torch.dtype) -> str:
     """PTX that makes eight values of four bytes; operands: the results, then the bytes.
 
-    Results are in the order of the weights: four registers of two values each for the 16-bit
-    dtypes, eight registers for float32.
+    Results belong to bytes: four registers with the pair of 16-bit values of a byte, the first in
+    the low half; or eight, the first values of the four bytes in float32, then the second ones.
     """
     planes = _planes(values, dtype)
     codes = 4 if len(planes) == 2 else 8
@@ -76,12 +76,12 @@ def lookup(values: Sequence[float], dtype: torch.dtype) -> str:
             if len(planes) == 2:
                 lines.append(f"prmt.b32 ${2 * side + pair}, plane0, plane1, {order};")
                 continue
-            out = 4 * side + 2 * pair
+            out = 2 * side + pair
             lines += [
                 f"prmt.b32 pair0, plane0, plane1, {order};",
                 f"prmt.b32 pair1, plane2, plane3, {order};",
                 f"prmt.b32 ${out}, pair0, pair1, 0x5410;",
-                f"prmt.b32 ${out + 1}, pair0, pair1, 0x7632;",
+                f"prmt.b32 ${out + 4}, pair0, pair1, 0x7632;",
             ]
     return "{\n" + "\n".join(lines) + "\n}"
 
@@ -102,23 +102,20 @@ def values(codes, codebook, dtype: tl.constexpr, PERMUTE: tl.constexpr):
     ROWS: tl.constexpr = codes.shape[0]
     WIDTH: tl.constexpr = codes.shape[1]
     if not PERMUTE:
-        high, low = tl.load(codebook + (codes >> 4)), tl.load(codebook + (codes & 15))
-        return tl.join(high, low).reshape(ROWS, 2 * WIDTH).to(dtype)
-    if dtype == tl.float32:
-        first, second = tl.inline_asm_elementwise(
+        high = tl.load(codebook + (codes >> 4)).to(dtype)
+        low = tl.load(codebook + (codes & 15)).to(dtype)
+    elif dtype == tl.float32:
+        high, low = tl.inline_asm_elementwise(
             FLOAT32, EIGHT_REGISTERS, [codes], (tl.float32, tl.float32), is_pure=True, pack=4
         )
-    elif dtype == tl.bfloat16:
-        first, second = tl.inline_asm_elementwise(
-            BFLOAT16, FOUR_REGISTERS, [codes], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-        )
     else:
-        first, second = tl.inline_asm_elementwise(
-            FLOAT16, FOUR_REGISTERS, [codes], (tl.float16, tl.float16), is_pure=True, pack=4
-        )
-    # the first has weights 0 to 3 of each eight, the second 4 to 7: no register is moved
-    quads = tl.join(first.reshape(ROWS, WIDTH // 4, 4), second.reshape(ROWS, WIDTH // 4, 4))
-    return quads.permute(0, 1, 3, 2).reshape(ROWS, 2 * WIDTH)
+        pairs = tl.inline_asm_elementwise(
+            BFLOAT16 if dtype == tl.bfloat16 else FLOAT16, FOUR_REGISTERS, [codes], tl.int32,
+            is_pure=True, pack=4,
+        )  # fmt: skip
+        high = pairs.to(tl.int16).to(dtype, bitcast=True)
+        low = (pairs >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.join(high, low).reshape(ROWS, 2 * WIDTH)
 
 
 @triton.jit
@@ -126,6 +123,8 @@ def decoded_scales(
     code, block, scale, offset, dynamic, NESTED: tl.constexpr, GROUP: tl.constexpr
 ):  # fmt: skip
     """float32 scales of the blocks with these numbers, of what `absmax` holds for them."""
-    if not NESTED:
-        return code
-    return tl.load(dynamic + code) * tl.load(scale + block // GROUP) + tl.load(offset)
+    if NESTED:
+        scales = tl.load(dynamic + code) * tl.load(scale + block // GROUP) + tl.load(offset)
+    else:
+        scales = code
+    return scales

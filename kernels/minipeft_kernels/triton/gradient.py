@@ -24,8 +24,8 @@ from minipeft.double_quant import ABSMAX_BLOCK_SIZE
 from minipeft.fast import linear as fast
 from minipeft.ops import Packed
 from minipeft_kernels.triton.codes import decoded_scales, values
-from minipeft_kernels.triton.launch import can_permute, on, pointers
-from minipeft_kernels.triton.product import add_parts_kernel, takes
+from minipeft_kernels.triton.launch import can_permute, launch, on, pointers
+from minipeft_kernels.triton.product import add_parts, takes
 from minipeft_kernels.triton.selection import Plan, plan_for
 
 
@@ -56,10 +56,8 @@ def gradient_kernel(
     per_row = K // BLOCK
     mine = first_k // BLOCK
 
-    block = tl.minimum(n_w, N - 1).to(tl.int64) * per_row + mine
-    scales = decoded_scales(tl.load(absmax + block), block, scale, offset, dynamic, NESTED, GROUP)
-    block = tl.minimum(n_w + STEP, N - 1).to(tl.int64) * per_row + mine
-    code = tl.load(absmax + block)
+    # as in product.py: scale codes are loaded a step ahead, and decoded in the loop
+    code = tl.load(absmax + tl.minimum(n_w, N - 1).to(tl.int64) * per_row + mine)
     acc = tl.zeros((BM, BK) if SLICES == 1 else (SLICES, BM, BK), tl.float32)
     for step in range(steps):
         at = step * STEP
@@ -69,9 +67,10 @@ def gradient_kernel(
         else:
             rows = tl.load(grad + at, mask=(m < M)[:, None] & (n_g + at < N), other=0.0)
         codes = tl.load(packed + n[:, None].to(tl.int64) * (K // 2) + bytes_[None, :])
-        following = decoded_scales(code, block, scale, offset, dynamic, NESTED, GROUP)
-        block = tl.minimum(n_w + at + 2 * STEP, N - 1).to(tl.int64) * per_row + mine
-        code = tl.load(absmax + block)
+        block = n.to(tl.int64) * per_row + mine
+        scales = decoded_scales(code, block, scale, offset, dynamic, NESTED, GROUP)
+        later = tl.minimum(n_w + at + STEP, N - 1)
+        code = tl.load(absmax + later.to(tl.int64) * per_row + mine)
         if EXACT:
             w = (values(codes, codebook, tl.float32, PERMUTE) * scales[:, None]).to(DTYPE)
         else:
@@ -85,7 +84,6 @@ def gradient_kernel(
                 rows.reshape(SLICES, BM, BN), w.reshape(SLICES, BN, BK), acc,
                 input_precision="ieee",
             )  # fmt: skip
-        scales = following
 
     if SLICES > 1:
         acc = tl.sum(acc, axis=0)
@@ -123,16 +121,18 @@ def gradient(
     split = plan.parts > 1
     partial = grad.new_empty(plan.parts, m, k, dtype=torch.float32) if split else out
     with on(weight.packed):
-        gradient_kernel[(k // bk, plan.parts, triton.cdiv(m, plan.rows))](
-            grad, *pointers(weight), partial, m, n, k, grad.stride(0),
-            NESTED=weight.scale is not None, BLOCK=weight.block_size, GROUP=ABSMAX_BLOCK_SIZE,
-            PERMUTE=can_permute(weight), EXACT=exact or grad.dtype != torch.bfloat16,
-            EVEN=n % (plan.parts * plan.slices * plan.tile) == 0,
-            BM=plan.rows, BN=plan.tile, BK=bk, SLICES=plan.slices,
-            num_warps=plan.warps, num_stages=plan.stages, enable_fp_fusion=False,
+        launch(
+            gradient_kernel, (k // bk, plan.parts, triton.cdiv(m, plan.rows)),
+            (grad, *pointers(weight), partial, m, n, k, grad.stride(0)),
+            {
+                "NESTED": weight.scale is not None, "BLOCK": weight.block_size,
+                "GROUP": ABSMAX_BLOCK_SIZE, "PERMUTE": can_permute(weight),
+                "EXACT": exact or grad.dtype != torch.bfloat16,
+                "EVEN": n % (plan.parts * plan.slices * plan.tile) == 0,
+                "BM": plan.rows, "BN": plan.tile, "BK": bk, "SLICES": plan.slices,
+            },
+            plan.warps, plan.stages,
         )  # fmt: skip
         if split:
-            add_parts_kernel[(triton.cdiv(k, 512), m)](
-                partial, grad, out, m, k, SPLIT=plan.parts, HAS_BIAS=False, SIZE=512, num_warps=4
-            )
+            add_parts(partial, None, out)
     return out.view(*leading, k)

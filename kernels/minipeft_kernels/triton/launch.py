@@ -19,10 +19,10 @@ def on(tensor: Tensor) -> AbstractContextManager[Any]:
     Raises:
         RuntimeError: kernels do not run there.
     """
+    if INTERPRETED or (tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()):
+        return nullcontext()
     if tensor.is_cuda:
         return torch.cuda.device(tensor.device)
-    if INTERPRETED:
-        return nullcontext()
     raise RuntimeError(
         f"minipeft_kernels.triton: the weight is on {tensor.device.type}; these kernels run on "
         "CUDA and ROCm devices, or anywhere in a process started with TRITON_INTERPRET=1"
@@ -44,3 +44,42 @@ def pointers(weight: Packed) -> tuple[Tensor, ...]:
         packed.contiguous(), absmax.contiguous(), scale.contiguous(), offset,
         values if codebook is None else codebook.contiguous(), dynamic,
     )  # fmt: skip
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+) -> None:
+    """Launch a kernel on the current device; `constants` are its last parameters, in their order.
+
+    Triton's own launch looks at every argument and option again and compares what the kernel reads
+    from its module, which takes longer than a small product.  What it compiled is kept here by all
+    that it specialises on: dtypes, alignment to 16 bytes, and whole numbers that are 1, multiples
+    of 16 or beyond 32 bits.
+    """
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants)
+        return
+    key = (
+        id(kernel), torch.cuda.current_device(), warps, stages, *constants.values(),
+        *[
+            (a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor)
+            else (a == 1, a % 16 == 0, a < 2**31) if isinstance(a, int) else None
+            for a in arguments
+        ],
+    )  # fmt: skip
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*arguments, *constants.values())
+        return
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    compiled = kernel[grid](*arguments, **constants, **options)
+    if compiled is not None:  # Triton's hooks can keep it from compiling
+        _compiled[key] = compiled
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE
 from minipeft.ops import Packed
 from minipeft_kernels.triton.codes import decoded_scales, values
-from minipeft_kernels.triton.launch import can_permute, on, pointers
+from minipeft_kernels.triton.launch import can_permute, launch, on, pointers
 
 TILE = 2048  # bytes a program decodes: 16 for each of 128 threads
 THREADS = 128
@@ -86,9 +86,12 @@ def dequantize_into(out: Tensor, weight: Packed) -> None:
     with on(weight.packed):
         if n == 0:
             return
-        dequantize_kernel[(triton.cdiv(n, 2 * TILE),)](
-            *pointers(weight), out, n,
-            NESTED=weight.scale is not None, BLOCK=weight.block_size, GROUP=ABSMAX_BLOCK_SIZE,
-            PERMUTE=can_permute(weight), ROWS=rows, WIDTH=width,
-            num_warps=THREADS // (64 if torch.version.hip else 32), enable_fp_fusion=False,
+        launch(
+            dequantize_kernel, (triton.cdiv(n, 2 * TILE), 1, 1), (*pointers(weight), out, n),
+            {
+                "NESTED": weight.scale is not None, "BLOCK": weight.block_size,
+                "GROUP": ABSMAX_BLOCK_SIZE, "PERMUTE": can_permute(weight),
+                "ROWS": rows, "WIDTH": width,
+            },
+            THREADS // (64 if torch.version.hip else 32), 1,
         )  # fmt: skip

@@ -49,8 +49,12 @@ def plan_for(operator: str, m: int, n: int, k: int, itemsize: int = 2) -> Plan:
     if (measured := measured_plans().get((operator, n, k, rows))) is not None:
         return measured
     if operator == "nf4_linear":
-        return Plan(rows, 32, 4, 4, 3, 1 if n >= 8192 else 2)
-    return Plan(max(16, rows), 32, 4, 4, 3, 2 if k >= 8192 else 4)
+        if rows == 64:
+            return Plan(64, 64, 1, 4, 4, 4)
+        return Plan(rows, 32, 4, 4, 4, 1 if n >= 8192 or k < 8192 else 2)
+    if rows <= 16:
+        return Plan(16, 128, 1, 4, 2, 8)
+    return Plan(rows, 128, 1, 4, 2, 4)
 
 
 @functools.cache
