@@ -18,7 +18,7 @@ CUDA = (80, 86, 89, 90, 100, 120)
 AMD = (("gfx90a", 64), ("gfx942", 64), ("gfx1100", 32))
 POINTERS = {"packed": "*u8", "absmax": "*u8", "scale": "*fp32", "offset": "*fp32",
             "codebook": "*fp32", "dynamic": "*fp32"}  # fmt: skip
-NUMBERS = {"M": "i32", "N": "i32", "K": "i32"}
+NUMBERS = {"M": "i32", "N": "i32", "K": "i32", "row_bytes": "i32"}
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 BITS = {"NESTED": True, "BLOCK": 64, "GROUP": ABSMAX_BLOCK_SIZE}
 CHOSEN = [  # operator, dtype, rows, exact
@@ -36,7 +36,7 @@ EVERYWHERE = [CHOSEN[i] for i in (0, 3, 5, 6, 7, 10)]
 
 def compile_product(target, operator, dtype, rows, exact, permute, rank=0):
     """A product or gradient as it is shipped for a weight of 4096 x 4096, and its plan."""
-    plan = plan_for(operator, rows, 4096, 4096, BYTES[dtype])
+    plan = plan_for(operator, rows, 4096, 4096, BYTES[dtype], staged=target.arch in (90, 100))
     types = {**POINTERS, **NUMBERS, "out": f"*{dtype}" if plan.parts == 1 else "*fp32"}
     constants = {**BITS, "PERMUTE": permute, "EXACT": exact, "EVEN": True, "BM": plan.rows,
                  "BN": plan.tile, "BK": 64, "SLICES": plan.slices}  # fmt: skip
@@ -81,6 +81,11 @@ def test_products_for_nvidia(arch, chosen, capfd):
     assert bool(matrix) == (dtype != "fp32")
     assert not any(re.match(r"D(ADD|FMA|MUL)", name) for _, name in code.instructions)
     assert "st.local" not in kernel.asm["ptx"]
+    # a layout of kWidth neighbours for each of four threads covers more terms than a sum has: then
+    # Triton 3.6 and 3.7 make wrong numbers (seen on a card, not under the interpreter)
+    for width, terms in re.findall(r"tt\.dot .*kWidth = (\d+).* \* tensor<(?:\d+x)??(\d+)x\d+x\w+,",
+                                   kernel.asm["ttgir"]):  # fmt: skip
+        assert 4 * int(width) <= int(terms)
     if operator == "nf4_linear" and dtype != "fp32":
         # two permutations a weight (five for float32 values): none is decoded twice
         assert code.count("PRMT") / weights < (5.3 if exact else 2.3)
@@ -131,7 +136,7 @@ def test_quantize_for_nvidia(arch, capfd):
     assert "div.rn.f32" in kernel.asm["ptx"] and "div.full" not in kernel.asm["ptx"]
 
 
-@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("rank", [32, 64])
 def test_the_branch_of_lora_changes_nothing_in_the_loop(rank):
     target = GPUTarget("cuda", 90, 32)
     plain, with_branch = (

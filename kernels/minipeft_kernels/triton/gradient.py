@@ -24,14 +24,14 @@ from minipeft.double_quant import ABSMAX_BLOCK_SIZE
 from minipeft.fast import linear as fast
 from minipeft.ops import Packed
 from minipeft_kernels.triton.codes import decoded_scales, values
-from minipeft_kernels.triton.launch import can_permute, launch, on, pointers
+from minipeft_kernels.triton.launch import can_permute, launch, on, pointers, staged
 from minipeft_kernels.triton.product import add_parts, takes
 from minipeft_kernels.triton.selection import Plan, plan_for
 
 
 @triton.jit(do_not_specialize=["M"])
 def gradient_kernel(
-    grad, packed, absmax, scale, offset, codebook, dynamic, out, M, N, K, row_of_grad,
+    grad, packed, absmax, scale, offset, codebook, dynamic, out, M, N, K, row_of_grad, row_bytes,
     NESTED: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, PERMUTE: tl.constexpr,
     EXACT: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
@@ -41,6 +41,8 @@ def gradient_kernel(
     K is a multiple of BLOCK, BLOCK of BK; EVEN: N is one of parts * SLICES * BN.
     """
     DTYPE: tl.constexpr = grad.dtype.element_ty
+    # Triton spreads a 4-bit factor's sum over 32 terms; of a sum of 16 it makes wrong numbers
+    tl.static_assert(BN >= 32 or not PERMUTE or tl.float32 == DTYPE)
     STEP: tl.constexpr = SLICES * BN
     part, parts, first_m = tl.program_id(1), tl.num_programs(1), tl.program_id(2) * BM
     first_k = tl.program_id(0) * BK
@@ -66,7 +68,7 @@ def gradient_kernel(
             rows = tl.load(grad + at, mask=(m < M)[:, None], other=0.0)
         else:
             rows = tl.load(grad + at, mask=(m < M)[:, None] & (n_g + at < N), other=0.0)
-        codes = tl.load(packed + n[:, None].to(tl.int64) * (K // 2) + bytes_[None, :])
+        codes = tl.load(packed + n[:, None].to(tl.int64) * row_bytes + bytes_[None, :])
         block = n.to(tl.int64) * per_row + mine
         scales = decoded_scales(code, block, scale, offset, dynamic, NESTED, GROUP)
         later = tl.minimum(n_w + at + STEP, N - 1)
@@ -115,15 +117,17 @@ def gradient(
     grad = grad.reshape(-1, n)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     m, k = grad.shape[0], in_features
-    plan = plan or plan_for("nf4_linear_input_gradient", m, n, k, grad.element_size())
+    plan = plan or plan_for(
+        "nf4_linear_input_gradient", m, n, k, grad.element_size(), staged=staged(grad.device)
+    )
     bk = min(64, weight.block_size)
     out = grad.new_empty(m, k)
     split = plan.parts > 1
     partial = grad.new_empty(plan.parts, m, k, dtype=torch.float32) if split else out
     with on(weight.packed):
         launch(
-            gradient_kernel, (k // bk, plan.parts, triton.cdiv(m, plan.rows)),
-            (grad, *pointers(weight), partial, m, n, k, grad.stride(0)),
+            gradient_kernel, (k // bk, plan.parts, -(-m // plan.rows)),
+            (grad, *pointers(weight), partial, m, n, k, grad.stride(0), k // 2),
             {
                 "NESTED": weight.scale is not None, "BLOCK": weight.block_size,
                 "GROUP": ABSMAX_BLOCK_SIZE, "PERMUTE": can_permute(weight),

@@ -1,5 +1,6 @@
 """What the launches of all kernels share: the device, the arguments of a 4-bit weight."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,6 +28,14 @@ def on(tensor: Tensor) -> AbstractContextManager[Any]:
         f"minipeft_kernels.triton: the weight is on {tensor.device.type}; these kernels run on "
         "CUDA and ROCm devices, or anywhere in a process started with TRITON_INTERPRET=1"
     )
+
+
+@functools.cache
+def staged(device: torch.device) -> bool:
+    """Whether the device's matrix instructions read from shared memory; see `plan_for`."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def can_permute(weight: Packed) -> bool:

@@ -87,7 +87,7 @@ def dequantize_into(out: Tensor, weight: Packed) -> None:
         if n == 0:
             return
         launch(
-            dequantize_kernel, (triton.cdiv(n, 2 * TILE), 1, 1), (*pointers(weight), out, n),
+            dequantize_kernel, (-(-n // (2 * TILE)), 1, 1), (*pointers(weight), out, n),
             {
                 "NESTED": weight.scale is not None, "BLOCK": weight.block_size,
                 "GROUP": ABSMAX_BLOCK_SIZE, "PERMUTE": can_permute(weight),

@@ -37,14 +37,14 @@ from minipeft.double_quant import ABSMAX_BLOCK_SIZE
 from minipeft.fast import linear as fast
 from minipeft.ops import Packed
 from minipeft_kernels.triton.codes import decoded_scales, values
-from minipeft_kernels.triton.launch import can_permute, launch, on, pointers
+from minipeft_kernels.triton.launch import can_permute, launch, on, pointers, staged
 from minipeft_kernels.triton.selection import MOST_ROWS, Plan, plan_for
 
 
 @triton.jit(do_not_specialize=["M", "rank", "scaling"])
 def product_kernel(
     x, packed, absmax, scale, offset, codebook, dynamic, bias, low, b, out, M, N, K, row_of_x,
-    rank, scaling,
+    row_bytes, rank, scaling,
     NESTED: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, PERMUTE: tl.constexpr,
     EXACT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SLICES: tl.constexpr,
@@ -52,7 +52,7 @@ def product_kernel(
 ):  # fmt: skip
     """out[part, m, n] = sum over the part's k of x[m, k] W[n, k] (+ bias[n], unless split).
 
-    With RANK, a power of two of at least 16 and `rank`, the first part adds the branch of LoRA,
+    With RANK, a power of two of at least 32 and `rank`, the first part adds the branch of LoRA,
     scaling * sum over r of low[m, r] b[n, r].  K is a multiple of BLOCK, BLOCK of BK; EVEN: K is
     one of parts * SLICES * BK too.
     """
@@ -69,7 +69,7 @@ def product_kernel(
     k_x, k_w = first_k + row_x // BM * BK, first_k + row_w // BN * BK
     x += m[:, None].to(tl.int64) * row_of_x + k_x[:, None] + tl.arange(0, BK)[None, :]
     packed += (
-        n[:, None].to(tl.int64) * (K // 2) + k_w[:, None] // 2 + tl.arange(0, BK // 2)[None, :]
+        n[:, None].to(tl.int64) * row_bytes + k_w[:, None] // 2 + tl.arange(0, BK // 2)[None, :]
     )
     of_row = n.to(tl.int64) * (K // BLOCK)  # number of the row's first block
 
@@ -135,7 +135,7 @@ def add_parts(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out (m, n) = the sum of parts (count, m, n), + bias."""
     m, n = out.shape
     launch(
-        add_parts_kernel, (triton.cdiv(n, 512), m, 1),
+        add_parts_kernel, (-(-n // 512), m, 1),
         (parts, out if bias is None else bias, out, m, n),
         {"SPLIT": len(parts), "HAS_BIAS": bias is not None, "SIZE": 512}, 4, 1,
     )  # fmt: skip
@@ -184,7 +184,7 @@ def product(
     x = x.reshape(-1, k)
     x = x if x.stride(1) == 1 else x.contiguous()
     m, n = x.shape[0], out_features
-    plan = plan or plan_for("nf4_linear", m, n, k, x.element_size())
+    plan = plan or plan_for("nf4_linear", m, n, k, x.element_size(), staged=staged(x.device))
     bk = min(64, weight.block_size)
     bias = None if bias is None else bias.contiguous()
     low, b, rank, scaling, padded = x, x, 1, 0.0, 0
@@ -195,16 +195,16 @@ def product(
             branch.scaling,
         )
         rank = b.shape[1]
-        padded = max(16, triton.next_power_of_2(rank))
+        padded = max(32, triton.next_power_of_2(rank))
     out = x.new_empty(m, n)
     split = plan.parts > 1
     partial = x.new_empty(plan.parts, m, n, dtype=torch.float32) if split else out
     with on(weight.packed):
         launch(
             product_kernel,
-            (triton.cdiv(n, plan.tile), plan.parts, triton.cdiv(m, plan.rows)),
+            (-(-n // plan.tile), plan.parts, -(-m // plan.rows)),
             (x, *pointers(weight), x if bias is None else bias, low, b, partial, m, n, k,
-             x.stride(0), rank, scaling),
+             x.stride(0), k // 2, rank, scaling),
             {
                 "NESTED": weight.scale is not None, "BLOCK": weight.block_size,
                 "GROUP": ABSMAX_BLOCK_SIZE, "PERMUTE": can_permute(weight),

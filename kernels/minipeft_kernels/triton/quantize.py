@@ -72,7 +72,7 @@ def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     with on(w):
         if n:
             launch(
-                quantize_kernel, (triton.cdiv(n, rows * block_size), 1, 1), (w, packed, absmax, n),
+                quantize_kernel, (-(-n // (rows * block_size)), 1, 1), (w, packed, absmax, n),
                 {"MIDS": MIDPOINTS.value, "BLOCK": block_size, "ROWS": rows}, 4, 1,
             )  # fmt: skip
     check_finite("quantize_nf4", w, absmax)

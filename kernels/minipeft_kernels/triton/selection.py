@@ -39,8 +39,15 @@ def rows_of(m: int) -> int:
     return 8 if m <= 8 else 16 if m <= 16 else 32 if m <= 32 else 64
 
 
-def plan_for(operator: str, m: int, n: int, k: int, itemsize: int = 2) -> Plan:
-    """The plan of `nf4_linear` or `nf4_linear_input_gradient` for m rows and a weight (n, k)."""
+def plan_for(
+    operator: str, m: int, n: int, k: int, itemsize: int = 2, *, staged: bool = True
+) -> Plan:
+    """The plan of `nf4_linear` or `nf4_linear_input_gradient` for m rows and a weight (n, k).
+
+    `staged`: matrix instructions read a factor from shared memory (Hopper and data-centre
+    Blackwell), so that all warps share what one of them decoded.  Elsewhere a tile that several
+    warps read is decoded by each of them, and only slices avoid it.
+    """
     rows = rows_of(m)
     if itemsize == 4 and operator != "nf4_linear":
         return Plan(16, 32, 1, 4, 3, 2 if k >= 8192 else 4)
@@ -49,9 +56,10 @@ def plan_for(operator: str, m: int, n: int, k: int, itemsize: int = 2) -> Plan:
     if (measured := measured_plans().get((operator, n, k, rows))) is not None:
         return measured
     if operator == "nf4_linear":
-        if rows == 64:
+        if rows == 64 and staged:
             return Plan(64, 64, 1, 4, 4, 4)
-        return Plan(rows, 32, 4, 4, 4, 1 if n >= 8192 or k < 8192 else 2)
+        parts = 1 if n >= 8192 or k < 8192 else 2
+        return Plan(rows, 32, 4, 4, 4 if rows <= 16 else 3, parts)
     if rows <= 16:
         return Plan(16, 128, 1, 4, 2, 8)
     return Plan(rows, 128, 1, 4, 2, 4)
