@@ -16,8 +16,8 @@ from minipeft_kernels.triton import gradient, product
 from minipeft_kernels.triton.selection import Plan, plan_for, rows_of, save_plans
 
 OPERATORS = ("nf4_linear", "nf4_linear_input_gradient")
-TILES = ((16, 4, 4), (32, 4, 4), (32, 8, 8), (64, 4, 4), (64, 1, 4), (128, 1, 4))
-STAGES = (2, 4)
+TILES = ((16, 4, 4), (16, 8, 8), (32, 4, 4), (32, 8, 8), (64, 4, 4), (64, 1, 4), (128, 1, 4))
+STAGES = (3, 5)
 PARTS = (1, 2, 4, 8)
 ROWS = (1, 8, 16, 32, 64)
 
@@ -36,7 +36,7 @@ def candidates(operator: str, m: int, n: int, k: int) -> Iterator[Plan]:
     """Plans worth a try: enough programs to fill the card, and at least two steps each."""
     forward = operator == "nf4_linear"
     rows = rows_of(m) if forward else max(16, rows_of(m))
-    for tile, slices, warps in TILES:
+    for tile, slices, warps in TILES if forward else TILES[2:]:
         for stages in STAGES:
             for parts in PARTS:
                 programs = (-(-n // tile) if forward else k // 64) * parts

@@ -75,7 +75,8 @@ def test_mutant_is_caught(name, tmp_path):
         "interpreted_products", "-x", "-k", caught_by, kernels=tmp_path / "kernels",
         TRITON_INTERPRET="1",
     )  # fmt: skip
-    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout + done.stderr
+    # a test failed, or found its guards overwritten when it ended
+    assert done.returncode == 1, done.stdout + done.stderr
 
 
 @needs_triton
