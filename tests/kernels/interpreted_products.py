@@ -209,7 +209,10 @@ def test_a_layer_through_the_table(shape, rows):
 
 def test_more_rows_than_the_kernels_take_go_to_the_next_row():
     weight = ops.Packed(torch.zeros(32, dtype=torch.uint8), torch.ones(1), 64)
-    for dtype, most in ((torch.bfloat16, MOST_ROWS[2]), (torch.float32, MOST_ROWS[4])):
+    for dtype, most in (
+        (torch.bfloat16, MOST_ROWS["staged"][2]),
+        (torch.float32, MOST_ROWS["staged"][4]),
+    ):
         assert product.takes(torch.ones(most, 64, dtype=dtype), 64, weight.block_size)
         assert not product.takes(torch.ones(most + 1, 64, dtype=dtype), 64, weight.block_size)
     assert not product.takes(torch.ones(1, 64, dtype=torch.float64), 64, 64)

@@ -24,7 +24,7 @@ from minipeft.double_quant import ABSMAX_BLOCK_SIZE
 from minipeft.fast import linear as fast
 from minipeft.ops import Packed
 from minipeft_kernels.triton.codes import decoded_scales, values
-from minipeft_kernels.triton.launch import can_permute, launch, on, pointers, staged
+from minipeft_kernels.triton.launch import can_permute, card_of, launch, on, pointers
 from minipeft_kernels.triton.product import add_parts, takes
 from minipeft_kernels.triton.selection import Plan, plan_for
 
@@ -118,7 +118,7 @@ def gradient(
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     m, k = grad.shape[0], in_features
     plan = plan or plan_for(
-        "nf4_linear_input_gradient", m, n, k, grad.element_size(), staged=staged(grad.device)
+        "nf4_linear_input_gradient", m, n, k, grad.element_size(), card_of(grad.device)
     )
     bk = min(64, weight.block_size)
     out = grad.new_empty(m, k)

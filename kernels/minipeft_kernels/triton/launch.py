@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minipeft.ops import Packed
 from minipeft_kernels.triton.codes import float_tables
+from minipeft_kernels.triton.selection import Card
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # Triton too settles it when it is imported
 
@@ -31,11 +32,13 @@ def on(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 @functools.cache
-def staged(device: torch.device) -> bool:
-    """Whether the device's matrix instructions read from shared memory; see `plan_for`."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] in (9, 10)
+def card_of(device: torch.device) -> Card:
+    """The kind of card, by which plans are chosen."""
+    if torch.version.hip is not None:
+        return "amd"
+    if INTERPRETED or torch.cuda.get_device_capability(device)[0] in (9, 10):
+        return "staged"
+    return "nvidia"
 
 
 def can_permute(weight: Packed) -> bool:

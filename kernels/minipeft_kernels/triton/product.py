@@ -38,7 +38,7 @@ from minipeft.double_quant import ABSMAX_BLOCK_SIZE
 from minipeft.fast import linear as fast
 from minipeft.ops import Packed
 from minipeft_kernels.triton.codes import decoded_scales, values
-from minipeft_kernels.triton.launch import can_permute, launch, on, pointers, staged
+from minipeft_kernels.triton.launch import can_permute, card_of, launch, on, pointers
 from minipeft_kernels.triton.selection import MOST_ROWS, Plan, plan_for
 
 
@@ -156,7 +156,7 @@ class Branch(NamedTuple):
 def takes(x: Tensor, columns: int, block_size: int) -> bool:
     """Whether the kernels of few rows take such an input, and a weight of rows of `columns`."""
     rows = x.numel() // max(1, x.shape[-1])
-    few = 0 < rows <= MOST_ROWS.get(x.element_size(), 0)
+    few = 0 < rows <= MOST_ROWS[card_of(x.device)].get(x.element_size(), 0)
     return few and columns > 0 and columns % block_size == 0
 
 
@@ -188,7 +188,7 @@ def product(
     x = x.reshape(-1, k)
     x = x if x.stride(1) == 1 else x.contiguous()
     m, n = x.shape[0], out_features
-    plan = plan or plan_for("nf4_linear", m, n, k, x.element_size(), staged=staged(x.device))
+    plan = plan or plan_for("nf4_linear", m, n, k, x.element_size(), card_of(x.device))
     bk = min(64, weight.block_size)
     bias = None if bias is None else bias.contiguous()
     low, b, rank, scaling, padded = x, x, 1, 0.0, 0

@@ -10,11 +10,17 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-# By bytes of a number.  Above, decoding the weight once and the vendor's product are as fast;
+# Matrix instructions of a staged card read a factor from shared memory (Hopper and data-centre
+# Blackwell), so that all warps share what one of them decoded.  On other cards of NVIDIA a tile that
+# several warps read is decoded by each, and only slices avoid it.  AMD's plans have run on no card.
+Card = Literal["staged", "nvidia", "amd"]
+# Rows, by bytes of a number.  Above, decoding the weight once and the vendor's product are as fast;
 # float32 is multiplied outside of tensor cores, which keep it exact, and takes more registers.
-MOST_ROWS = {2: 64, 4: 16}
+MOST_ROWS: dict[Card, dict[int, int]] = {
+    "staged": {2: 64, 4: 16}, "nvidia": {2: 64, 4: 16}, "amd": {2: 16},
+}  # fmt: skip
 VERSION = 1  # of the file of plans
 Key = tuple[str, int, int, int]  # operator, n, k, rows of the tile
 
@@ -40,14 +46,9 @@ def rows_of(m: int) -> int:
 
 
 def plan_for(
-    operator: str, m: int, n: int, k: int, itemsize: int = 2, *, staged: bool = True
+    operator: str, m: int, n: int, k: int, itemsize: int = 2, card: Card = "staged"
 ) -> Plan:
-    """The plan of `nf4_linear` or `nf4_linear_input_gradient` for m rows and a weight (n, k).
-
-    `staged`: matrix instructions read a factor from shared memory (Hopper and data-centre
-    Blackwell), so that all warps share what one of them decoded.  Elsewhere a tile that several
-    warps read is decoded by each of them, and only slices avoid it.
-    """
+    """The plan of `nf4_linear` or `nf4_linear_input_gradient` for m rows and a weight (n, k)."""
     rows = rows_of(m)
     if itemsize == 4 and operator != "nf4_linear":
         return Plan(16, 32, 1, 4, 3, 2 if k >= 8192 else 4)
@@ -55,8 +56,10 @@ def plan_for(
         return Plan(rows, 32, 4, 4, 3, 1 if n >= 8192 else 2)
     if (measured := measured_plans().get((operator, n, k, rows))) is not None:
         return measured
+    if card == "amd":
+        return Plan(16, 16 if operator == "nf4_linear" else 32, 4, 4, 1, 2)
     if operator == "nf4_linear":
-        if rows == 64 and staged:
+        if rows == 64 and card == "staged":
             return Plan(64, 64, 1, 4, 4, 4)
         parts = 1 if n >= 8192 or k < 8192 else 2
         return Plan(rows, 32, 4, 4, 4 if rows <= 16 else 3, parts)
