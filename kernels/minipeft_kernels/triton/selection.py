@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 # Matrix instructions of a staged card read a factor from shared memory (Hopper and data-centre
-# Blackwell), so that all warps share what one of them decoded.  On other cards of NVIDIA a tile that
-# several warps read is decoded by each, and only slices avoid it.  AMD's plans have run on no card.
+# Blackwell), so that all warps share what one of them decoded.  On other cards of NVIDIA each warp
+# decodes what it reads, and only slices avoid it.  AMD's plans have run on no card.
 Card = Literal["staged", "nvidia", "amd"]
 # Rows, by bytes of a number.  Above, decoding the weight once and the vendor's product are as fast;
 # float32 is multiplied outside of tensor cores, which keep it exact, and takes more registers.
