@@ -90,8 +90,8 @@ def test_products_for_nvidia(arch, chosen, capfd):
     assert "st.local" not in kernel.asm["ptx"]
     # a layout of kWidth neighbours for each of four threads covers more terms than a sum has: then
     # Triton 3.6 and 3.7 make wrong numbers (seen on a card, not under the interpreter)
-    for width, terms in re.findall(r"tt\.dot .*kWidth = (\d+).* \* tensor<(?:\d+x)?(\d+)x\d+x[a-z]\w+,",
-                                   kernel.asm["ttgir"]):  # fmt: skip
+    dots = r"tt\.dot .*kWidth = (\d+).* \* tensor<(?:\d+x)?(\d+)x\d+x[a-z]\w+,"
+    for width, terms in re.findall(dots, kernel.asm["ttgir"]):
         assert 4 * int(width) <= int(terms)
     if operator == "nf4_linear" and dtype != "fp32":
         # two permutations a weight (five for float32 values): none is decoded twice
