@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import minipeft as mp
+from benchmarks.gpu_host import host_work
 from benchmarks.gpu_timers import (
     copies_for,
     eager_seconds,
@@ -242,13 +243,16 @@ def add_options(job: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """The gpu job; returns the exit status."""
     arguments.output.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {}
     if not torch.cuda.is_available():
-        save_result(arguments.output, "gpu", timed=False, predicted=predicted())
+        content = {"predicted": predicted(), "host": tried(host_work)}
+        save_result(arguments.output, "gpu", timed=False, **content)
         return 0
     parts = ["tune"] if arguments.tune else arguments.parts
     print(torch.cuda.get_device_name(), mp.backend("cuda", shape=(1, 4096)), flush=True)
-    content: dict[str, Any] = {}
     status = 0
+    if "times" in parts:
+        content["host"] = tried(host_work)
     if "gate" in parts:
         from benchmarks.gpu_gate import gate
 
