@@ -59,13 +59,16 @@ def plan_for(
     if card == "amd":
         return Plan(16, 16 if operator == "nf4_linear" else 32, 4, 4, 1, 2)
     if operator == "nf4_linear":
-        if rows == 64 and card == "staged":
-            return Plan(64, 64, 1, 4, 4, 4)
-        parts = 1 if n >= 8192 or k < 8192 else 2
+        long = n < 8192 <= k  # few programs, and much to do for each
+        if card == "staged" and rows == 64:
+            return Plan(64, 128, 1, 4, 3, 8) if long else Plan(64, 64, 1, 4, 4, 4)
+        if card == "staged" and rows == 32 and n < 8192:
+            return Plan(32, 64, 1, 4, 4, 4)
+        parts = (4 if rows == 8 else 2) if long else 1
         return Plan(rows, 32, 4, 4, 4 if rows <= 16 else 3, parts)
     if rows <= 16:
         return Plan(16, 128, 1, 4, 2, 8)
-    return Plan(rows, 128, 1, 4, 2, 4)
+    return Plan(rows, 128, 1, 4, 3 if rows == 64 else 2, 4)
 
 
 @functools.cache
