@@ -1,4 +1,4 @@
-"""`python -m benchmarks methods` compares the methods; `report FILE` draws a result again."""
+"""`methods` compares the methods, `gpu` times the kernels, `report FILE` draws a result again."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import gpu, report
 from benchmarks.harness import TIMED_STEPS, estimate_seconds, options_from, run_all
 from benchmarks.methods import METHODS
 from benchmarks.models import LlamaSizes, require, smollm2_folder
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--threads", type=positive, default=None)
     job.add_argument("--seed", type=int, default=0)
     job.add_argument("--output", type=Path, default=RESULTS)
+    gpu.add_options(jobs.add_parser("gpu", help="time the kernels on a GPU beside F.linear"))
     again = jobs.add_parser("report", help="table and plot of a result file")
     again.add_argument("file", type=Path)
     again.add_argument("--markdown", action="store_true")
@@ -124,6 +125,8 @@ def main() -> int:
     try:
         if arguments.job == "methods":
             return methods(arguments)
+        if arguments.job == "gpu":
+            return gpu.run(arguments)
         data = report.load(arguments.file)
     except (ImportError, ValueError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)

@@ -19,6 +19,7 @@ Read next: kernels/README.md, how to add a row.
 
 import functools
 import importlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -112,6 +113,10 @@ def _on_gpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
     return device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
+def _few_rows_on_gpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return _on_gpu(device, dtype, shape) and 0 < math.prod(shape[:-1]) <= 64
+
+
 def _on_cpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
     return device.type == "cpu" and dtype.is_floating_point
 
@@ -123,6 +128,16 @@ def _fast(operator: str, module: str, function: str) -> Implementation:
 ROWS = (
     Implementation(
         "dequantize_nf4", "triton", _on_gpu, "minipeft_kernels.triton.nf4", "dequantize"
+    ),
+    Implementation(
+        "nf4_linear", "triton", _few_rows_on_gpu, "minipeft_kernels.triton.product", "linear"
+    ),
+    Implementation(
+        "nf4_linear_input_gradient", "triton", _few_rows_on_gpu,
+        "minipeft_kernels.triton.gradient", "input_gradient",
+    ),
+    Implementation(
+        "quantize_nf4", "triton", _on_gpu, "minipeft_kernels.triton.quantize", "quantize"
     ),
     _fast("quantize_nf4", "nf4", "quantize"),
     _fast("dequantize_nf4", "nf4", "dequantize"),

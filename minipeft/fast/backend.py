@@ -58,7 +58,7 @@ def backend(
 
     Says too where products of this dtype are computed in float32 (adapters/products.py).
 
-    >>> backend(dtype=torch.float32)["nf4_linear"]
+    >>> backend(dtype=torch.float32)["nf4_experts"]
     'pytorch'
     """
     device, report = torch.device(device), {}

@@ -127,9 +127,10 @@ def test_a_cpu_with_such_products_does_not_warn(fast):
 
 def test_backend_says_where_products_are_in_float32(slow):
     said = mp.backend(dtype=torch.bfloat16)
-    assert said["nf4_linear"] == "pytorch, products in float32 (this CPU has none of bfloat16)"
+    assert said["nf4_linear"].startswith("pytorch ")
+    assert said["nf4_linear"].endswith(", products in float32 (this CPU has none of bfloat16)")
     assert "float32" not in said["dequantize_nf4"]
-    assert mp.backend(dtype=torch.float32)["nf4_linear"] == "pytorch"
+    assert "products in float32" not in mp.backend(dtype=torch.float32)["nf4_linear"]
 
 
 def test_benchmarks_choose_the_dtype_that_the_cpu_multiplies_and_print_it(slow, capsys):

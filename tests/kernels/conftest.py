@@ -1,8 +1,9 @@
-"""Makes Triton's interpreter round to bfloat16; loaded where TRITON_INTERPRET=1 is set.
+"""Makes Triton's interpreter compute bfloat16; loaded where TRITON_INTERPRET=1 is set.
 
-Up to 3.8 it cuts float32 off instead of rounding to nearest even (triton-lang/triton#11584), so a
-kernel that is right on a GPU would look wrong.  `interpreted.py` has a test that fails when this
-is no longer needed.
+Up to 3.8 it cuts float32 off instead of rounding to nearest even (triton-lang/triton#11584), reads
+subnormal bfloat16 as other numbers, and multiplies matrices of bfloat16 by their bits, as whole
+numbers, so a kernel that is right on a GPU would look wrong.  `interpreted.py` has a test that
+fails when this is no longer needed.
 """
 
 import os
@@ -17,6 +18,11 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def read_bfloat16(bits: np.ndarray) -> np.ndarray:
+    """float32 values of bfloat16 bits."""
+    return (np.asarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.language as tl
     from triton.runtime import interpreter
@@ -26,7 +32,21 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     def convert_float(data, source, target, rounding):
         if source.scalar == tl.float32 and target.scalar == tl.bfloat16:
             return round_to_bfloat16(np.asarray(data).view(np.float32))
+        if source.scalar == tl.bfloat16 and target.scalar == tl.float32:
+            return read_bfloat16(data)
         return original(data, source, target, rounding)
+
+    def widened(handle):
+        """A tensor of bfloat16 as float32."""
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle(read_bfloat16(handle.data), tl.float32)
+
+    original_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, *others):
+        return original_dot(self, widened(a), widened(b), *others)
 
     if os.environ.get("MINIPEFT_NO_REPAIR") != "1":
         interpreter._convert_float = convert_float
+        interpreter.InterpreterBuilder.create_dot = create_dot

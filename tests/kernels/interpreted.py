@@ -6,6 +6,7 @@ written.  Programs run one after another here: races are not seen.
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from triton.runtime import interpreter
@@ -14,7 +15,7 @@ import minipeft as mp
 from minipeft import ops
 from minipeft.fast.backend import tried_first
 from minipeft_kernels.triton import nf4
-from tests.kernels.conftest import round_to_bfloat16
+from tests.kernels.conftest import read_bfloat16, round_to_bfloat16
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CASES = 400
@@ -60,20 +61,22 @@ def test_the_sweep(capsys):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 1023, 1024, 1025, 2047, 3000])
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 2 * nf4.TILE - 1, 2 * nf4.TILE + 1, 9000])
 def test_nothing_is_written_beyond_the_result(n, dtype):
     packed, absmax = mp.quantize_nf4(torch.randn(n))
     code, scale, offset = mp.quantize_absmax(absmax)
-    around = torch.full((GUARD + n + GUARD,), 7.0, dtype=dtype)
-    rows, width = nf4.tile_of(64)
-    nf4.dequantize_kernel[(-(-n // (2 * nf4.TILE)),)](
-        packed, code, scale, offset, *nf4._tables(packed.device), around[GUARD:], n,
-        NESTED=True, BLOCK=64, GROUP=256, ROWS=rows, WIDTH=width,
-    )  # fmt: skip
     weight = ops.Packed(packed, code, 64, scale, offset)
+    around = torch.full((GUARD + n + GUARD,), float("nan"), dtype=dtype)
+    nf4.dequantize_into(around[GUARD : GUARD + n], weight)
     expected = torch.ops.minipeft.dequantize_nf4(*weight, [n], dtype)
     assert torch.equal(around[GUARD : GUARD + n], expected)
-    assert (around[:GUARD] == 7).all() and (around[GUARD + n :] == 7).all()
+    assert around[:GUARD].isnan().all() and around[GUARD + n :].isnan().all()
+
+
+def test_a_buffer_with_gaps_is_refused():
+    packed, absmax = mp.quantize_nf4(torch.randn(64))
+    with pytest.raises(ValueError, match="expected contiguous"):
+        nf4.dequantize_into(torch.empty(64, 2)[:, 0], ops.Packed(packed, absmax, 64))
 
 
 def test_no_weights():
@@ -111,4 +114,7 @@ def test_the_interpreter_still_needs_its_repair():
     names = [f"arg{i}" for i in range(2)]
     assert names and interpreter._convert_float is not original
     cut = original(values, tl.float32, tl.bfloat16, None)
-    assert (cut.view("uint16") != round_to_bfloat16(values)).any(), "remove the repair"
+    tiny = np.array([1], dtype=np.uint16)  # the smallest subnormal number
+    read = original(tiny, tl.bfloat16, tl.float32, None).view(np.float32)
+    wrong = (cut.view("uint16") != round_to_bfloat16(values)).any() or read != read_bfloat16(tiny)
+    assert wrong, "remove the repair"

@@ -2,53 +2,31 @@
 
 A program decodes a tile of ROWS x WIDTH bytes.  No row crosses a block, so that a row has one
 scale: with a flat index every byte would load its own.  A thread gets 4 bytes of a row and stores
-8 neighbouring weights, 16 bytes in a 16-bit dtype.  The code is looked up in a table of 16 floats,
-which one cache line holds; comparing with each value instead takes twice the instructions.
+8 neighbouring weights, 16 bytes in a 16-bit dtype; TILE is four such turns of every thread, so that
+its loads are under way together.
 
 In every bit what minipeft.nf4 computes: float32 products, rounded once.  The compiler must not
 fuse value * scale + offset into one rounding (`enable_fp_fusion`).
 """
-
-import functools
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minipeft.double_quant import ABSMAX_BLOCK_SIZE, dynamic_codebook
-from minipeft.nf4 import NF4_CODEBOOK
+from minipeft.double_quant import ABSMAX_BLOCK_SIZE
 from minipeft.ops import Packed
+from minipeft_kernels.triton.codes import decoded_scales, values
+from minipeft_kernels.triton.launch import can_permute, launch, on, pointers
 
-TILE = 512  # bytes a program decodes: 4 for each of 128 threads
+TILE = 2048  # bytes a program decodes: 16 for each of 128 threads
 THREADS = 128
-
-
-@triton.jit
-def _block_scales(
-    absmax, scale, offset, dynamic, block, mask, NESTED: tl.constexpr, GROUP: tl.constexpr
-):
-    """float32 scales of the blocks with these numbers; where masked off, anything."""
-    if not NESTED:
-        return tl.load(absmax + block, mask=mask)
-    code = tl.load(absmax + block, mask=mask)
-    group = tl.load(scale + block // GROUP, mask=mask)
-    return tl.load(dynamic + code) * group + tl.load(offset)
-
-
-@triton.jit
-def _values(packed, codebook, bytes_, mask, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The codebook's values for a tile of bytes, (ROWS, 2 * WIDTH): the high nibble comes first."""
-    codes = tl.load(packed + bytes_, mask=mask)
-    high, low = tl.load(codebook + (codes >> 4)), tl.load(codebook + (codes & 15))
-    return tl.join(high, low).reshape(ROWS, 2 * WIDTH)
 
 
 @triton.jit
 def dequantize_kernel(
     packed, absmax, scale, offset, codebook, dynamic, out, n,
-    NESTED: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    NESTED: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, PERMUTE: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out[i] = codebook[code i] * scale of its block, for i < n; n may exceed 2**31."""
@@ -61,20 +39,20 @@ def dequantize_kernel(
     out += first * (2 * WIDTH)
     left = n - first * (2 * WIDTH)
     if left >= ROWS * 2 * WIDTH:  # no masks: they would split stores unless n is a multiple of 16
-        scales = _block_scales(absmax, scale, offset, dynamic, block, None, NESTED, GROUP)
-        values = _values(packed, codebook, bytes_, None, ROWS, WIDTH) * scales[:, None]
-        tl.store(out + weights, values.to(out.dtype.element_ty))
+        codes = tl.load(packed + bytes_)
+        scales = decoded_scales(
+            tl.load(absmax + block), block, scale, offset, dynamic, NESTED, GROUP
+        )
+        decoded = values(codes, codebook, tl.float32, PERMUTE) * scales[:, None]
+        tl.store(out + weights, decoded.to(out.dtype.element_ty))
     else:
-        mask = rows * (2 * WIDTH) < left
-        scales = _block_scales(absmax, scale, offset, dynamic, block, mask, NESTED, GROUP)
-        values = _values(packed, codebook, bytes_, 2 * bytes_ < left, ROWS, WIDTH) * scales[:, None]
-        tl.store(out + weights, values.to(out.dtype.element_ty), mask=weights < left)
-
-
-@functools.cache
-def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    codebook = torch.tensor(NF4_CODEBOOK, dtype=torch.float32, device=device)
-    return codebook, torch.tensor(dynamic_codebook(), dtype=torch.float32, device=device)
+        block = tl.where(rows * (2 * WIDTH) < left, block, 0)
+        codes = tl.load(packed + bytes_, mask=2 * bytes_ < left, other=0)
+        scales = decoded_scales(
+            tl.load(absmax + block), block, scale, offset, dynamic, NESTED, GROUP
+        )
+        decoded = values(codes, codebook, tl.float32, PERMUTE) * scales[:, None]
+        tl.store(out + weights, decoded.to(out.dtype.element_ty), mask=weights < left)
 
 
 def tile_of(block_size: int) -> tuple[int, int]:
@@ -89,26 +67,31 @@ def dequantize(weight: Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
     Raises:
         RuntimeError: another device.
     """
-    packed, absmax, block_size, scale, offset, codebook = weight
-    if not packed.is_cuda and not triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            f"minipeft_kernels.triton: the weight is on {packed.device.type}; these kernels run on "
-            "CUDA and ROCm devices, or anywhere in a process started with TRITON_INTERPRET=1"
-        )
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    n = out.numel()
-    if n == 0:
-        return out
-    rows, width = tile_of(block_size)
-    values, dynamic = _tables(packed.device)
-    values = values if codebook is None else codebook.contiguous()
-    nested = scale is not None
-    on_device = torch.cuda.device(packed.device) if packed.is_cuda else nullcontext()
-    with on_device:
-        dequantize_kernel[(triton.cdiv(n, 2 * TILE),)](
-            packed.contiguous(), absmax.contiguous(), scale if nested else absmax,
-            offset if nested else absmax, values, dynamic, out, n,
-            NESTED=nested, BLOCK=block_size, GROUP=ABSMAX_BLOCK_SIZE, ROWS=rows, WIDTH=width,
-            num_warps=THREADS // (64 if torch.version.hip else 32), enable_fp_fusion=False,
-        )  # fmt: skip
+    out = torch.empty(shape, dtype=dtype, device=weight.packed.device)
+    dequantize_into(out, weight)
     return out
+
+
+def dequantize_into(out: Tensor, weight: Packed) -> None:
+    """Write the weights into `out`, contiguous, of as many elements (the last code may be padding).
+
+    Raises:
+        RuntimeError: another device.
+        ValueError: `out` is not contiguous.
+    """
+    if not out.is_contiguous():
+        raise ValueError(f"dequantize_into: out has strides {out.stride()}; expected contiguous")
+    n = out.numel()
+    rows, width = tile_of(weight.block_size)
+    with on(weight.packed):
+        if n == 0:
+            return
+        launch(
+            dequantize_kernel, (-(-n // (2 * TILE)), 1, 1), (*pointers(weight), out, n),
+            {
+                "NESTED": weight.scale is not None, "BLOCK": weight.block_size,
+                "GROUP": ABSMAX_BLOCK_SIZE, "PERMUTE": can_permute(weight),
+                "ROWS": rows, "WIDTH": width,
+            },
+            THREADS // (64 if torch.version.hip else 32), 1,
+        )  # fmt: skip
