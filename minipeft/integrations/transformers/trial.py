@@ -145,13 +145,13 @@ def _first(output: Any) -> Tensor:
 @contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
     """Random state is as before, and buffers that a forward changes get their values back."""
-    kept = [(b, b.detach().clone(), b._version) for b in model.buffers() if not b.is_meta]
+    kept = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     devices = [d for d in {p.device for p in model.parameters()} if d.type == "cuda"]
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value, version in kept:
-                if buffer._version != version:
+            for buffer, value in kept:
+                if not torch.equal(buffer, value):
                     buffer.copy_(value)
