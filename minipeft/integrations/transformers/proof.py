@@ -102,8 +102,9 @@ def _ask_tokens(trial: Trial) -> Iterator[str]:
         return
     if trial.prefix.layers is not None:  # the other layers would see less than the text
         return
-    # a window of w tokens may reach w / 2 to either side
-    short = [window for window in windows(trial.model) if window < 2 * (PREFIX + TEXT)]
+    # where text looks ahead, a window of w tokens reaches w / 2 to either side
+    needed = (PREFIX + TEXT) * (1 if trial.prefix.causal else 2)
+    short = [window for window in windows(trial.model) if window < needed]
     with _seen_as_tokens(trial.prefix, bool(short)) as can_ask:
         if not can_ask:
             yield f"its window of {min(short)} tokens is shorter than the trial"
