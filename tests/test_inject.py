@@ -276,7 +276,9 @@ def test_what_quantize_model_leaves_dense():
         assert reason in names.left_out[name], name
     mp.quantize_model(model.layers[0], also=(type(own),), head=())
     assert isinstance(model.layers[0].own, mp.NF4Linear)
-    assert mp.inject_lora(TiedModel(), ["q_proj"], 2), "LoRA wraps what NF4 leaves dense"
+    assert mp.inject_lora(TiedModel(), ["q_proj"], 2, head="classifier"), (
+        "LoRA wraps what NF4 leaves dense"
+    )
 
 
 def test_lora_wraps_a_subclass_with_its_own_forward():
@@ -299,7 +301,15 @@ def test_quantize_model_raises_if_there_is_nothing():
         mp.quantize_model(nn.Sequential(nn.ReLU()))
     model = Model()
     mp.quantize_model(model, head=())
-    with pytest.raises(ValueError, match="no layer to quantise"):
+    with pytest.raises(
+        ValueError, match=r"quantize_model: the layers are 4-bit already .* call inj"
+    ):
+        mp.quantize_model(model, head=())
+    with pytest.raises(ValueError, match=r"inject_qlora: the layers are 4-bit already .* call inj"):
+        mp.inject_qlora(model, "all-linear", 2, head=())
+    model = Model()
+    names = mp.inject_lora(model, "all-linear", 2, head=())
+    with pytest.raises(ValueError, match=rf"{names[0]} .* has an adapter.*quantise first"):
         mp.quantize_model(model, head=())
     with pytest.raises(ValueError, match="skip"):
         mp.quantize_model(Model(), skip=["nothing"])
@@ -385,7 +395,7 @@ def test_all_linear_trains_as_many_parameters_as_peft(kind):
     peft = pytest.importorskip("peft")
     make = hugging_face_models()[kind]
     ours = make()
-    names = mp.inject_lora(ours, "all-linear", 4)
+    names = mp.inject_lora(ours, "all-linear", 4, head=None if kind != "bert" else "classifier")
     task = "SEQ_CLS" if kind == "bert" else "CAUSAL_LM"
     theirs = peft.LoraModel(
         make(), peft.LoraConfig(r=4, target_modules="all-linear", task_type=task), "default"

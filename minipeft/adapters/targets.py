@@ -12,7 +12,7 @@ model of your own what `head=` names.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Set
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -26,6 +26,7 @@ Number = TypeVar("Number", int, float)
 
 # what transformers calls the new, untrained heads of its classes
 NEW_HEADS = ("score", "classifier", "classification_head", "qa_outputs", "lm_head", "cls")
+NEW_HEAD = "a new head; train_modules trains it as a whole"
 
 
 class Names(list[str]):
@@ -70,7 +71,7 @@ def visible_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 class HeadWarning(UserWarning):
-    """A layer that looks like the output head was made 4-bit."""
+    """A layer that looks like the output head was made 4-bit, or a new head stays frozen."""
 
 
 class Survey(NamedTuple):
@@ -144,7 +145,7 @@ def _heads_known(parts: Mapping[str, Any], naming: Iterable[str]) -> dict[str, s
             if output is not None and module is output:
                 reasons[name] = "the output head (get_output_embeddings)"
             elif name.startswith(within) and name[len(within) :].split(".")[0] in NEW_HEADS:
-                reasons.setdefault(name, "a new head, trained or kept dense as a whole")
+                reasons.setdefault(name, NEW_HEAD)
     return reasons
 
 
@@ -190,6 +191,28 @@ def likely_head(places: Survey, touched: Iterable[str]) -> dict[str, str]:
             notes[name] = (
                 f"looks like the output head: {own.out_features} outputs, as no other layer has; "
                 f"pass head={name!r} to leave it as it is, or head=() if the model has none"
+            )
+    return notes
+
+
+def frozen_heads(places: Survey, chosen: Set[str]) -> dict[str, str]:
+    """A note for each new head of a model with a task that no adapter trains, by name.
+
+    transformers starts such a head at random, so that its model is of no use until it is trained.
+    None where the model has an adapter already, or `head=` was given: the caller knows the head.
+    """
+    modules, heads = places.modules, places.heads
+    if places.head is not None or any(map(is_adapter, modules.values())):
+        return {}
+    notes = {}
+    for name, why in heads.items():
+        own, inside = name.rpartition(".")[2], [n for n in modules if is_within(n, [name])]
+        is_new = why == NEW_HEAD and own in NEW_HEADS and own != "lm_head"
+        pretrained = any(heads.get(n, why) != why for n in inside)  # the output head is in it
+        if is_new and not pretrained and chosen.isdisjoint(inside):
+            notes[name] = (
+                f"is a new head, and stays frozen: minipeft.train_modules(model, [{own!r}]) trains "
+                f"it, and head={own!r} says that it is to stay as it is"
             )
     return notes
 

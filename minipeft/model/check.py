@@ -8,8 +8,6 @@ from minipeft.model.buffers import changed_buffers, complaint
 
 
 def _reason(model: nn.Module, adapter: Adapter) -> str:
-    if not adapter.enabled:
-        return "the adapter is off (use_adapters, disable_adapters)"
     if getattr(adapter, "merged_module", None) is not None:
         return "the layer is merged (unmerge)"
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
@@ -25,15 +23,16 @@ def _reason(model: nn.Module, adapter: Adapter) -> str:
 
 
 def check_gradients(model: nn.Module) -> int:
-    """Raise unless, after a backward, every trainable adapter parameter has a gradient.
+    """Raise unless, after a backward, every parameter that should learn has a gradient.
 
-    Call it once after the first `loss.backward()`.  Returns how many parameters have a gradient.
-    One of zeros counts: lora_a's is zero as long as lora_b is.
+    Those are the trainable parameters of the adapters that are on.  Call it once after the first
+    `loss.backward()`.  Returns how many parameters have a gradient.  One of zeros counts: lora_a's
+    is zero as long as lora_b is.
 
     Raises:
         ValueError: parameters without a gradient (named, with the usual reason), a gradient that
-            is not finite, nothing trainable, or no backward at all; a buffer of the frozen base
-            that forward has changed.
+            is not finite, nothing trainable or everything off, or no backward at all; a buffer of
+            the frozen base that forward has changed.
     """
     adapters = require_adapters("check_gradients", model)
     trainable = {
@@ -47,8 +46,14 @@ def check_gradients(model: nn.Module) -> int:
             "check_gradients: no adapter parameter is trainable; set requires_grad on "
             "minipeft.adapter_parameters(model)"
         )
+    trainable = {n: (a, p) for n, (a, p) in trainable.items() if a.enabled}
+    if not trainable:
+        raise ValueError(
+            "check_gradients: every adapter that trains is off; see use_adapters and "
+            "disable_adapters"
+        )
     missing = {n: a for n, (a, p) in trainable.items() if p.grad is None}
-    if len(missing) == len(trainable) and all(a.enabled for a in missing.values()):
+    if len(missing) == len(trainable):
         where = _reason(model, next(iter(missing.values())))
         raise ValueError(
             f"check_gradients: none of {len(trainable)} adapter parameters has a gradient; call it "

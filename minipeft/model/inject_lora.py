@@ -9,6 +9,7 @@
 LoRAFusedLinear, whose slices only you know, is put in with `minipeft.inject`.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Unpack
 
@@ -21,11 +22,13 @@ from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import (
     Chosen,
     Head,
+    HeadWarning,
     Names,
     Survey,
     Target,
     Targets,
     adapter_targets,
+    frozen_heads,
     per_name,
     settled,
     survey,
@@ -81,9 +84,10 @@ def inject_lora(
     this file).  `rank` and `alpha` are numbers, or dicts from patterns to numbers (the first that
     fits a name counts).  Further keywords go to the layers: dropout, rank_stabilized, init, dtype;
     `dora=True` makes them DoRA layers.  Every parameter that no adapter owns is frozen.  `head`
-    names the output head of a model of your own, which "all-linear" leaves out.  Returns the names
-    of the layers; `.report()` of the result says what each became, and what "all-linear" left out
-    and why.
+    names the output head of a model of your own, which "all-linear" leaves out.  A new head of a
+    Hugging Face model (a classifier) stays frozen, and a HeadWarning says so, unless `head` names
+    it or an adapter trains it already (`train_modules`).  Returns the names of the layers;
+    `.report()` of the result says what each became, and what "all-linear" left out and why.
 
     Another `name` makes one more adapter, over layers that may have others: layers stack, and each
     adds to what those below compute.  The new adapter is on and trainable; others stay as they are.
@@ -113,6 +117,7 @@ class LoRAPlan(NamedTuple):
     alphas: dict[str, Chosen]
     settings: dict[str, Any]  # further keywords of the layers
     name: str
+    heads: dict[str, str]  # new ones that stay frozen, and a note on each
 
 
 def plan_lora(
@@ -150,7 +155,9 @@ def plan_lora(
     modules = settled(caller, places, found.chosen)
     ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)
     kind_of = {place: kinds[id(module)] for place, module in modules.items()}
-    return LoRAPlan(found._replace(chosen=modules), kind_of, ranks, alphas, settings, name)
+    heads = frozen_heads(places, modules.keys())
+    found = found._replace(chosen=modules, notes=found.notes | heads)
+    return LoRAPlan(found, kind_of, ranks, alphas, settings, name, heads)
 
 
 def wrap_in_lora(model: nn.Module, plan: LoRAPlan, quantized: Mapping[str, nn.Module]) -> Names:
@@ -180,6 +187,8 @@ def wrap_in_lora(model: nn.Module, plan: LoRAPlan, quantized: Mapping[str, nn.Mo
         made_of[name] = ", ".join([f"{kind.__name__}({layer.extra_repr()})", *patterns])
         return layer
 
+    for head, note in plan.heads.items():
+        warnings.warn(f"{head} {note}", HeadWarning, stacklevel=4)
     with restoring(model):
         wrapped = build(plan.found.chosen, make)
         swap(model, {**quantized, **wrapped})

@@ -17,6 +17,7 @@ from minipeft.adapters.linearity import why_no_float, why_not_replaceable
 from minipeft.adapters.names import DEFAULT
 from minipeft.adapters.protocol import (
     has_stored_weight,
+    innermost,
     is_adapter,
     is_conv1d,
     is_packed,
@@ -62,6 +63,8 @@ def _keeps_dense(
             return "an embedding (embeddings=True quantises it)"
         if module.max_norm is not None:
             return "max_norm rescales its rows in forward"
+    elif is_adapter(module):
+        return f"under an adapter ({type(module).__name__}); quantise first, then inject"
     elif not isinstance(module, nn.Linear) and not is_conv1d(module):
         return f"{type(module).__name__} is no nn.Linear"
     vouched = type(module) in also and has_stored_weight(module) and "forward" not in vars(module)
@@ -107,7 +110,7 @@ def quantizable(
 
     for name, layer in places.everything.items():
         known = name in places.shapes or isinstance(layer, nn.Parameter | nn.Embedding)
-        if not known or is_packed(layer):
+        if not known or (isinstance(layer, nn.Module) and is_packed(innermost(layer))):
             continue
         if reason := why_dense(name, layer):
             left_out[name] = reason
@@ -168,6 +171,7 @@ class CodesPlan(NamedTuple):
 
 
 def _plan_codes(
+    caller: str,
     places: Survey,
     skip: Skip,
     also: tuple[type[nn.Module], ...],
@@ -179,20 +183,36 @@ def _plan_codes(
         places, skip=skip, also=also, embeddings=embeddings, experts=experts
     )
     if not chosen:
-        raise ValueError(f"quantize_model: no layer to quantise; left out: {left_out}")
+        raise ValueError(_nothing_to_quantise(caller, places, left_out))
     if embeddings and not any(isinstance(module, nn.Embedding) for module in chosen.values()):
         reasons = {n: left_out[n] for n, m in places.modules.items()
                    if isinstance(m, nn.Embedding)}  # fmt: skip
-        raise ValueError(f"quantize_model: embeddings=True, but none may be quantised: {reasons}")
+        raise ValueError(f"{caller}: embeddings=True, but none may be quantised: {reasons}")
     weights = [n for n, layer in chosen.items() if isinstance(layer, nn.Parameter)]
     if experts and not weights:
-        raise ValueError("quantize_model: experts=True, but no 3-D weight may be quantised")
-    check_experts("quantize_model", places.model, weights)
+        raise ValueError(f"{caller}: experts=True, but no 3-D weight may be quantised")
+    check_experts(caller, places.model, weights)
     settings = {"block_size": 64, "double_quant": True, "compute_dtype": None} | dict(nf4)
     if unknown := set(settings) - {"block_size", "double_quant", "compute_dtype"}:
-        raise TypeError(f"quantize_model: unknown arguments {sorted(unknown)}")
-    modules = settled("quantize_model", places, chosen)
+        raise TypeError(f"{caller}: unknown arguments {sorted(unknown)}")
+    modules = settled(caller, places, chosen)
     return CodesPlan(modules, left_out, likely_head(places, modules), settings)
+
+
+def _nothing_to_quantise(caller: str, places: Survey, left_out: Mapping[str, str]) -> str:
+    packed = [n for n, m in places.model.named_modules() if is_packed(m)]
+    wrapped = [n for n, m in places.modules.items() if is_adapter(m) and n in places.shapes]
+    if packed:
+        return (
+            f"{caller}: the layers are 4-bit already ({packed[0]}, {len(packed)} in all); "
+            "call inject_lora, which over them makes QLoRA"
+        )
+    if wrapped:
+        return (
+            f"{caller}: {wrapped[0]} ({len(wrapped)} in all) has an adapter, and layers "
+            "under adapters are not quantised: quantise first, then inject or load the adapter"
+        )
+    return f"{caller}: no layer to quantise; left out: {left_out}"
 
 
 def _make_codes(model: nn.Module, plan: CodesPlan, *, level: int = 3) -> dict[str, nn.Module]:
@@ -250,7 +270,7 @@ def quantize_model(
             whose embeddings are all tied; the model is as it was.
     """
     check_model("quantize_model", model)
-    plan = _plan_codes(survey(model, head), skip, also, embeddings, experts, nf4)
+    plan = _plan_codes("quantize_model", survey(model, head), skip, also, embeddings, experts, nf4)
     layers = _make_codes(model, plan)
     with restoring(model):
         swap(model, layers)
@@ -325,7 +345,7 @@ def inject_qlora(
     lora_plan = plan_lora(
         "inject_qlora", model, places, target, rank, alpha, exclude, name, lora
     )  # fmt: skip
-    plan = _plan_codes(places, skip, also, embeddings, experts, nf4)
+    plan = _plan_codes("inject_qlora", places, skip, also, embeddings, experts, nf4)
     names = wrap_in_lora(model, lora_plan, _make_codes(model, plan, level=4))
     names.left_out, names.notes = plan.left_out | names.left_out, plan.notes | names.notes
     return names

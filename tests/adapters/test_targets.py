@@ -141,7 +141,38 @@ def test_models_that_know_their_head_are_not_guessed_at(kind):
                "intermediate_size": 64})  # fmt: skip
     kinds = getattr(transformers, kind)
     model = kinds(kinds.config_class(**sizes))
-    assert mp.inject_lora(model, "all-linear", 2).notes == {}
+    known = "classifier" if "Bert" in kind else None
+    assert mp.inject_lora(model, "all-linear", 2, head=known).notes == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [("BertForSequenceClassification", "classifier"), ("BertForQuestionAnswering", "qa_outputs"),
+     ("BertForMaskedLM", None), ("BertModel", None)],
+)  # fmt: skip
+@pytest.mark.parametrize("inject", [mp.inject_lora, mp.inject_qlora])
+def test_a_new_head_that_stays_frozen_is_warned_of(inject, kind, head):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        vocab_size=50,
+    )  # fmt: skip
+
+    def make():
+        return getattr(transformers, kind)(config)
+
+    if head is None:
+        assert inject(make(), ["query"], 2).notes == {}
+        return
+    with pytest.warns(HeadWarning, match=f"{head} is a new head, and stays frozen.*train_modules"):
+        names = inject(make(), ["query"], 2)
+    assert f"{head}" in names.report()
+    model = make()
+    mp.train_modules(model, [head])  # it trains already
+    assert inject(model, ["query"], 2).notes == {}
+    assert model.get_submodule(head).adapter_parameters()
+    assert inject(make(), ["query"], 2, head=head).notes == {}  # the caller knows of it
+    assert inject(make(), ["query", head], 2).notes == {}  # it has LoRA
 
 
 def test_head_reaches_quantize_checkpoint(tmp_path):

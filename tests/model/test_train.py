@@ -236,9 +236,13 @@ def test_check_gradients_names_what_got_none_and_why():
         mp.check_gradients(model)
     model.up.enabled = False
     model(IDS).sum().backward()
-    with pytest.raises(ValueError, match=r"2 of 4 .* up.lora_a, up.lora_b .*is off"):
+    assert mp.check_gradients(model) == 2  # what is off need not learn
+    model.down.enabled = False
+    with pytest.raises(ValueError, match="every adapter that trains is off"):
         mp.check_gradients(model)
-    model.up.enabled = True
+    model.up.enabled = model.down.enabled = True
+    with pytest.raises(ValueError, match=r"2 of 4 .* up.lora_a, up.lora_b .*not called"):
+        mp.check_gradients(model)
     model.zero_grad()
     model(IDS).sum().backward()
     assert mp.check_gradients(model) == 4

@@ -4,6 +4,7 @@ Experts are the exception: `save_quantized` says how they are written.
 """
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import is_adapter, is_packed, linear_shape
+from minipeft.adapters.state import named_adapters
 from minipeft.integrations.transformers.file_names import write_names
 from minipeft.io import mxfp4
 from minipeft.io.bitsandbytes import checkpoint
@@ -133,7 +135,8 @@ def save_quantized(
 
     config.json (the model's own, if it has one, with a quantization_config), and safetensors
     files of at most `max_shard_bytes` with an index if there are several; a sha256 for every
-    tensor.  Adapters are not part of it: the base is written under its own names; a model of
+    tensor.  Adapters are not part of it, and a warning says so: the base is written under its own
+    names, a model of
     transformers under the names that transformers gives them in files.  All files become the
     directory's in one rename (io/replace.py), so one with a config.json is complete, and one in
     which a save died can be saved into.  `quant_storage` views codes as a float dtype, as sharded
@@ -155,6 +158,12 @@ def save_quantized(
     if max_shard_bytes < 1:
         raise ValueError(f"save_quantized: max_shard_bytes={max_shard_bytes}; expected above 0")
     tensors, layers = _tensors(model, quant_storage)
+    if adapters := named_adapters(model):
+        warnings.warn(
+            f"save_quantized: the adapter ({next(iter(adapters))}, {len(adapters)} layers in all) "
+            "is not in this checkpoint, which holds the base; save_peft writes the adapter",
+            stacklevel=2,
+        )
     config = _config(model, layers, quant_storage)
     specs = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     sizes = {name: nbytes(spec) for name, spec in specs.items()}

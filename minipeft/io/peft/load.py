@@ -1,6 +1,7 @@
 """Loads a PEFT directory onto a model; all layers are made and filled before any is put in."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.plain_names import PlainNames, Spellings
-from minipeft.adapters.protocol import innermost, is_adapter, linear_shape
+from minipeft.adapters.protocol import innermost, is_adapter, is_packed, linear_shape
 from minipeft.adapters.ready import check_model
 from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, visible_modules
@@ -296,11 +297,12 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
     contents = sort_out(where, tensors, model, config, found)
     if strict and (wrong := contents.complaint()):
         raise ValueError(f"{where}: {wrong}")
+    training_of = parsed(training, str(where))
+    _say_dense(found, training_of)
     with restoring(model):
         built = _Builder(
-            found, config, contents, stack=name != DEFAULT, strict=strict,
-            training=parsed(training, str(where)),
-        ).build()  # fmt: skip
+            found, config, contents, stack=name != DEFAULT, strict=strict, training=training_of
+        ).build()
         if not built:
             raise ValueError(f"{where}: holds no adapter")
         modules = visible_modules(model)
@@ -311,6 +313,21 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
     order = {name: number for number, name in enumerate(modules)}
     names = sorted(made, key=lambda name: order.get(name, len(order)))
     return Loaded(names, contents.missing, contents.unexpected, plain.ignored)
+
+
+def _say_dense(found: Located, training: Mapping[str, Training]) -> None:
+    """Warn where modules whose bases were 4-bit when the adapter was saved are dense here."""
+    here: dict[str, Any] = {**found.modules, **found.experts}
+    places = Spellings(here)
+    four_bit = [places.find(name) for name, own in training.items() if own.four_bit]
+    dense = [n for n in four_bit if n is not None and not is_packed(innermost(here[n]))]
+    if dense:
+        warnings.warn(
+            f"load_peft: the adapter was saved over 4-bit layers, and {dense[0]} ({len(dense)} in "
+            "all) is dense here, so outputs differ by what rounding to 4 bits changes; to have "
+            "those 4-bit layers, call quantize_model or load_quantized before load_peft",
+            stacklevel=6,
+        )
 
 
 def _new_layers(made: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> list[nn.Module]:

@@ -8,6 +8,7 @@ the rest in its metadata, as JSON, for the modules that need it:
     scale           [alpha, rank_stabilized], where the configuration has other ones
     across_groups   true: a LoRAConv whose first factor may reach across groups
     dtype           of the factors, where it is not float32
+    four_bit        true: the base was 4-bit; load_peft warns where it loads onto a dense one
     frozen          parameters that do not train, where others of the adapter do
 
 All of it is checked against the tensors before a layer is made of it.
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.protocol import Adapter, innermost, linear_shape
+from minipeft.adapters.protocol import Adapter, innermost, is_packed, linear_shape
 from minipeft.io.fields import NAMES, Kind, check, list_of, one_of
 from minipeft.io.peft.keys import Key
 from minipeft.io.peft.tensors import copy_into, parameters
@@ -50,6 +51,7 @@ class Training:
     scale: tuple[float, bool] | None = None
     across_groups: bool = False
     dtype: torch.dtype = torch.float32
+    four_bit: bool = False
     frozen: tuple[str, ...] = ()
 
 
@@ -104,6 +106,8 @@ def _described(layer: LowRank, scale: tuple[float, bool] | None) -> dict[str, ob
         own["across_groups"] = True
     if (name := str(layer.lora_a.dtype).removeprefix("torch.")) in _DTYPES:
         own["dtype"] = name
+    if is_packed(innermost(layer)):
+        own["four_bit"] = True
     return own
 
 
@@ -165,6 +169,7 @@ _FIELDS = {
     "scale": Kind("[alpha, rank_stabilized]", lambda value: _is_list(value, float, bool)),
     "across_groups": one_of(True),
     "dtype": one_of(*_DTYPES),
+    "four_bit": one_of(True),
     "frozen": NAMES,
 }
 
