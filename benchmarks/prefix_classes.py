@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from tqdm import tqdm
 
 from benchmarks.harness import save_result
+from minipeft.adapters.progress import Progress
 from tests.prefix_audit import FAULTS, audit, classes
 
 
@@ -40,7 +40,7 @@ def main() -> int:
     signal.signal(signal.SIGALRM, stop)
     kinds = [k for k in classes() if not arguments.only or k.model in arguments.only]
     rows: list[dict[str, Any]] = []
-    for kind in tqdm(kinds, disable=None):
+    for kind in Progress(kinds, desc="classes"):
         signal.alarm(arguments.seconds)
         try:
             found = audit(kind)
@@ -53,7 +53,7 @@ def main() -> int:
             continue
         rows.append({"model": kind.model, **found._asdict()})
         figures = ", ".join(f"{name} {value:.1e}" for name, value in found.figures.items() if value)
-        tqdm.write(
+        Progress.write(
             f"{kind.model:44} {found.outcome:8} {found.why[:150] or figures}", file=sys.stdout
         )
     counts = Counter(row["outcome"] for row in rows)

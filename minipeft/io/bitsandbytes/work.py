@@ -89,6 +89,8 @@ def work_for(
     for key in reader.specs:  # experts that stay dense, and what the model's class ignores
         if key not in inside:
             work.steps[key], work.becomes[key] = [key], {key: reader.specs[key]}
+    order = {name.removesuffix(".weight"): place for place, name in enumerate(modules)}
+    work.wanted.sort(key=order.__getitem__)  # as the model has them, not the files
     left_out |= ignored
     if not weights:
         raise ValueError(f"quantize_checkpoint: nothing to quantise; left out: {left_out}")

@@ -29,7 +29,7 @@ def saved(family, path, *, without=()):
     """An adapter's folder with the old names, and the model that it was made on."""
     renames, old, new = OLD[family]
     model = build(family)
-    mp.inject_lora(model, new, rank=2)
+    mp.inject_lora(model, new, rank=2, head="classifier" if family == "ViT" else None)
     for name, parameter in model.named_parameters():
         if "lora_b" in name:
             nn.init.normal_(parameter)

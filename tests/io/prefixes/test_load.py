@@ -362,7 +362,7 @@ def test_save_pretrained_writes_what_it_can_and_the_rest_beside_it(tmp_path):
 @pytest.mark.parametrize("first", ["peft", "own"])
 def test_a_checkpoint_of_lora_prefix_and_head_of_one_name_comes_back(first, tmp_path):
     case, other = Case("BERT"), Case("BERT")
-    mp.inject_lora(case.model, ["query"], rank=2)
+    mp.inject_lora(case.model, ["query"], rank=2, head="classifier")
     mp.attach_prefix(case.model, P)
     for parameter in mp.adapter_parameters(case.model):
         nn.init.normal_(parameter, std=0.1)
@@ -531,7 +531,7 @@ def test_names_that_a_module_cannot_hold_change_nothing(name):
 
 def test_a_head_that_cannot_train_now_changes_nothing():
     case = Case("BERT")
-    mp.inject_lora(case.model, ["query"], rank=2)
+    mp.inject_lora(case.model, ["query"], rank=2, head="classifier")
     mp.merge(case.model)
     before = case.logits()
     with pytest.raises(ValueError, match="is merged"):
