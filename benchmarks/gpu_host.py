@@ -10,6 +10,7 @@ import torch
 
 import minipeft as mp
 from minipeft import ops
+from minipeft.fast.backend import tried_first
 
 
 def _seconds(run: Callable[[], Any], calls: int = 400, rounds: int = 7) -> float:
@@ -40,7 +41,7 @@ def host_work() -> dict[str, float]:
     with ExitStack() as stack:
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(product, name, stub))
-        stack.enter_context(ops.tried_first(row))
+        stack.enter_context(tried_first(row))
         stack.enter_context(torch.no_grad())
         found = {
             "nn.Linear": _seconds(lambda: dense(small)),

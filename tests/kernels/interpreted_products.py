@@ -12,6 +12,7 @@ import torch
 
 import minipeft as mp
 from minipeft import ops
+from minipeft.fast.backend import tried_first
 from minipeft_kernels.triton import gradient, product, quantize
 from minipeft_kernels.triton.selection import MOST_ROWS, Plan, rows_of
 
@@ -199,7 +200,7 @@ def test_a_layer_through_the_table(shape, rows):
         return y, *torch.autograd.grad(y.square().sum(), x)
 
     expected = run()
-    with ops.tried_first(ROWS[0]), ops.tried_first(ROWS[1]):
+    with tried_first(ROWS[0]), tried_first(ROWS[1]):
         assert mp.backend()["nf4_linear"] == "triton"
         got = run()
     for one, other in zip(got, expected, strict=True):
