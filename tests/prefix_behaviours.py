@@ -67,7 +67,8 @@ class Case:
 
 def random_lora(model: nn.Module) -> None:
     """LoRA on every linear layer that already changes the output."""
-    mp.inject_lora(model, "all-linear", rank=2)
+    head = "classifier" if hasattr(model, "classifier") else None  # it stays as it is
+    mp.inject_lora(model, "all-linear", rank=2, head=head)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):
             nn.init.normal_(parameter, std=0.1)
@@ -356,10 +357,7 @@ def with_lora(family: str) -> float:
         if first == "prefix":
             prefix = case.attach(window=case.window())
         torch.manual_seed(7)
-        mp.inject_lora(case.model, "all-linear", rank=2)
-        for name, parameter in case.model.named_parameters():
-            if name.endswith("lora_b"):
-                nn.init.normal_(parameter, std=0.1)
+        random_lora(case.model)
         if first == "lora":
             with mp.disable_adapters(case.model):
                 prefix = case.attach(window=case.window())  # its tokens run without LoRA
