@@ -107,7 +107,7 @@ def build(settings: Settings) -> Any:
         return model
     if settings.method == "lora":
         mp.inject_lora(model, r"bert\.encoder\..*(query|key|value|dense)", settings.rank,
-                       settings.alpha)  # fmt: skip
+                       settings.alpha, head="classifier")  # fmt: skip
     elif settings.method != "frozen":
         raise ValueError(f"build: method={settings.method!r}; choose full, prefix, lora or frozen")
     mp.train_modules(model, ["classifier"])
