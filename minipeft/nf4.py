@@ -233,4 +233,4 @@ def dequantize_nf4(
     if not dtype.is_floating_point:
         raise ValueError(f"dequantize_nf4: dtype={dtype}; expected a floating-point dtype")
     weight = ops.Packed(packed, absmax, block_size)
-    return ops.call("dequantize_nf4", *weight, list(shape), dtype)
+    return ops.call("dequantize_nf4", weight, list(shape), dtype)

@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from minipeft.adapters.products import without_autocast
+from minipeft.adapters.products import autocast_is_on, without_autocast
 
 F = TypeVar("F", bound=Callable[..., Any])
 Gradient = Callable[[Tensor, Any], Tensor]
@@ -84,11 +84,32 @@ class Operator:
     arguments: list[str] = field(default_factory=list)  # as functions take them, see `grouped`
     gradients: dict[str, Gradient] = field(default_factory=dict)
     row_arguments: int = 0
-    in_transforms: Callable[..., Any] | None = None  # the same in torch.func; see `call`
+    direct: Callable[..., Any] | None = None  # see `call`
 
     def __post_init__(self) -> None:
         places = {name: place for place, name in enumerate(self.arguments)}
         self.weight, self.dtype = places.get("weight"), places.get("dtype")
+
+    def first(self, given: Sequence[Any]) -> Tensor:
+        """The first tensor, by whose device and shape a row is chosen."""
+        tensor: Tensor = given[0].packed if self.weight == 0 else given[0]
+        return tensor
+
+    def compute(self, given: Sequence[Any]) -> Any:
+        """The result, by the first row that takes such arguments."""
+        first, setting = self.first(given), KERNELS.get()
+        device, shape = first.device, first.shape
+        dtype = first.dtype if self.dtype is None else given[self.dtype]
+        function = self.plain
+        for row in self.rows:
+            if allowed(row, setting) and row.when(device, dtype, shape):
+                if not isinstance(found := load(row), str):
+                    function = found
+                    break
+        if not autocast_is_on(device):
+            return function(*given)
+        with without_autocast(device):  # the caller has settled every dtype
+            return function(*given)
 
     def grouped(self, args: Sequence[Any]) -> Sequence[Any]:
         """torch's arguments as functions take them: those of a 4-bit weight are one Packed."""
@@ -97,9 +118,9 @@ class Operator:
         last = first + len(Packed._fields)
         return (*args[:first], Packed(*args[first:last]), *args[last:])
 
-    def named(self, args: Sequence[Any]) -> SimpleNamespace:
-        """The same by their names in the schema."""
-        return SimpleNamespace(**dict(zip(self.arguments, self.grouped(args), strict=True)))
+    def named(self, given: Sequence[Any]) -> SimpleNamespace:
+        """Arguments by their names in the schema."""
+        return SimpleNamespace(**dict(zip(self.arguments, given, strict=True)))
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -191,62 +212,43 @@ def operator(
         OPERATORS[name] = made
 
         def run(*args: Any) -> Any:
-            first, given = args[0], made.grouped(args)
-            dtype = first.dtype if made.dtype is None else given[made.dtype]
-            function, _, _ = choose(name, first.device, dtype, tuple(first.shape))
-            with without_autocast(first.device):  # the caller has settled every dtype
-                return function(*given)
+            return made.compute(made.grouped(args))
 
         # torch's `custom_op` first spends a second importing dynamo; these calls do not
         LIBRARY.define(name + schema.replace("Packed weight", _FIELDS))
         LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        fake = lambda *args: shapes(made.named(args))  # noqa: E731
+        fake = lambda *args: shapes(made.named(made.grouped(args)))  # noqa: E731
         torch.library.register_fake(f"minipeft::{name}", fake, lib=LIBRARY)
         return plain
 
     return register
 
 
-def call(name: str, *args: Any) -> Tensor:
-    """The operator on all its arguments, also within torch.func.
+def call(name: str, *given: Any) -> Tensor:
+    """The operator on all its arguments, a 4-bit weight as one Packed.
 
-    torch.func needs autograd functions, torch.compile needs operators.  fast/derivatives.py makes
-    the functions, and registers the gradients of ordinary backward.
+    torch.compile needs operators.  Elsewhere fast/derivatives.py has a way that knows torch.func
+    and is shorter where nobody but autograd listens.
     """
-    run = None
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        run = OPERATORS[name].in_transforms
-    if run is None:
-        run = getattr(torch.ops.minipeft, name)
-    out: Tensor = run(*args)
+    if torch.compiler.is_compiling():
+        out: Tensor = getattr(torch.ops.minipeft, name)(*flat(given))
+    else:
+        out = OPERATORS[name].direct(*given)  # type: ignore[misc]
     return out
 
 
-def choose(
-    operator: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
-) -> tuple[Callable[..., Any], str, list[tuple[Any, ...]]]:
-    """The function that computes `operator` on such an input, and the name of its row.
+def flat(given: Sequence[Any]) -> list[Any]:
+    """Arguments as torch's schemas have them: a Packed is several."""
+    return [value for a in given for value in (a if isinstance(a, Packed) else (a,))]
 
-    Also, for each row before it, the name and the words that say why not that row.
-    """
-    defined, setting = OPERATORS[operator], KERNELS.get()
-    rejected: list[tuple[Any, ...]] = []
-    for row in defined.rows:
-        if setting == "plain":
-            rejected.append((row.name, "only plain rows are on"))
-        elif not setting and row.name != "pytorch":
-            rejected.append((row.name, "kernels are off"))
-        elif not row.when(device, dtype, shape):
-            rejected.append((row.name, "not for", dtype, shape, "on", device.type))
-        elif isinstance(function := _load(row), str):
-            rejected.append((row.name, function))
-        else:
-            return function, row.name, rejected
-    return defined.plain, "plain", rejected
+
+def allowed(row: Implementation, setting: Kernels) -> bool:
+    """Whether `use_kernels` leaves this row."""
+    return setting is True or (setting is False and row.name == "pytorch")
 
 
 @functools.cache
-def _load(row: Implementation) -> Callable[..., Any] | str:
+def load(row: Implementation) -> Callable[..., Any] | str:
     """The row's function, or why there is none."""
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(row.module), row.function)

@@ -40,17 +40,17 @@ from minipeft.ops import Packed
 
 def decode(weight: Packed, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The dense weight, of this shape, in this dtype."""
-    return ops.call("dequantize_nf4", *weight, list(shape), dtype)
+    return ops.call("dequantize_nf4", weight, list(shape), dtype)
 
 
 def multiply(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) -> Tensor:
     """x W^T + bias, with derivatives by x and bias in every mode of PyTorch."""
-    return ops.call("nf4_linear", x, *weight, bias, out_features)
+    return ops.call("nf4_linear", x, weight, bias, out_features)
 
 
 def _gradient_of_x(grad: Tensor, given: Any) -> Tensor:
     """dL/dx = dL/dy W.  W is decoded again: kept since forward, it would undo the saving."""
-    return ops.call("nf4_linear_input_gradient", grad, *given.weight, given.x.shape[-1])
+    return ops.call("nf4_linear_input_gradient", grad, given.weight, given.x.shape[-1])
 
 
 @ops.operator(
@@ -70,7 +70,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) ->
 
 def _gradient_of_dy(grad: Tensor, given: Any) -> Tensor:
     """For second derivatives: dy W is linear in dy, and its gradient is a product with W^T."""
-    return ops.call("nf4_linear", grad, *given.weight, None, given.dy.shape[-1])
+    return ops.call("nf4_linear", grad, given.weight, None, given.dy.shape[-1])
 
 
 @ops.operator(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from minipeft.adapters.products import is_slow
-from minipeft.ops import KERNELS, OPERATORS, Implementation, Kernels, choose
+from minipeft.ops import KERNELS, OPERATORS, Implementation, Kernels, Operator, allowed, load
 
 
 @contextmanager
@@ -63,10 +63,27 @@ def backend(
     """
     device, report = torch.device(device), {}
     for name, defined in OPERATORS.items():
-        _, chosen, rejected = choose(name, device, dtype, shape)
-        reasons = [f"{row}: {' '.join(map(str, why))}" for row, *why in rejected]
+        chosen, reasons = _chosen(defined, device, dtype, shape)
         report[name] = chosen + (f" (not {'; '.join(reasons)})" if reasons else "")
         if defined.gradients and chosen == "pytorch" and is_slow(dtype, device):
             kind = str(dtype).removeprefix("torch.")
             report[name] += f", products in float32 (this CPU has none of {kind})"
     return report
+
+
+def _chosen(
+    defined: Operator, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+) -> tuple[str, list[str]]:
+    """The row that `Operator.compute` takes, and for each row before it why not that one."""
+    setting, reasons = KERNELS.get(), []
+    for row in defined.rows:
+        if not allowed(row, setting):
+            why = "only plain rows are on" if setting == "plain" else "kernels are off"
+        elif not row.when(device, dtype, shape):
+            why = f"not for {dtype} {shape} on {device.type}"
+        elif isinstance(found := load(row), str):
+            why = found
+        else:
+            return row.name, reasons
+        reasons.append(f"{row.name}: {why}")
+    return "plain", reasons

@@ -96,7 +96,7 @@ class NF4Embedding(PackedModule):
         return super()._settings() | {"padding_idx": self.padding_idx}
 
     def forward(self, rows: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape embedding_dim"]:
-        return ops.call("nf4_embedding", rows, *self.state(), *self.shape, self.weight_dtype)
+        return ops.call("nf4_embedding", rows, self.state(), *self.shape, self.weight_dtype)
 
     def dense(self, weight: Tensor | None = None) -> nn.Module:
         """A plain nn.Embedding with this layer's table, or with another one; frozen."""

@@ -29,7 +29,7 @@ def _experts_shape(given: Any) -> Any:
 def _gradient_of_x(grad: Tensor, given: Any) -> Tensor:
     """y[t] = W[expert[t]] x[t]: its gradient is the same operator with the transposed weights."""
     return ops.call(
-        "nf4_experts", grad, given.expert, *given.weight, given.shape, not given.transposed
+        "nf4_experts", grad, given.expert, given.weight, given.shape, not given.transposed
     )
 
 
@@ -141,7 +141,7 @@ class NF4Experts(PackedModule):
         dtype = products.product_dtype(x)
         x = x.to(self.compute_dtype or dtype)
         shape = list(self.coded_shape)
-        return ops.call("nf4_experts", x, expert, *self.state(), shape, False).to(dtype)
+        return ops.call("nf4_experts", x, expert, self.state(), shape, False).to(dtype)
 
     def dense(self, weight: Tensor | None = None) -> nn.Parameter:
         """The 3-D parameter that this layer stands for, or another one; frozen."""
