@@ -91,13 +91,14 @@ def add_lora(base_out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float |
         with without_autocast(x.device):
             return add_lora(base_out, x, a, b, scaling)
     dtype, columns = base_out.dtype, base_out.shape[-1]
-    hidden = products.linear(x.to(dtype), a.to(dtype))  # x A^T, (*batch, rank)
+    b = products.cast(b, dtype)
+    hidden = products.linear(products.cast(x, dtype), products.cast(a, dtype))  # (*batch, rank)
     if isinstance(scaling, Tensor):
         hidden, scaling = torch.where(scaling == 0, 0.0, hidden * scaling), 1.0
     if base_out.dim() == 2:
-        return products.addmm(base_out, hidden, b.to(dtype).T, scaling)
+        return products.addmm(base_out, hidden, b.T, scaling)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    out = products.addmm(base_out.reshape(-1, columns), rows, b.to(dtype).T, scaling)
+    out = products.addmm(base_out.reshape(-1, columns), rows, b.T, scaling)
     return out.view(base_out.shape)
 
 

@@ -82,6 +82,7 @@ class Operator:
     plain: Callable[..., Any]
     rows: list[Implementation]  # tried before it
     arguments: list[str] = field(default_factory=list)  # as functions take them, see `grouped`
+    tensors: list[str] = field(default_factory=list)  # those of them that are a tensor or None
     gradients: dict[str, Gradient] = field(default_factory=dict)
     row_arguments: int = 0
     direct: Callable[..., Any] | None = None  # see `call`
@@ -207,8 +208,10 @@ def operator(
 
     def register(plain: F) -> F:
         rows = [row for row in ROWS if row.operator == name]
-        arguments = [words.split()[-1] for words in schema.partition(")")[0].split(",")]
-        made = Operator(plain, rows, arguments, gradients or {}, row_arguments)
+        words = [argument.split() for argument in schema.strip("(").partition(")")[0].split(",")]
+        arguments = [name for _, name in words]
+        tensors = [name for kind, name in words if kind.startswith("Tensor")]
+        made = Operator(plain, rows, arguments, tensors, gradients or {}, row_arguments)
         OPERATORS[name] = made
 
         def run(*args: Any) -> Any:

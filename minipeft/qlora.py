@@ -383,8 +383,10 @@ class NF4Linear(PackedModule):
             )
         dtype = products.product_dtype(x)
         compute_dtype = self.compute_dtype or dtype
-        bias = None if self.bias is None else self.bias.to(compute_dtype)
-        return multiply(x.to(compute_dtype), self.state(), bias, self.out_features).to(dtype)
+        bias = self._parameters["bias"]
+        bias = None if bias is None else products.cast(bias, compute_dtype)
+        x = products.cast(x, compute_dtype)
+        return products.cast(multiply(x, self.state(), bias, self.out_features), dtype)
 
     def dense(self, weight: Tensor | None = None) -> nn.Module:
         """A plain nn.Linear with this layer's weight, or with another one; frozen."""

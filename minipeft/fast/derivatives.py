@@ -90,12 +90,12 @@ def _functions(name: str, vmap_rule: Any) -> tuple[Any, Any]:
     rules, names = defined.gradients, [argument.name for argument in operator._schema.arguments]
     places = tuple(names.index(argument) for argument in rules)
 
-    def gradients(ctx: Any, grad: Tensor, arguments: list[str]) -> tuple[Tensor | None, ...]:
-        given = defined.named(defined.grouped(_kept(ctx)))
-        return tuple(
-            rules[argument](grad, given) if needed and argument in rules else None
+    def gradients(ctx: Any, grad: Tensor, arguments: list[str], given: Arguments) -> Any:
+        named = defined.named(given)
+        return tuple([
+            rules[argument](grad, named) if needed and argument in rules else None
             for argument, needed in zip(arguments, ctx.needs_input_grad, strict=True)
-        )
+        ])  # fmt: skip
 
     def tangent(ctx: Any, tangents: Arguments) -> Tensor:
         args = _kept(ctx)
@@ -107,12 +107,25 @@ def _functions(name: str, vmap_rule: Any) -> tuple[Any, Any]:
             args[places[0]] = other.new_zeros(()).expand(shape)
         return call(name, *defined.grouped(args))
 
+    at, linear = defined.arguments.index("weight"), [defined.arguments.index(n) for n in rules]
+    others = [defined.arguments.index(n) for n in defined.tensors if n not in rules]
+
     def forward(ctx: Any, *given: Any) -> Any:
-        _keep(ctx, places, flat(given))
+        rest, (packed, absmax, block_size, *scales) = list(given), given[at]
+        ctx.save_for_backward(packed, absmax, *scales, *[given[place] for place in others])
+        for place in linear:
+            rest[place] = None if given[place] is None else Forgotten(given[place].shape)
+        for place in others:
+            rest[place] = None
+        rest[at], ctx.rest = block_size, rest
         return defined.compute(given)
 
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return gradients(ctx, grad, defined.arguments)
+        given, (packed, absmax, scale, offset, codebook, *kept) = ctx.rest.copy(), ctx.saved_tensors
+        given[at] = Packed(packed, absmax, given[at], scale, offset, codebook)
+        for place, tensor in zip(others, kept, strict=True):
+            given[place] = tensor
+        return gradients(ctx, grad, defined.arguments, given)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = types.new_class(name, (torch.autograd.Function,), {}, lambda own: own.update(methods))
@@ -129,7 +142,7 @@ def _functions(name: str, vmap_rule: Any) -> tuple[Any, Any]:
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> Any:
-            return gradients(ctx, grad, names)
+            return gradients(ctx, grad, names, defined.grouped(_kept(ctx)))
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
