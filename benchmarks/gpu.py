@@ -192,8 +192,11 @@ def time_layer(m: int = 2048, size: int = 4096, rank: int = 16) -> Cell:
     return _in_turns({name: functools.partial(step, name) for name in layers}, 10)
 
 
-def time_step(layers: int = 4, batch: int = 4, length: int = 512, rank: int = 16) -> Cell:
-    """A whole training step of a LLaMA of 7B's sizes with few layers: LoRA and QLoRA in turns."""
+def time_step(batch: int, layers: int = 4, length: int = 512, rank: int = 16) -> Cell:
+    """A whole training step of a LLaMA of 7B's sizes with few layers: LoRA and QLoRA in turns.
+
+    `busy` has the seconds in which kernels of one step ran: what is left where the host keeps up.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -216,7 +219,21 @@ def time_step(layers: int = 4, batch: int = 4, length: int = 512, rank: int = 16
 
         return step
 
-    return _in_turns({"lora": prepared(mp.inject_lora), "qlora": prepared(mp.inject_qlora)}, 3)
+    steps = {"lora": prepared(mp.inject_lora), "qlora": prepared(mp.inject_qlora)}
+    found = _in_turns(steps, 3)
+    found["busy"] = {name: busy_seconds(step) for name, step in steps.items()}
+    return {"tokens": batch * length, **found}
+
+
+def busy_seconds(run: Callable[[], Any]) -> float:
+    """Seconds that kernels take in one call, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return float(sum(event.device_time for event in kernels)) / 1e6
 
 
 def _in_turns(steps: dict[str, Callable[[], None]], repeats: int, rounds: int = 7) -> Cell:
@@ -229,6 +246,15 @@ def _in_turns(steps: dict[str, Callable[[], None]], repeats: int, rounds: int = 
             times[name].append(seconds(step, repeats))
     pairs = zip(times["qlora"], times["lora"], strict=True)
     return {"seconds": times, "ratios": sorted(a / b for a, b in pairs)}
+
+
+def line_of_ratios(found: Cell) -> str:
+    """QLoRA's time over LoRA's, and its spread; the same for the time that kernels take."""
+    ratios = found["ratios"]
+    text = f"QLoRA / LoRA {ratios[len(ratios) // 2]:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})"
+    if busy := found.get("busy"):
+        text += f", kernels alone {busy['qlora'] / busy['lora']:.3f}"
+    return text
 
 
 def add_options(job: argparse.ArgumentParser) -> None:
@@ -272,12 +298,14 @@ def run(arguments: argparse.Namespace) -> int:
         content["dequantize"] = tried(lambda: time_dequantize(limits[0]))
         content["products"] = tried(lambda: time_products(limits))
     if "step" in parts:
-        for name, measure in (("layer", time_layer), ("step", time_step)):
+        measured = {"layer": time_layer} | {
+            f"step of {512 * batch} tokens": functools.partial(time_step, batch)
+            for batch in (4, 16)
+        }
+        for name, measure in measured.items():
             content[name] = tried(measure)
             if content[name] is not None:
-                ratios = content[name]["ratios"]
-                print(f"{name}: QLoRA / LoRA {ratios[len(ratios) // 2]:.3f} ({ratios[0]:.3f} to "
-                      f"{ratios[-1]:.3f})", flush=True)  # fmt: skip
+                print(f"{name}: {line_of_ratios(content[name])}", flush=True)
     save_result(arguments.output, "gpu", timed=True, **content)
     return status
 

@@ -128,7 +128,9 @@ def _functions(name: str, vmap_rule: Any) -> tuple[Any, Any]:
         return gradients(ctx, grad, defined.arguments, given)
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = types.new_class(name, (torch.autograd.Function,), {}, lambda own: own.update(methods))
+    function = types.new_class(
+        name, (torch.autograd.Function,), {}, lambda own: own.update(methods)
+    )
 
     class Everywhere(torch.autograd.Function):
         @staticmethod

@@ -114,7 +114,7 @@ def gradient(
 ) -> Tensor:
     """grad W, in grad's dtype; few rows, and in_features a multiple of the block size."""
     *leading, n = grad.shape
-    grad = grad.reshape(-1, n)
+    grad = grad if grad.dim() == 2 else grad.reshape(-1, n)
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     m, k = grad.shape[0], in_features
     plan = plan or plan_for(
@@ -139,4 +139,4 @@ def gradient(
         )  # fmt: skip
         if split:
             add_parts(partial, None, out)
-    return out.view(*leading, k)
+    return out if len(leading) == 1 else out.view(*leading, k)

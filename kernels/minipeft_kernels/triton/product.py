@@ -183,7 +183,7 @@ def product(
     `branch` is added before the result is rounded.
     """
     *leading, k = x.shape
-    x = x.reshape(-1, k)
+    x = x if x.dim() == 2 else x.reshape(-1, k)
     x = x if x.stride(1) == 1 else x.contiguous()
     m, n = x.shape[0], out_features
     plan = plan or plan_for("nf4_linear", m, n, k, x.element_size(), card_of(x.device))
@@ -219,7 +219,7 @@ def product(
         )  # fmt: skip
         if split:
             add_parts(partial, bias, out)
-    return out.view(*leading, n)
+    return out if len(leading) == 1 else out.view(*leading, n)
 
 
 def product_with_lora(
