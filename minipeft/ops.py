@@ -96,20 +96,25 @@ class Operator:
         tensor: Tensor = given[0].packed if self.weight == 0 else given[0]
         return tensor
 
-    def compute(self, given: Sequence[Any]) -> Any:
-        """The result, by the first row that takes such arguments."""
-        first, setting = self.first(given), KERNELS.get()
-        device, shape = first.device, first.shape
-        dtype = first.dtype if self.dtype is None else given[self.dtype]
-        function = self.plain
+    def choose(
+        self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> Callable[..., Any]:
+        """The function of the first row that takes such an input."""
+        setting = KERNELS.get()
         for row in self.rows:
-            if allowed(row, setting) and row.when(device, dtype, shape):
-                if not isinstance(found := load(row), str):
-                    function = found
-                    break
-        if not autocast_is_on(device):
+            fits = allowed(row, setting) and row.when(device, dtype, shape)
+            if fits and not isinstance(function := load(row), str):
+                return function
+        return self.plain
+
+    def compute(self, given: Sequence[Any]) -> Any:
+        """The result."""
+        first = self.first(given)
+        dtype = first.dtype if self.dtype is None else given[self.dtype]
+        function = self.choose(first.device, dtype, first.shape)
+        if not autocast_is_on(first.device):
             return function(*given)
-        with without_autocast(device):  # the caller has settled every dtype
+        with without_autocast(first.device):  # the caller has settled every dtype
             return function(*given)
 
     def grouped(self, args: Sequence[Any]) -> Sequence[Any]:

@@ -74,7 +74,7 @@ def prefix_attention(
     check_tokens(q, k, v, mask, is_causal=is_causal)
     attend = joined_attention
     if not torch.compiler.is_compiling():
-        attend = ops.choose("prefix_attention", q.device, q.dtype, q.shape)[0]
+        attend = ops.OPERATORS["prefix_attention"].choose(q.device, q.dtype, q.shape)
     settings: Any = {"mask": mask, "is_causal": is_causal, "scale": scale, "dropout": dropout}
     joined: Tensor = attend(q, k, v, prefix_k, prefix_v, **settings)
     if gate is None:

@@ -383,8 +383,8 @@ class NF4Linear(PackedModule):
             )
         dtype = products.product_dtype(x)
         compute_dtype = self.compute_dtype or dtype
-        bias = self._parameters["bias"]
-        bias = None if bias is None else products.cast(bias, compute_dtype)
+        own = self._parameters["bias"]
+        bias = None if own is None else products.cast(own, compute_dtype)
         x = products.cast(x, compute_dtype)
         return products.cast(multiply(x, self.state(), bias, self.out_features), dtype)
 

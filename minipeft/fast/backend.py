@@ -74,8 +74,9 @@ def backend(
 def _chosen(
     defined: Operator, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> tuple[str, list[str]]:
-    """The row that `Operator.compute` takes, and for each row before it why not that one."""
-    setting, reasons = KERNELS.get(), []
+    """The row that `Operator.choose` takes, and for each row before it why not that one."""
+    setting = KERNELS.get()
+    reasons: list[str] = []
     for row in defined.rows:
         if not allowed(row, setting):
             why = "only plain rows are on" if setting == "plain" else "kernels are off"

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import func, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import minipeft as mp
@@ -304,3 +306,43 @@ assert "minipeft.nf4_linear" in str(program.graph)
 print(torch.equal(program.module()(x), layer(x)))
 """)
     assert printed.strip() == "True"
+
+
+class Seen(TorchDispatchMode):
+    """Remembers the operators that torch's dispatcher is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_whoever_listens_to_the_dispatcher_sees_the_operators(trained):
+    layer = mp.NF4Linear.from_linear(nn.Linear(64, 10))
+    x = torch.randn(3, 64, requires_grad=trained)
+    alone = layer(x)
+    with Seen() as seen:
+        listened = layer(x)
+    assert torch.equal(alone, listened)
+    assert alone.requires_grad == listened.requires_grad == trained
+    assert "minipeft.nf4_linear.default" in seen.names
+    if trained:
+        assert type(alone.grad_fn).__name__ == "nf4_linearBackward"  # as profilers show it
+        with Seen() as seen:
+            listened.sum().backward()
+        assert "minipeft.nf4_linear_input_gradient.default" in seen.names
+
+
+def test_meta_and_fake_tensors_compute_shapes_alone():
+    layer = mp.NF4Linear.from_linear(nn.Linear(64, 10))
+    meta = copy.deepcopy(layer).to("meta")
+    assert meta(torch.randn(3, 64, device="meta")).shape == (3, 10)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(torch.randn(3, 64))
+        assert type(layer(fake)) is type(fake) and layer(fake).shape == (3, 10)
+    outside = layer(torch.randn(3, 64))  # nothing of it stays
+    assert type(outside) is torch.Tensor and outside.isfinite().all()
