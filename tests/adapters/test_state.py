@@ -137,6 +137,7 @@ def test_counts_equal_counting_by_hand():
 def test_bits_of_a_llama_layer():
     shapes = [(4096, 4096), (4096, 11008)]
     model = nn.Sequential(*(mp.NF4Linear(i, o, bias=False, device="meta") for i, o in shapes))
+    # bits a weight are a quotient of whole numbers; only the last group is not full
     assert abs(mp.memory_report(model).packed.bits - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-4
     dense = mp.memory_report(nn.Linear(2, 2))
     assert math.isnan(dense.packed.bits) and dense.together == dense.dense == (6, 24)

@@ -84,7 +84,9 @@ def test_rows_are_multiplied_by_their_experts():
     layer, x = layer_of(blocks, scales), torch.randn(7, 64)
     expert = torch.tensor([0, 2, 1, 1, 0, 2, 2])
     expected = torch.stack([row @ layer.weight[e] for row, e in zip(x, expert, strict=True)])
-    torch.testing.assert_close(layer(x, expert), expected, rtol=1e-5, atol=1e-3)  # sums of 64
+    torch.testing.assert_close(
+        layer(x, expert), expected, rtol=1e-5, atol=1e-3
+    )  # sums of 64 up to 3,100: measured 2e-4
 
 
 def gpt_oss(path, dtype=torch.bfloat16, **scales):
@@ -177,7 +179,8 @@ def test_lora_over_mxfp4_experts(tmp_path):
             if isinstance(layer, LoRAExperts):
                 nn.init.normal_(layer.lora_b, std=0.1)
     found, expected = outputs(ours, "gpt-oss"), outputs(model, "gpt-oss")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    # float32, the same experts decoded on both sides: measured 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 BROKEN = {

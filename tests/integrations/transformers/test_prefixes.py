@@ -118,6 +118,7 @@ def test_an_encoder_of_ones_own_is_attached_itself():
     assert list(mp.adapter_parameters(case.model, name="own")) == list(encoder.parameters())
     on = case.logits()
     with mp.disable_adapters(case.model):
+        # an effect, a thousand times float32's round-off
         assert difference(on, case.logits()) > 1e-3
     for own, more, message in (
         (mp.PrefixEncoder([(2, 8, 8)] * 2, 4), {"name": "other"}, "the encoder has layers"),
@@ -194,6 +195,7 @@ def test_locations_of_an_encoder_decoder_are_chosen(family, locations):
     prefix = case.attach(locations=locations)
     locations = [locations] if isinstance(locations, str) else locations
     assert set(prefix.locations) == set(locations) and len(prefix.kv_shapes) == 3 * len(locations)
+    # the same
     assert difference(case.logits(), bare) > 1e-3
     everywhere = whole.attach()
     with torch.no_grad():
@@ -201,10 +203,12 @@ def test_locations_of_an_encoder_decoder_are_chosen(family, locations):
             if location not in locations:  # values of 0 under keys that nobody looks at
                 table = everywhere.encoder.tables[layer]
                 assert difference(table, torch.zeros_like(table)) > 0
+    # an effect, a hundred times float32's round-off
     assert difference(case.logits(), whole.logits()) > 1e-4
     encoded = case.model.get_encoder()(case.text).last_hidden_state
     with mp.disable_adapters(case.model):
         plain = case.model.get_encoder()(case.text).last_hidden_state
+    # the same
     assert (difference(encoded, plain) > 1e-4) == ("encoder" in locations)
 
 
@@ -595,6 +599,7 @@ def test_heads_go_on_and_off_with_their_prefix_and_a_second_prefix_is_told():
     trained = model(text).logits.detach()
     with mp.disable_adapters(model):
         assert torch.equal(model(text).logits, before)
+    # an effect, a thousand times float32's round-off
     assert torch.equal(model(text).logits, trained) and difference(trained, before) > 1e-3
     with pytest.warns(UserWarning, match="'second' has none of its own"):
         mp.attach_prefix(model, 5, name="second")

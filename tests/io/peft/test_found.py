@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 IDS = torch.tensor([[1, 3, 5, 2], [4, 4, 0, 6]])
+ROUNDING = 1e-6  # of the largest logit: float32 through two layers, in another order of sums
 
 
 class Zoo(nn.Module):
@@ -163,7 +164,7 @@ def test_what_peft_writes_computes_the_same_here_and_back(case, tmp_path, capsys
         print(f"\n{case}: here {here:.1e}, back in PEFT {there:.1e}, merged {merged:.1e}")
     mp.unmerge(again)
     assert torch.equal(logits(again), logits(ours))
-    assert max(here, there, merged) <= 1e-6  # float32, order of sums
+    assert max(here, there, merged) <= ROUNDING  # float32, order of sums
     with mp.disable_adapters(ours):
         assert torch.equal(logits(ours), before)
     mp.remove(ours)
@@ -197,7 +198,7 @@ def test_every_spelling_of_a_name_is_understood(kind, tmp_path):
     change(tmp_path, lambda t: {SPELLINGS[kind](k): v for k, v in t.items()})
     ours = llama()
     mp.load_peft(ours, tmp_path)
-    assert off(ours, theirs) <= 1e-6
+    assert off(ours, theirs) <= ROUNDING
 
 
 def test_names_in_the_configuration_are_in_the_files_spelling_too(tmp_path):
@@ -223,12 +224,12 @@ def test_names_in_the_configuration_are_in_the_files_spelling_too(tmp_path):
     })  # fmt: skip
     ours = llama()
     mp.load_peft(ours, tmp_path)
-    assert off(ours, theirs) <= 1e-6
+    assert off(ours, theirs) <= ROUNDING
     layer = r"_orig_mod\.model\.layers\.\d\.(_checkpoint_wrapped_module\.)?"
     change(tmp_path, None, {"target_modules": rf"{layer}self_attn\.q_proj"})
     ours = llama()
     mp.load_peft(ours, tmp_path)
-    assert off(ours, theirs) <= 1e-6
+    assert off(ours, theirs) <= ROUNDING
 
 
 @pytest.mark.parametrize("form", ["modules_to_save", "modules_to_save.default"])
@@ -238,7 +239,7 @@ def test_a_module_saved_whole_under_pefts_own_name(form, tmp_path):
     ours = zoo()
     names = mp.load_peft(ours, tmp_path)
     assert sorted(names) == ["head", "lin"]
-    assert off(ours, theirs) <= 1e-6
+    assert off(ours, theirs) <= ROUNDING
 
 
 def test_a_part_saved_whole_under_pefts_own_name(tmp_path):
@@ -255,7 +256,7 @@ def test_a_part_saved_whole_under_pefts_own_name(tmp_path):
     )
     ours = make()
     mp.load_peft(ours, tmp_path)
-    assert off(ours, theirs) <= 1e-6
+    assert off(ours, theirs) <= ROUNDING
 
 
 def test_two_values_for_a_module_saved_whole_are_refused(tmp_path):
@@ -280,8 +281,8 @@ def test_a_bias_trained_over_a_module_saved_whole_is_saved_as_it_computes(tmp_pa
     mp.save_peft(model, tmp_path)
     ours = zoo()
     mp.load_peft(ours, tmp_path)
-    assert off(ours, model) <= 1e-6
-    assert off(peft.PeftModel.from_pretrained(zoo(), tmp_path).eval(), model) <= 1e-6
+    assert off(ours, model) <= ROUNDING
+    assert off(peft.PeftModel.from_pretrained(zoo(), tmp_path).eval(), model) <= ROUNDING
 
 
 def test_tokens_of_a_tied_head_lie_below_its_lora(tmp_path):
@@ -291,12 +292,13 @@ def test_tokens_of_a_tied_head_lie_below_its_lora(tmp_path):
     for parameter in mp.adapter_parameters(model):
         nn.init.normal_(parameter, std=0.3)
     mp.save_peft(model, tmp_path)
-    assert off(peft.PeftModel.from_pretrained(llama(True), tmp_path).eval(), model) <= 1e-6
+    assert off(peft.PeftModel.from_pretrained(llama(True), tmp_path).eval(), model) <= ROUNDING
     ours = llama(True)
     mp.load_peft(ours, tmp_path)
-    assert off(ours, model) <= 1e-6
+    assert off(ours, model) <= ROUNDING
     before = logits(model)
     mp.merge(model)
+    # float32: the product is rounded into the weight, logits up to 6; measured 1e-6
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-6)
 
 
@@ -312,7 +314,7 @@ def test_fields_of_other_trainers_are_read_past_and_listed(tmp_path):
     ours = llama()
     names = mp.load_peft(ours, tmp_path)
     assert names.ignored == OTHER_TRAINERS
-    assert off(ours, theirs) <= 1e-6
+    assert off(ours, theirs) <= ROUNDING
 
 
 def test_a_field_that_nobody_knows_raises_and_is_returned_when_not_strict(tmp_path):
@@ -322,7 +324,7 @@ def test_a_field_that_nobody_knows_raises_and_is_returned_when_not_strict(tmp_pa
     ours = llama()
     names = mp.load_peft(ours, tmp_path, strict=False)
     assert names.ignored == {"frobnicate": [3], "unsloth_fixed": True}
-    assert off(ours, theirs) <= 1e-6
+    assert off(ours, theirs) <= ROUNDING
 
 
 REFUSED = {
@@ -401,7 +403,7 @@ def test_a_configuration_that_says_the_same_loads(kind, tmp_path):
         (tmp_path / CONFIG).write_text(json.dumps(config))
     ours = llama()
     mp.load_peft(ours, tmp_path)
-    assert off(ours, theirs) <= 1e-6
+    assert off(ours, theirs) <= ROUNDING
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -411,7 +413,7 @@ def test_values_of_other_widths_load_as_peft_loads_them(dtype, tmp_path):
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
     ours = llama()
     mp.load_peft(ours, tmp_path)
-    assert off(ours, theirs) <= 1e-6
+    assert off(ours, theirs) <= ROUNDING
 
 
 def test_layers_that_the_configuration_does_not_name_are_unexpected(tmp_path):
@@ -423,7 +425,7 @@ def test_layers_that_the_configuration_does_not_name_are_unexpected(tmp_path):
     assert {name.rpartition(".")[2] for name in names} == {"q_proj"}
     assert len(names.unexpected) == 4 and all("v_proj" in key for key in names.unexpected)
     there = peft.PeftModel.from_pretrained(llama(), tmp_path).eval()
-    assert off(ours, there) <= 1e-6 and off(ours, theirs) > 1e-3
+    assert off(ours, there) <= ROUNDING and off(ours, theirs) > 1e-3
 
 
 def wider(tie=False, seed=None):
@@ -472,16 +474,17 @@ def test_an_adapter_of_a_larger_vocabulary_says_the_sizes_and_loads_then(case, t
     loaded = peft.PeftModel.from_pretrained(wider(tie, 2), tmp_path).eval()
     with torch.no_grad():
         expected, made = loaded(ids).logits, ours(ids).logits
-    assert (made - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (made - expected).abs().max() <= ROUNDING * expected.abs().max()
     assert all(torch.equal(v, before[k]) for k, v in mp.base_state_dict(ours).items())
     mp.save_peft(ours, tmp_path / "back")
     again = wider(tie, 2)
     mp.load_peft(again, tmp_path / "back")
     back = peft.PeftModel.from_pretrained(wider(tie, 2), tmp_path / "back").eval()
     with torch.no_grad():
-        assert (again(ids).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
-        assert (back(ids).logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+        assert (again(ids).logits - expected).abs().max() <= ROUNDING * expected.abs().max()
+        assert (back(ids).logits - expected).abs().max() <= ROUNDING * expected.abs().max()
         mp.merge(again)
+        # float32: the product is rounded into the weight, logits up to 3; measured 5e-7
         torch.testing.assert_close(again(ids).logits, expected, rtol=1e-5, atol=1e-6)
     mp.unmerge(again)
     mp.remove(again)

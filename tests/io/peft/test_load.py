@@ -259,6 +259,7 @@ def test_peft_loads_what_is_written_here(tmp_path, case, kind, capsys):
     difference = (theirs(x) - model(x)).abs().max().item()
     with capsys.disabled():
         print(f"\nwritten here, loaded in PEFT ({case}, {kind}): {difference:.1e}")
+    # float32, outputs up to 2: the same products in another order
     assert difference <= 1e-6
     assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(
         mp.adapter_state_dict(model)
@@ -299,6 +300,7 @@ def test_what_peft_writes_loads_here(tmp_path, case, capsys):
     )
     with capsys.disabled():
         print(f"\nwritten by PEFT, loaded here ({case}): outputs, gradients {largest:.1e}")
+    # float32, of the largest element: the same products in another order
     assert largest <= 1e-6
 
 
