@@ -20,7 +20,6 @@ from minipeft.layers import (
 from minipeft.layers.conv import full_from_grouped
 from minipeft.layers.dora import row_norms
 
-
 # float32, sums of up to 64 products in another order, values up to 21: measured, over three
 # seeds, at most a tenth of it
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
