@@ -208,7 +208,7 @@ def test_layers_stack(sizes):
         for layer in (lower, upper):
             if name in layer.deltas():
                 parameter.data += layer.deltas()[name]
-    # standard normal weights: larger numbers than elsewhere, and a sharp softmax
+    # standard normal weights: numbers up to 600, and a sharp softmax: measured 2e-3 there
     torch.testing.assert_close(upper(q, k, v)[0], both(q, k, v)[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(upper.merged()(q, k, v)[0], both(q, k, v)[0], rtol=1e-3, atol=1e-3)
     upper.enabled = False
@@ -327,7 +327,7 @@ def test_a_transformer_encoder_computes_the_same_in_train_and_eval(norm_first, m
     differences = [float((y - outputs[0]).detach().abs().max()) for y in outputs]
     with capsys.disabled():
         print(f"\nTransformerEncoder, train and eval, masked={masked}: {max(differences):.1e}")
-    assert max(differences) <= 1e-5
+    assert max(differences) <= CLOSE["atol"]
     # and it is not the base model that both compute
     assert (outputs[-1] - plain.eval()(x, **mask)[seen]).abs().max() > 0.01
 
@@ -416,6 +416,7 @@ for sizes in ({}, {"kdim": 5, "vdim": 7}):
         grad = layer.lora_b.grad.clone()
         layer.zero_grad()
         expected, _ = layer(*x, attn_mask=mask)
+        # float32: compiled code may sum in another order, and gradients are sums of 10 outputs'
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         if on:
             expected.sum().backward()

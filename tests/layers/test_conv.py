@@ -39,6 +39,12 @@ def make(kind, rank=4, **lora):
     return layer, torch.randn(2, 4, *size)
 
 
+# float32, the same products in another order, values up to 3: measured 7e-7
+ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+# float32, sums of a hundred products, values up to 54: measured 1.1e-5
+WIDE = {"rtol": 2e-5, "atol": 2e-5}
+
+
 def kernel(a, b, groups):
     """The composed kernel, channel by channel, in float64."""
     a, b = a.double(), b.double().flatten(1)
@@ -65,13 +71,13 @@ def test_output_and_gradients_equal_a_convolution_with_the_summed_kernel(kind):
     grad = torch.randn_like(out)
     out.backward(grad)
     expected.backward(grad.double())
-    tolerance = {"rtol": 1e-4, "atol": 1e-4}  # float32, sums of a hundred products around 1
-    torch.testing.assert_close(out.double(), expected, **tolerance)
-    torch.testing.assert_close(x.grad.double(), x64.grad, **tolerance)
-    torch.testing.assert_close(layer.lora_a.grad.double(), a.grad, **tolerance)
-    torch.testing.assert_close(layer.lora_b.grad.double(), b.grad, **tolerance)
+    torch.testing.assert_close(out.double(), expected, **WIDE)
+    torch.testing.assert_close(x.grad.double(), x64.grad, **WIDE)
+    torch.testing.assert_close(layer.lora_a.grad.double(), a.grad, **WIDE)
+    torch.testing.assert_close(layer.lora_b.grad.double(), b.grad, **WIDE)
     exact = 1.5 * kernel(layer.lora_a.detach(), layer.lora_b.detach(), plain.groups)
-    torch.testing.assert_close(layer.delta().double(), exact, rtol=1e-5, atol=1e-6)
+    # float32, sums of the rank's products, values up to 0.7: measured 5e-8
+    torch.testing.assert_close(layer.delta().double(), exact, rtol=5e-7, atol=5e-7)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -80,7 +86,7 @@ def test_merged_equals_unmerged_and_off_is_the_base(kind):
     layer.eval()
     out = layer(x)
     layer.merge()
-    torch.testing.assert_close(layer(x), out, rtol=1e-4, atol=1e-5)  # float32
+    torch.testing.assert_close(layer(x), out, **ROUNDING)
     layer.unmerge()
     assert torch.equal(layer(x), out)
     layer.enabled = False
@@ -89,7 +95,7 @@ def test_merged_equals_unmerged_and_off_is_the_base(kind):
     stacked = LoRAConv(layer, 4)
     assert torch.equal(stacked(x), out)
     nn.init.normal_(stacked.lora_b, std=0.3)
-    torch.testing.assert_close(stacked.merged()(x), stacked(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stacked.merged()(x), stacked(x), **ROUNDING)
 
 
 def test_the_bf16_merged_kernel_is_the_rounded_float32_sum():
@@ -104,7 +110,7 @@ def test_unbatched_input_copies_and_dropout():
     layer, x = make("plain", dropout=0.5)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
-    torch.testing.assert_close(layer(x[0]), layer(x)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer(x[0]), layer(x)[0], **ROUNDING)
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(again(x), layer(x))
 
@@ -114,7 +120,8 @@ def test_under_autocast_the_output_has_its_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.1)  # bf16 products
+    # products of inputs and factors rounded to bf16 (2**-9), values up to 3: measured 0.011
+    torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.1)
 
 
 @given(groups=st.sampled_from([1, 2, 3]), rank=st.integers(1, 2), size=st.integers(1, 3))
@@ -133,9 +140,9 @@ def test_a_start_is_subtracted_within_groups():
     layer, x = make("reflect, groups")
     nn.init.normal_(layer.lora_a)
     layer.subtract_start()
-    torch.testing.assert_close(layer(x), layer.base(x), rtol=1e-4, atol=1e-4)  # float32
+    torch.testing.assert_close(layer(x), layer.base(x), **ROUNDING)
     nn.init.normal_(layer.lora_b)
-    torch.testing.assert_close(layer.eval().merged()(x), layer(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.eval().merged()(x), layer(x), **WIDE)
 
 
 def test_factors_across_groups_compute_what_pefts_do_and_cannot_be_merged():
@@ -152,7 +159,7 @@ def test_factors_across_groups_compute_what_pefts_do_and_cannot_be_merged():
         ours.lora_b.normal_()
         theirs.lora_A["default"].weight.copy_(ours.lora_a)
         theirs.lora_B["default"].weight.copy_(ours.lora_b)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x), theirs(x), **ROUNDING)
     with pytest.raises(ValueError, match="cannot be merged"):
         ours.merge()
 
@@ -212,4 +219,4 @@ def test_convolutions_of_a_whole_model():
     assert mp.check_gradients(model) == 4
     mp.remove(model, merge=True)
     assert type(model[0]) is nn.Conv2d
-    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)  # B = 0
+    torch.testing.assert_close(model(x), before, **ROUNDING)  # B = 0

@@ -16,7 +16,8 @@ from minipeft.layers import LoRAFusedLinear, NF4Conv1D
 from minipeft.layers.fused import blocks, model_parallel, per_group, per_head
 
 SLICES = {"q": 7, "k": 1, "v": 5}
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32, the same products in another order
+# float32, sums of up to 65 products in another order, values up to 31: measured 2.4e-6
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def trained(base, rank=3, alpha=None, **arguments):
@@ -63,11 +64,10 @@ def test_output_and_gradients_equal_a_float64_loop(ranks, in_features, batch, al
         first += rank
     expected = torch.stack(columns, -1)
     expected.backward(grad.double())
-    tolerance = {"rtol": 1e-4, "atol": 1e-4}  # float32 sums of at most 65 products
-    torch.testing.assert_close(y.double(), expected, **tolerance)
-    torch.testing.assert_close(x.grad.double(), x64.grad, **tolerance)
+    torch.testing.assert_close(y.double(), expected, **CLOSE)
+    torch.testing.assert_close(x.grad.double(), x64.grad, **CLOSE)
     for name, parameter in layer.adapter_parameters().items():
-        torch.testing.assert_close(parameter.grad.double(), own[name].grad, **tolerance)
+        torch.testing.assert_close(parameter.grad.double(), own[name].grad, **CLOSE)
 
 
 def test_zero_b_leaves_the_output_unchanged():
@@ -143,20 +143,19 @@ def test_every_linear_like_base(kind):
     base, x = bases()[kind], torch.randn(3, 5, 64)
     layer = trained(base, {"q": 2, "v": 3}, slices=shuffled(SLICES)).eval()
     expected = base(x) + x @ layer.delta().T
-    tolerance = {"rtol": 1e-4, "atol": 1e-4}  # float32, numbers around 10
-    torch.testing.assert_close(layer(x), expected, **tolerance)
+    torch.testing.assert_close(layer(x), expected, **CLOSE)
     weight = layer.weight.T if layer.transposed else layer.weight
-    torch.testing.assert_close(F.linear(x, weight, layer.bias), expected, **tolerance)
+    torch.testing.assert_close(F.linear(x, weight, layer.bias), expected, **CLOSE)
     before = copy.deepcopy(layer.state_dict())
     layer.merge()
-    torch.testing.assert_close(layer(x), expected, **tolerance)
+    torch.testing.assert_close(layer(x), expected, **CLOSE)
     layer.unmerge()
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     with mp.disable_adapters(layer):
         assert torch.equal(layer(x), base(x))
     folded = layer.fold()
     assert not isinstance(folded, LoRALinear | LoRAFusedLinear | NF4Linear)
-    torch.testing.assert_close(folded(x), expected, **tolerance)
+    torch.testing.assert_close(folded(x), expected, **CLOSE)
 
 
 def test_merged_bf16_weights_are_the_float32_sums_rounded_once():
@@ -271,6 +270,7 @@ for on, scale in ((True, 1.0), (False, 1.0), (True, 0.25)):
     grad = layer.lora_b_v.grad.clone()
     layer.zero_grad()
     expected = layer(x)
+    # float32: compiled code may sum in another order; gradients are of squares
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     if on:
         expected.square().sum().backward()
