@@ -33,6 +33,7 @@ def fast(monkeypatch):
 
 def close_to(value, exact, dtype):
     """Within one rounding of a sum, whose terms can be larger than it is."""
+    # one rounding of the result to the dtype is half a ULP; two leave room for the sum's own
     torch.testing.assert_close(
         value.double(), exact, rtol=2 * ULP[dtype], atol=2 * ULP[dtype] * float(exact.abs().max())
     )

@@ -49,6 +49,7 @@ def test_merged_equals_unmerged_in_float32(quantized, capsys):
     difference = ((model(x) - expected).abs().max() / expected.abs().max()).item()
     with capsys.disabled():
         print(f"\nmerged against unmerged, float32, NF4={quantized}: {difference:.1e} relative")
+    # float32: the product is rounded into the weight, sums of 64: measured 3e-7
     assert difference <= 1e-5
 
 
@@ -146,6 +147,7 @@ def test_nf4_merges_into_dense_layers_by_default():
     expected = model(x)
     mp.remove(model, merge=True)
     assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    # float32: the product is rounded into the weight, measured 2e-7
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 

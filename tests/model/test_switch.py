@@ -54,6 +54,7 @@ def reference(model, x, on):
     return h
 
 
+# of the largest value: 33 terms, each rounded to 2**-24, in two layers
 def assert_close(y, expected, factor=1e-5):
     """float32 sums of at most 33 terms."""
     assert (y.double() - expected).abs().max() <= factor * expected.abs().max()
@@ -226,6 +227,7 @@ def test_a_merged_stack_equals_the_unmerged_one(on, quantized, capsys):
     difference = ((model(x) - expected).abs().max() / expected.abs().max()).item()
     with capsys.disabled():
         print(f"\nmerged stack of {on}, NF4={quantized}: {difference:.1e} relative")
+    # float32: the product is rounded into the weight, two of them
     assert difference <= 1e-5
     with pytest.raises(ValueError, match="is merged"):
         mp.use_adapters(model, "fr")
@@ -233,6 +235,7 @@ def test_a_merged_stack_equals_the_unmerged_one(on, quantized, capsys):
     assert torch.equal(model(x), expected)
     mp.remove(model, merge=True)
     assert type(model[0]) is nn.Linear
+    # the same
     assert (model(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

@@ -72,6 +72,7 @@ def test_a_trained_bias_is_a_bias_of_that_value(kind):
     ones = torch.ones_like(plain).sum() / layer.bias_delta.numel()
     torch.testing.assert_close(layer.bias_delta.grad, torch.full_like(layer.bias_delta, ones))
     layer.merge()
+    # a bias that is added is the same number: not a bit differs
     torch.testing.assert_close(layer.eval()(x), module(x), rtol=0, atol=0)
     layer.unmerge()
     layer.enabled = False
@@ -88,6 +89,7 @@ def test_bias_modes_choose_what_pefts_do(mode):
         train_biases(model, mode)
     before = model(IDS)
     randomise(model)
+    # any difference that allclose's own tolerances see
     assert not torch.allclose(model(IDS), before)
     with mp.disable_adapters(model):
         assert torch.equal(model(IDS), before)
@@ -116,6 +118,7 @@ def test_a_trained_module_is_a_copy_and_the_original_stays():
     model(IDS).square().sum().backward()
     assert mp.check_gradients(model) == 4
     optimizer.step()
+    # the same
     assert not torch.allclose(model(IDS), plain)
     with mp.disable_adapters(model):
         assert torch.equal(model(IDS), plain)
@@ -123,11 +126,13 @@ def test_a_trained_module_is_a_copy_and_the_original_stays():
     expected = model(IDS)
     model.eval()
     mp.merge(model)
+    # float32: the product is rounded into the weight, measured 1e-7
     torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
     mp.unmerge(model)
     again = copy.deepcopy(model)
     assert torch.equal(again(IDS), pickle.loads(pickle.dumps(model))(IDS))
     mp.remove(again, merge=True)
+    # the same
     torch.testing.assert_close(again(IDS), expected, rtol=1e-5, atol=1e-5)
     mp.remove(model)
     assert model.head is original and torch.equal(model(IDS), plain)
@@ -180,6 +185,7 @@ def test_trained_tokens_are_rows_of_the_table_and_of_a_tied_head(tied):
         assert torch.equal(model.head.weight, table)
     model.eval()
     mp.merge(model)
+    # float32: the product is rounded into the weight, measured 0
     torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
     mp.unmerge(model)
     again = copy.deepcopy(model)
@@ -305,7 +311,8 @@ def test_an_encoder_layer_reads_the_trained_bias_in_eval():
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
         expected = model.train()(x)
-        torch.testing.assert_close(model.eval()(x), expected, rtol=1e-4, atol=1e-4)
+        # float32, other kernels of torch: measured 6e-7
+        torch.testing.assert_close(model.eval()(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_shared_module_keeps_one_bias_under_both_names():
@@ -392,6 +399,7 @@ def test_one_of_two_tied_modules_can_be_folded():
     randomise(model)
     expected = model(IDS)
     mp.remove(model, merge=True)
+    # float32: the product is rounded into the weight, measured 0
     torch.testing.assert_close(model(IDS), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -56,10 +56,12 @@ def test_a_step_of_lora_plus_moves_b_by_the_ratio():
 def test_the_gradient_of_lora_fa_equals_float64():
     grad, a = torch.randn(6, 3), torch.randn(3, 8)
     exact = grad.double() @ torch.linalg.inv(a.double() @ a.double().T) / 4
+    # an inverse in float32, of condition up to 100: measured 4e-8
     torch.testing.assert_close(projected(grad, a, 2.0).double(), exact, rtol=1e-4, atol=1e-5)
     grad, a = torch.randn(6, 12), torch.randn(12, 8)  # A A^T is singular
     exact = grad.double() @ torch.linalg.pinv(a.double() @ a.double().T)
-    torch.testing.assert_close(projected(grad, a, 1.0).double(), exact, rtol=1e-3, atol=1e-5)
+    # a pseudo-inverse: singular values near 0 are cut; measured 2e-6
+    torch.testing.assert_close(projected(grad, a, 1.0).double(), exact, rtol=1e-4, atol=2e-5)
 
 
 def test_lora_fa_is_the_step_nearest_to_that_of_the_whole_weight():

@@ -61,6 +61,7 @@ def test_the_rank_budget_stays_and_scalings_too():
         assert layer.scaling == scaling
         assert layer.rank == len(layer.lora_a) == layer.lora_b.shape[1]
         rebuilt = mp.lora_scaling(layer.alpha, layer.rank, rank_stabilized=True)
+        # a quotient and a product in Python's floats; approx allows 1e-6
         assert rebuilt == pytest.approx(scaling)
     model(data[0]).sum().backward()
     assert mp.check_gradients(model) == 6
@@ -129,6 +130,7 @@ def test_a_share_is_of_all_the_variance_and_ranks_follow_it():
     svd = IncrementalSVD(4)
     for part in rows.split(40):
         svd.update(part, tau=1.0)
+    # 100 x 16 squares in float32 against float64
     assert svd.total == pytest.approx(float(rows.double().square().sum()), rel=1e-6)
 
     class Apart(nn.Module):

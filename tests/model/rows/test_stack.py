@@ -243,16 +243,19 @@ def test_every_row_computes_as_if_alone(kind, capsys):
         assert torch.equal(y[row], base[row])  # no adapter: the base, bit for bit
     assert min(relative(y[row], base[row]) for row in (0, 2, 3)) > 1e-3  # the others do something
     beams = x.repeat_interleave(2, dim=0)
+    # float32; the same products, matrices of another size
     assert relative(model(beams), expected.repeat_interleave(2, dim=0)) <= 1e-6
     expected = one_by_one(model, x, OTHERS)
     before = [*model.modules()]
     mp.use_adapters(model, rows=OTHERS)
+    # the same
     assert relative(model(x), expected) <= 1e-6
     assert all(a is b for a, b in zip(model.modules(), before, strict=True))
     with mp.disable_adapters(model):
         assert torch.equal(model(x), base)
     mp.use_adapters(model, rows=["fr"])  # one entry: for batches of any size
     for size in (1, 4):
+        # the same
         assert relative(model(x[:size]), alone(copy.deepcopy(model), x[:size], "fr")) <= 1e-6
 
 
@@ -302,6 +305,7 @@ def test_magnitudes_and_scales_are_those_at_the_call():
     mp.scale_adapters(model, 0.0, name="fr")  # DoRA at scale 0 is off
     expected = one_by_one(model, x, ROWS)
     mp.use_adapters(model, rows=ROWS)
+    # the same
     assert relative(model(x), expected) <= 1e-6
 
 
@@ -334,8 +338,10 @@ def test_what_all_rows_share_is_refused_by_its_shape():
     with pytest.raises(ValueError, match=r"shape \(6, 9\) for 3 rows"):
         conv(x[0])  # six channels, no batch
     mp.use_adapters(conv, rows=["fr"])
+    # the same
     assert relative(conv(x[0]), alone(copy.deepcopy(conv), x[0], "fr")) <= 1e-6
     mp.use_adapters(model, rows=["fr"])
+    # the same
     assert relative(model(IDS[0]), alone(copy.deepcopy(model), IDS[0], "fr")) <= 1e-6
 
 
