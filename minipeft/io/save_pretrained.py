@@ -65,7 +65,7 @@ def save_adapters(
         beside = prefixes.has_more_than_prefix(model, name)
         peft: tuple[Any, ...] | None = None
         with suppress(CannotExpress):
-            found = describe(model, [name], gathered, beside_prefix=beside)[name]
+            found = describe(model, [name], gathered, beside_prefix=beside, level=3)[name]
             peft = (found.config, found.tensors, found.training)
         own = None
         if prefixes.has_prefix(model, name):

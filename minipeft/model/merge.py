@@ -24,6 +24,7 @@ from minipeft.adapters.state import named_adapters, refuse_merged, require_adapt
 from minipeft.adapters.targets import shared_parameters
 from minipeft.inject import put, restoring, swap, tell
 from minipeft.model.dense_again import forget_codes
+from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
 
 
@@ -44,6 +45,7 @@ def _layer_stacks(caller: str, model: nn.Module) -> dict[str, list[AdapterLayer]
     return found
 
 
+@in_our_words
 def merge(model: nn.Module) -> list[str]:
     """Let every stack of adapter layers compute with its effective weights, rounded once.
 
@@ -106,6 +108,7 @@ def unmerge(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for name, _ in merged))
 
 
+@in_our_words
 def remove(
     model: nn.Module, *, merge: bool = False, requantize: bool = False, name: str | None = None
 ) -> list[str]:
@@ -234,7 +237,7 @@ def _fold_all(model: nn.Module, found: dict[str, list[AdapterLayer]], requantize
         warnings.warn(
             f"remove: rounding merged weights to NF4 again moved them by {mean:.2%} on average, "
             f"at most {errors[worst]:.2%} ({worst}), in the Frobenius norm",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

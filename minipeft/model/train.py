@@ -26,6 +26,7 @@ from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.layers.tied import LoRATiedLinear, tied_heads
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.lora import LowRank
+from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
 
 BIAS_MODES = ("all", "lora_only")
@@ -85,6 +86,7 @@ def train_biases(model: nn.Module, mode: str = "lora_only", *, name: str = DEFAU
     return Names(modules, left_out)
 
 
+@in_our_words
 def train_modules(
     model: nn.Module, target: Target, *, name: str = DEFAULT, dtype: torch.dtype | None = None
 ) -> Names:
@@ -113,7 +115,7 @@ def train_modules(
         warnings.warn(
             f"train_modules: {list(modules)} share a weight with other modules (tied embeddings), "
             "whose weight stays as it is; name both to keep them tied",
-            stacklevel=2,
+            stacklevel=3,
         )
     memo: dict[int, Any] = {}
     _wrap(model, name, modules, lambda _, module: TrainedModule(module, dtype=dtype, memo=memo))

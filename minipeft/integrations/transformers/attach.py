@@ -95,7 +95,7 @@ def attach(
             warnings.warn(
                 f"{caller}: the model's head trains with another adapter already; {name!r} "
                 "has none of its own: keep that adapter on beside it, or use a model of its own",
-                stacklevel=3,
+                stacklevel=4,
             )
         if heads:  # the last that can refuse
             heads = list(train_modules(model, lambda place, _: place in heads, name=name))

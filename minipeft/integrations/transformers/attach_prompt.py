@@ -10,10 +10,12 @@ from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import Prefix
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
+from minipeft.model.peft_words import in_our_words
 
 KINDS = ("table", "mlp")
 
 
+@in_our_words
 def attach_prompt(
     model: nn.Module,
     prompt_length: int,

@@ -35,6 +35,7 @@ from minipeft.layers.tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.layers.trained_head import TrainedHeadRows
 from minipeft.model.inject_lora import layer_class
+from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
 from minipeft.quantized.experts import NF4Experts
 
@@ -251,6 +252,7 @@ class _Builder:
                 self.made[other] = TrainedLogits(self.top(other), layer)
 
 
+@in_our_words
 def load_peft(
     model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT, strict: bool = True
 ) -> Loaded:
@@ -326,7 +328,7 @@ def _say_dense(found: Located, training: Mapping[str, Training]) -> None:
             f"load_peft: the adapter was saved over 4-bit layers, and {dense[0]} ({len(dense)} in "
             "all) is dense here, so outputs differ by what rounding to 4 bits changes; to have "
             "those 4-bit layers, call quantize_model or load_quantized before load_peft",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 
