@@ -52,7 +52,7 @@ def save_adapters(
         raise ValueError("save_pretrained: save the adapter first, then upload the directory")
     if not named_adapters(model):
         raise ValueError(
-            "save_pretrained: the model has 4-bit layers; io.bitsandbytes.save_quantized writes "
+            "save_pretrained: the model has 4-bit layers; minipeft.save_quantized writes "
             "them as a checkpoint that from_pretrained (with bitsandbytes) and load_quantized load"
         )
     if not is_main_process:

@@ -108,7 +108,7 @@ def in_our_words(function: Callable[P, R], caller: str = "") -> Callable[P, R]:
             if word not in known:
                 raise TypeError(f"{caller}: no keyword {word!r}; {_hint(word, known)}")
             if word.endswith("dtype") and not isinstance(value, torch.dtype | None):
-                raise TypeError(f"{caller}: {word}={value!r}; expected torch.float32 or another")
+                raise TypeError(f"{caller}: {word}={value!r}; expected a torch.dtype")
         if starts_factors:
             _check_start(caller, kwargs.get("init"))
         return function(*args, **kwargs)

@@ -159,7 +159,7 @@ def _present(
     if name in prefix.encoders:
         raise ValueError(
             f"{caller}: the model has a prefix called {name!r} already; give this one another "
-            "name=, or call its remove() first"
+            f"name=, or call minipeft.remove(model, name={name!r}) first"
         )
     check_new_name(caller, model, name)
     if not any(part is prefix for part in model.children()):

@@ -54,7 +54,8 @@ def attach_prompt(
         raise ValueError("attach_prompt: init is for kind='table'; a network starts by itself")
     if isinstance(init, str) and init not in ("random", "vocabulary"):
         raise ValueError(
-            f"attach_prompt: init={init!r}; expected 'random', 'vocabulary' or token ids"
+            f"attach_prompt: init={init!r}; expected 'random', 'vocabulary' or token "
+            "ids: tokenizer(text, return_tensors='pt').input_ids"
         )
 
     def make(prefix: Prefix) -> RunPrompt:

@@ -147,7 +147,7 @@ def quantize_checkpoint(
     if max_shard_bytes < 1:
         raise ValueError(f"quantize_checkpoint: max_shard_bytes={max_shard_bytes}")
     if not source.is_dir():
-        raise ValueError(f"{source}: no such directory")
+        raise ValueError(f"{source}: no such directory; expected the local folder of a checkpoint")
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{destination}: lies in {source}, which is never written to")
     directory = destination.with_name(f"{destination.name}.unfinished")

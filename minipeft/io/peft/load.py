@@ -34,7 +34,7 @@ from minipeft.layers.mixture import LoRAExperts
 from minipeft.layers.tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.layers.trained_head import TrainedHeadRows
-from minipeft.model.inject_lora import layer_class
+from minipeft.model.inject_lora import layer_class, why_no_layer
 from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
 from minipeft.quantized.experts import NF4Experts
@@ -104,15 +104,13 @@ class _Builder:
                 raise ValueError(f"load_peft: {name!r} is {inside[name]}")
             if is_adapter(self.modules[name]) and not self.stack:
                 raise ValueError(
-                    f"load_peft: {name!r} already has an adapter; load onto the plain model, or "
-                    "give this one a name"
+                    f"load_peft: {name!r} already has an adapter; take that off first "
+                    "(minipeft.remove), or give this one a name= of its own"
                 )
             kind = layer_class(module, dora=self.config.config.dora)
             if kind is None:
-                raise ValueError(
-                    f"load_peft: {name!r} is a {type(module).__name__}, for which there is no "
-                    f"{'DoRA' if self.config.config.dora else 'LoRA'} layer"
-                )
+                why = why_no_layer(name, module, dora=self.config.config.dora)
+                raise ValueError(f"load_peft: {name!r} {why}")
             if self.config.config.dora and isinstance(module, TrainedLogits):
                 raise ValueError(
                     f"load_peft: {name!r} has DoRA and rows of trained tokens, which PEFT cannot "
@@ -285,7 +283,7 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
     refuse_merged("load_peft", named_adapters(model))
     refuse_rows("load_peft", model)
     content = read_config(directory / CONFIG_NAME, "PEFT or save_peft", "prefix_config.json",
-                          "io.prefixes.load_prefix")  # fmt: skip
+                          "load_prefix")  # fmt: skip
     if content.get("peft_type") in PROMPT_KINDS:
         names, unexpected = load_prompts(model, directory, content, name, strict=strict)
         return Loaded(names, [], unexpected, {})

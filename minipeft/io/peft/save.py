@@ -325,7 +325,7 @@ def describe(
             warnings.warn(
                 f"save_peft: LoftQ gave {own.own_bases[0]} ({len(own.own_bases)} layers) other "
                 "codes, which an adapter file does not hold; it fits this base only: keep it with "
-                "io.bitsandbytes.save_quantized",
+                "minipeft.save_quantized",
                 stacklevel=level,
             )
         tensors = {f"{PREFIX}{key}": gathered.get(id(value), value)
@@ -346,7 +346,7 @@ def describe(
 def _say_alone(found: _Collected, level: int) -> None:
     """Warn of adapters that stand alone; raise ValueError where there is nothing else."""
     place, kind = next(iter(found.alone.items()))
-    how = f"io.prefixes.save_prefix(model.{place}, path)"
+    how = f"minipeft.save_prefix(model.{place}, path)"
     if kind != PrefixEncoder.__name__:
         how = "adapter_state_dict and safetensors"
     message = (
