@@ -36,7 +36,7 @@ def save_adapters(
     """In the place of `model.save_pretrained`: save the adapter files, never base weights.
 
     Each adapter is written in PEFT's format if that can express it.  A prefix or prompt is written
-    in the format of io.prefixes.save_prefix too, in the same directory: load_prefix reads all of
+    in the format of save_prefix too, in the same directory: load_prefix reads all of
     it, with its network and frozen positions.  Where a prefix shares its name with LoRA, PEFT's
     files hold the LoRA.
 

@@ -286,7 +286,7 @@ def save_peft(
 
     Raises:
         ValueError: no adapter, one that PEFT's format cannot express (prompts.py says which
-            prefixes; io.prefixes.save_prefix writes all), or parameters whose
+            prefixes; save_prefix writes all), or parameters whose
             values are not here.  Nothing is written then.
         OSError: the disk is full, and the like; the old files are as they were.
     """
