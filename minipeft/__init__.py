@@ -21,6 +21,7 @@ from minipeft.fast import flops as _flops
 from minipeft.fast.backend import backend, use_kernels
 from minipeft.inject import freeze, inject
 from minipeft.lora import LoRALinear, lora_delta, lora_forward, lora_scaling
+from minipeft.model import peft_words as _peft_words
 from minipeft.model.base_state import base_state_dict, load_base_state_dict
 from minipeft.model.check import check_gradients
 from minipeft.model.combine import combine_adapters
@@ -81,6 +82,8 @@ def _adopt(model: torch.nn.Module) -> None:
 
 
 _inject.after_swap.append(_adopt)
+_peft_words.teach(LoRALinear, NF4Linear, PrefixEncoder)
+_peft_words.teach(*(getattr(layers, kind) for kind in layers.__all__))
 
 __version__ = "0.1.0"
 

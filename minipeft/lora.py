@@ -19,6 +19,7 @@ Read next: inject.py.
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -152,11 +153,11 @@ class LowRank(Wrapper):
         self.register_parameter("lora_a0", None)
         self.register_parameter("lora_b0", None)
 
-    def initialize(self, init: "Callable[[Any], None] | None") -> None:
+    def initialize(self, init: "Callable[[Any], Any] | None") -> None:
         """Start the factors, then call `init`, which may fill only what it changes."""
         self.start()
-        if init is not None:
-            init(self)
+        if init is not None and isinstance(init(self), FunctionType):
+            raise TypeError(f"init: {init!r:.80} made another function; call it: init=...()")
 
     def start(self) -> None:
         """A ~ U(-1/sqrt(n), 1/sqrt(n)), n inputs to each of its rows, B = 0: as loralib and PEFT.
@@ -296,5 +297,5 @@ def warn_of_rank(caller: str, rank: int, *sizes: int) -> None:
         warnings.warn(
             f"{caller}: rank {rank} is above min(in_features, out_features) = {min(sizes)}; the "
             "product has no more rank than that, only more parameters",
-            stacklevel=3,
+            stacklevel=4,
         )

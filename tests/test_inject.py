@@ -83,7 +83,7 @@ BAD_TARGETS = {
     "broken expression": ("(", "no regular expression"),
     "norm": (["norm"], "LayerNorm"),
     "container": (r"layers\.0", "Block"),
-    "everything": (r".*", "there is no LoRA layer"),
+    "everything": (r".*", "holds layers to wrap: name"),
     "predicate": (lambda name, module: False, "matches no module"),
 }
 

@@ -67,7 +67,10 @@ def check_new_name(caller: str, model: nn.Module, name: object) -> None:
             "becomes the name of a folder)"
         )
     if name in named(model):
-        raise ValueError(f"{caller}: the model has an adapter {name!r} already")
+        raise ValueError(
+            f"{caller}: the model has an adapter {name!r} already; choose another name, or call "
+            f"minipeft.remove(model, name={name!r}) first"
+        )
 
 
 def give_name(name: str, layers: Iterable[nn.Module]) -> None:

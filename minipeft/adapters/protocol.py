@@ -101,10 +101,15 @@ def is_adapter_layer(module: object) -> TypeGuard[AdapterLayer]:
     return is_adapter(module) and callable(getattr(type(module), "merge", None))
 
 
+def wraps_module(module: object) -> bool:
+    """Whether the module is an adapter with a `base`: what stands there without it."""
+    return is_adapter(module) and isinstance(getattr(module, "base", None), nn.Module)
+
+
 def innermost(module: nn.Module) -> nn.Module:
     """The model's own module, below all adapters."""
-    while is_adapter(module) and isinstance(below := getattr(module, "base", None), nn.Module):
-        module = below
+    while wraps_module(module):
+        module = module.base  # type: ignore[assignment]
     return module
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.names import adapters_called
+from minipeft.adapters.names import adapters_called, named
 from minipeft.adapters.plain_names import PlainNames, Spellings
 from minipeft.adapters.protocol import Adapter, is_adapter
 
@@ -231,8 +231,10 @@ def scale_adapters(model: nn.Module, factor: float, *, name: str | None = None) 
     try:
         for adapter, _ in before:
             adapter.scale = float(factor)
-    except ValueError:
+    except ValueError as error:
         for adapter, scale in before:
             adapter.scale = scale
-        raise
+        raise ValueError(
+            f"scale_adapters: {error}; name= scales one adapter alone, of {sorted(named(model))}"
+        ) from error
     return list(adapters)

@@ -344,7 +344,14 @@ def adapter_targets(
             raise ValueError(f"target: 'all-linear' finds none; left out: {left_out}")
         notes = likely_head(places, chosen)
     else:
-        found, _, notes = find(places, target)
+        try:
+            found, _, notes = find(places, target)
+        except ValueError:
+            if re.sub("[^a-z]", "", str(target).lower()) != "alllinear":
+                raise
+            raise ValueError(
+                f"target: {target!r} matches no module; did you mean 'all-linear', as a string?"
+            ) from None
         chosen = {n: m for n, m in found.items() if n not in excluded}
         if not chosen:
             raise ValueError(f"target: exclude={exclude!r} leaves nothing of {target!r}")

@@ -128,10 +128,18 @@ def read_config(path: Path, writer: str, other: str, reader: str) -> dict[str, o
 
     Raises:
         ValueError: as of read_object; where there is no such file, the message says who writes it,
-            and, if the `other` configuration is there, who reads that.
+            who reads the `other` configuration if that is there, and which folders in it have one.
     """
     if not current(path).is_file():
-        hint = f"; it holds {other}: use {reader}" if (path.parent / other).is_file() else ""
+        hint, folder = "", path.parent
+        inner = sorted(found.parent.name for found in folder.glob(f"*/{path.name}"))
+        if not folder.exists():
+            hint = "; there is no such folder on this machine, and nothing is downloaded"
+            hint += " (huggingface_hub.snapshot_download does that)"
+        elif (folder / other).is_file():
+            hint = f"; it holds {other}: use {reader}"
+        elif inner:
+            hint = f"; its folders {inner[:8]} do hold one: pass {str(folder / inner[0])!r}"
         raise ValueError(f"{path}: no such file; expected a directory that {writer} wrote{hint}")
     return read_object(path)
 

@@ -35,6 +35,12 @@ NAMES = {
     torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+# what to do about a file that was changed on purpose
+AS_PLAIN = (
+    "write the weights again as plain tensors: safetensors.torch.save_file("
+    'safetensors.torch.load_file(path), path, metadata={"format": "pt"})'
+)
+DAMAGED = f"the file is damaged, or was changed since; to load a changed one as it is, {AS_PLAIN}"
 _LARGEST = 100_000_000  # bytes of a header, as in safetensors
 
 
@@ -176,5 +182,5 @@ def checksums_in(path: Path, metadata: Mapping[str, str]) -> dict[str, object] |
         )
     expected = metadata.get(WHOLE)
     if (form == "2" or expected is not None) and expected != _digest_of(metadata):
-        raise ValueError(f"{path}: its metadata differs from its checksum; the file is damaged")
+        raise ValueError(f"{path}: its metadata differs from its checksum; {DAMAGED}")
     return parse_object(metadata[CHECKSUMS].encode(), f"{path}: checksums")

@@ -36,7 +36,7 @@ def save_adapters(
     """In the place of `model.save_pretrained`: save the adapter files, never base weights.
 
     Each adapter is written in PEFT's format if that can express it.  A prefix or prompt is written
-    in the format of io.prefixes.save_prefix too, in the same directory: load_prefix reads all of
+    in the format of save_prefix too, in the same directory: load_prefix reads all of
     it, with its network and frozen positions.  Where a prefix shares its name with LoRA, PEFT's
     files hold the LoRA.
 
@@ -52,7 +52,7 @@ def save_adapters(
         raise ValueError("save_pretrained: save the adapter first, then upload the directory")
     if not named_adapters(model):
         raise ValueError(
-            "save_pretrained: the model has 4-bit layers; io.bitsandbytes.save_quantized writes "
+            "save_pretrained: the model has 4-bit layers; minipeft.save_quantized writes "
             "them as a checkpoint that from_pretrained (with bitsandbytes) and load_quantized load"
         )
     if not is_main_process:
@@ -65,7 +65,7 @@ def save_adapters(
         beside = prefixes.has_more_than_prefix(model, name)
         peft: tuple[Any, ...] | None = None
         with suppress(CannotExpress):
-            found = describe(model, [name], gathered, beside_prefix=beside)[name]
+            found = describe(model, [name], gathered, beside_prefix=beside, level=3)[name]
             peft = (found.config, found.tensors, found.training)
         own = None
         if prefixes.has_prefix(model, name):

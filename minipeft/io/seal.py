@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minipeft.io.fields import ORIGIN, ORIGIN_ELSEWHERE, is_off, parse_object
 from minipeft.io.files import encoded, read_all
+from minipeft.io.header import AS_PLAIN
 from minipeft.io.replace import NotOneSave, Replacement
 
 _FREE = ORIGIN | ORIGIN_ELSEWHERE | {"model"}  # may be edited
@@ -70,9 +71,7 @@ def _compare(
         raise NotOneSave(
             f"{path}: was saved with {key:.40} = {there!r:.60}, and {config_name} says "
             f"{here!r:.60}: they are of two saves, or the configuration was edited. Take both from "
-            "one save; to load an edited configuration as it is, write the weights again as plain "
-            "tensors: safetensors.torch.save_file(safetensors.torch.load_file(path), path, "
-            'metadata={"format": "pt"})'
+            f"one save; to load an edited configuration as it is, {AS_PLAIN}"
         )
 
 

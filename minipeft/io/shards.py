@@ -19,6 +19,7 @@ from torch import Tensor
 
 from minipeft.io.fields import LARGEST, read_object
 from minipeft.io.header import (
+    DAMAGED,
     DTYPES,
     NAMES,
     Spec,
@@ -208,7 +209,7 @@ class Reader:
             raise ValueError(f"{path}: {name} cannot be read ({error})") from error
         sums = self._sums[path]
         if sums is not None and sums.get(name) != digest(tensor):
-            raise ValueError(f"{path}: {name} differs from its checksum; the file is damaged")
+            raise ValueError(f"{path}: {name} differs from its checksum; {DAMAGED}")
         return tensor
 
     def close(self) -> None:

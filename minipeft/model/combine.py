@@ -24,6 +24,7 @@ from minipeft.inject import build, freeze, restoring, swap_shared
 from minipeft.layers.conv import LoRAConv
 from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.lora import LoRALinear, LowRank
+from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
 
 METHODS = ("cat", "svd", "linear", "ties", "dare")
@@ -31,6 +32,7 @@ _KINDS = (LoRALinear, LoRAEmbedding, LoRAConv)
 Pair = tuple[Tensor, Tensor]
 
 
+@in_our_words
 def combine_adapters(
     model: nn.Module,
     names: Sequence[str],

@@ -66,6 +66,21 @@ def layer_class(module: nn.Module | nn.Parameter, *, dora: bool = False) -> Laye
     return None
 
 
+def why_no_layer(place: str, module: nn.Module | nn.Parameter, *, dora: bool) -> str:
+    """What to say of a module without a `layer_class`: what it is, and what to name instead."""
+    what, own = f"is a {type(module).__name__}", place.rpartition(".")[2]
+    if isinstance(module, nn.Module) and layer_class(module) is None:
+        parts = survey(module)
+        inside = [f"{own}.{n}" for n, part in parts.everything.items()
+                  if n not in parts.in_attention and layer_class(part, dora=dora)]  # fmt: skip
+        if inside:
+            return f"{what}, which holds layers to wrap: name {inside[:6]} ({len(inside)} in all)"
+    kinds = "linear layers, embeddings and convolutions (nn.Conv1d to Conv3d)"
+    if dora:
+        return f"{what}; DoRA wraps {kinds}"
+    return f"{what}; LoRA wraps {kinds}, nn.MultiheadAttention and 3-D weights of experts"
+
+
 @in_our_words
 def inject_lora(
     model: nn.Module,
@@ -147,10 +162,7 @@ def plan_lora(
     kinds: dict[int, LayerClass] = {}
     for place, module in found.chosen.items():
         if (kind := layer_class(module, dora=dora)) is None:
-            raise ValueError(
-                f"target: {place!r} is a {type(module).__name__}, for which there is no "
-                f"{'DoRA' if dora else 'LoRA'} layer (model/inject_lora.py lists those there are)"
-            )
+            raise ValueError(f"target: {place!r} {why_no_layer(place, module, dora=dora)}")
         kinds[id(module)] = kind
     modules = settled(caller, places, found.chosen)
     ranks, alphas = per_name("rank", rank, modules), per_name("alpha", alpha, modules)

@@ -11,7 +11,7 @@ the weights is kept.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,31 +19,46 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import adapters_called, named, stacks
 from minipeft.adapters.prefix_holder import holds_prefixes
-from minipeft.adapters.protocol import Adapter, AdapterLayer, innermost, is_adapter_layer, is_packed
+from minipeft.adapters.protocol import (
+    Adapter,
+    AdapterLayer,
+    innermost,
+    is_adapter_layer,
+    is_packed,
+    wraps_module,
+)
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.adapters.targets import shared_parameters
 from minipeft.inject import put, restoring, swap, tell
 from minipeft.model.dense_again import forget_codes
+from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
 
 
-def _layer_stacks(caller: str, model: nn.Module) -> dict[str, list[AdapterLayer]]:
-    """The stacks of mergeable layers by module name, outermost first."""
-    require_adapters(caller, model)
+def _layer_stacks(
+    caller: str, model: nn.Module, takes: Callable[[object], bool] = is_adapter_layer
+) -> dict[str, list[Any]]:
+    """The stacks of layers that can be merged (or `takes`) by module name, outermost first."""
+    adapters = require_adapters(caller, model)
     refuse_rows(caller, model)
-    found: dict[str, list[AdapterLayer]] = {}
+    found: dict[str, list[Any]] = {}
     for name, stack in stacks(model).items():
-        layers = [layer for layer in stack if is_adapter_layer(layer)]
+        layers = [layer for layer in stack if takes(layer)]
         if layers:
             found[name] = layers
     if not found:
-        raise ValueError(
-            f"{caller}: none of the model's adapters wraps a module; a prefix or prompt is no "
-            "weight that could be folded: bake() keeps what it computes and drops its network"
-        )
+        place, adapter = next(iter(adapters.items()))
+        why = "has no `base` that could be put back in its place"
+        if takes is is_adapter_layer:
+            why = (
+                "is not folded into a weight: a prefix or prompt stays as it is (its bake() drops "
+                "an MLP), and a layer of your own needs `base` and `merge`"
+            )
+        raise ValueError(f"{caller}: {place or 'the model'}, a {type(adapter).__name__}, {why}")
     return found
 
 
+@in_our_words
 def merge(model: nn.Module) -> list[str]:
     """Let every stack of adapter layers compute with its effective weights, rounded once.
 
@@ -106,6 +121,7 @@ def unmerge(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for name, _ in merged))
 
 
+@in_our_words
 def remove(
     model: nn.Module, *, merge: bool = False, requantize: bool = False, name: str | None = None
 ) -> list[str]:
@@ -115,7 +131,8 @@ def remove(
     bases, one layer after the other, and NF4 bases become dense; `requantize` keeps NF4 and warns
     of the error that this adds.  Prefixes and prompts are taken off too, with the heads that came
     with them; with `merge` they stay, since no weight could hold them (`bake` drops their network).
-    A model without 4-bit layers no longer says that it is 4-bit.  Returns the names of the modules.
+    A layer of your own leaves too, if it has a `base`.  A model without 4-bit layers no longer says
+    that it is 4-bit.  Returns the names of the modules.
 
     Raises:
         ValueError: nothing to remove; a module below an adapter that is not proved to compute the
@@ -143,7 +160,7 @@ def remove(
     layers = {
         id(layer)
         for own, places in named(model).items() if name in (None, own)
-        for stack in places.values() for layer in stack if is_adapter_layer(layer)
+        for stack in places.values() for layer in stack if wraps_module(layer)
     }  # fmt: skip
     prefixes: list[tuple[str, Any, str]] = [
         (place, holder, own)
@@ -151,7 +168,7 @@ def remove(
         if holds_prefixes(holder)
         for own in holder.encoders if name in (None, own)
     ]  # fmt: skip
-    found = _layer_stacks("remove", model) if layers or not prefixes else {}
+    found = _layer_stacks("remove", model, wraps_module) if layers or not prefixes else {}
     with restoring(model):
         if found:
             _take_off(model, found, layers)
@@ -172,14 +189,14 @@ def original(layer: nn.Module | AdapterLayer) -> nn.Module | nn.Parameter:
     return made
 
 
-def _take_off(model: nn.Module, found: dict[str, list[AdapterLayer]], gone: set[int]) -> None:
+def _take_off(model: nn.Module, found: dict[str, list[Any]], gone: set[int]) -> None:
     """Take these layers off, by their ids; the others of a stack close the gap."""
     outermost: dict[int, nn.Module | nn.Parameter] = {}
     for stack in found.values():
-        kept: nn.Module = innermost(stack[-1])  # type: ignore[arg-type]
+        kept: nn.Module = innermost(stack[-1])
         stays = [layer for layer in reversed(stack) if id(layer) not in gone]
         for layer in stays:
-            layer.base, kept = kept, layer  # type: ignore[assignment]
+            layer.base, kept = kept, layer
         outermost[id(stack[0])] = kept if stays else original(kept)
     swap(model, {
         place: outermost[id(module)]
@@ -234,7 +251,7 @@ def _fold_all(model: nn.Module, found: dict[str, list[AdapterLayer]], requantize
         warnings.warn(
             f"remove: rounding merged weights to NF4 again moved them by {mean:.2%} on average, "
             f"at most {errors[worst]:.2%} ({worst}), in the Frobenius norm",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -9,8 +9,9 @@ All codes are made before the first layer is put in, so an error changes nothing
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
+import torch
 from torch import nn
 
 from minipeft.adapters.linearity import why_no_float, why_not_replaceable
@@ -47,6 +48,14 @@ from minipeft.quantized.embedding import NF4Embedding
 from minipeft.quantized.experts import NF4Experts
 
 Skip = Target | tuple[()]
+
+
+class Rounding(TypedDict, total=False):
+    """How weights are rounded to 4 bits, and multiplied by; see NF4Linear."""
+
+    block_size: int
+    double_quant: bool
+    compute_dtype: torch.dtype | None
 
 
 def _keeps_dense(
@@ -177,7 +186,7 @@ def _plan_codes(
     also: tuple[type[nn.Module], ...],
     embeddings: bool,
     experts: bool,
-    nf4: Mapping[str, object],
+    nf4: Rounding,
 ) -> CodesPlan:
     chosen, left_out = quantizable(
         places, skip=skip, also=also, embeddings=embeddings, experts=experts
@@ -192,9 +201,7 @@ def _plan_codes(
     if experts and not weights:
         raise ValueError(f"{caller}: experts=True, but no 3-D weight may be quantised")
     check_experts(caller, places.model, weights)
-    settings = {"block_size": 64, "double_quant": True, "compute_dtype": None} | dict(nf4)
-    if unknown := set(settings) - {"block_size", "double_quant", "compute_dtype"}:
-        raise TypeError(f"{caller}: unknown arguments {sorted(unknown)}")
+    settings = {"block_size": 64, "double_quant": True, "compute_dtype": None, **nf4}
     modules = settled(caller, places, chosen)
     return CodesPlan(modules, left_out, likely_head(places, modules), settings)
 
@@ -215,8 +222,8 @@ def _nothing_to_quantise(caller: str, places: Survey, left_out: Mapping[str, str
     return f"{caller}: no layer to quantise; left out: {left_out}"
 
 
-def _make_codes(model: nn.Module, plan: CodesPlan, *, level: int = 3) -> dict[str, nn.Module]:
-    """The 4-bit layers by name; `level` of warnings: the user's line."""
+def _make_codes(model: nn.Module, plan: CodesPlan) -> dict[str, nn.Module]:
+    """The 4-bit layers by name."""
     settings = plan.settings
 
     def make(name: str, module: Any) -> nn.Module:
@@ -237,12 +244,13 @@ def _make_codes(model: nn.Module, plan: CodesPlan, *, level: int = 3) -> dict[st
     for name, why in plan.left_out.items():
         if "forward of its own" in why:
             hint = f"also=({type(model.get_submodule(name)).__name__},) makes it 4-bit all the same"
-            warnings.warn(f"quantize_model left {name} dense: {why}; {hint}", stacklevel=level)
+            warnings.warn(f"quantize_model left {name} dense: {why}; {hint}", stacklevel=4)
     for name, note in plan.notes.items():
-        warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=level)
+        warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=4)
     return layers
 
 
+@in_our_words
 def quantize_model(
     model: nn.Module,
     *,
@@ -251,7 +259,7 @@ def quantize_model(
     embeddings: bool = False,
     experts: bool = False,
     head: Head = None,
-    **nf4: object,
+    **nf4: Unpack[Rounding],
 ) -> Names:
     """Replace linear layers by 4-bit ones, in place.
 
@@ -319,7 +327,7 @@ def inject_qlora(
     experts: bool = False,
     block_size: int = 64,
     double_quant: bool = True,
-    compute_dtype: object = None,
+    compute_dtype: torch.dtype | None = None,
     head: Head = None,
     **lora: Unpack[LayerOptions],
 ) -> Names:
@@ -331,9 +339,7 @@ def inject_qlora(
     Raises:
         ValueError: as these two; the model is then as it was.
     """
-    nf4 = {
-        "block_size": block_size, "double_quant": double_quant, "compute_dtype": compute_dtype
-    }  # fmt: skip
+    nf4 = Rounding(block_size=block_size, double_quant=double_quant, compute_dtype=compute_dtype)
     check_model("inject_qlora", model)
     if name != DEFAULT and named_adapters(model):
         raise ValueError(
@@ -346,6 +352,6 @@ def inject_qlora(
         "inject_qlora", model, places, target, rank, alpha, exclude, name, lora
     )  # fmt: skip
     plan = _plan_codes("inject_qlora", places, skip, also, embeddings, experts, nf4)
-    names = wrap_in_lora(model, lora_plan, _make_codes(model, plan, level=4))
+    names = wrap_in_lora(model, lora_plan, _make_codes(model, plan))
     names.left_out, names.notes = plan.left_out | names.left_out, plan.notes | names.notes
     return names

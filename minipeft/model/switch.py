@@ -20,11 +20,13 @@ from minipeft.adapters.names import DEFAULT, adapters_called, named
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.inject import restoring
 from minipeft.lora import LoRALinear
+from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import Row, serve_rows, stop_rows
 
 Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # module name: a, b, scaling
 
 
+@in_our_words
 def use_adapters(
     model: nn.Module,
     names: str | Iterable[str] | None = None,

@@ -26,6 +26,7 @@ from minipeft.layers.embeddings import LoRAEmbedding
 from minipeft.layers.tied import LoRATiedLinear, tied_heads
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.lora import LowRank
+from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
 
 BIAS_MODES = ("all", "lora_only")
@@ -80,11 +81,14 @@ def train_biases(model: nn.Module, mode: str = "lora_only", *, name: str = DEFAU
     if twice := sorted(set(taken) & set(modules)):
         raise ValueError(f"train_biases: {twice[:3]} train already ({len(twice)} in all)")
     if not modules:
-        raise ValueError(f"train_biases: no bias to train ({mode}); left out: {left_out}")
+        hint = "; mode='all' takes those of other modules too" if mode == "lora_only" else ""
+        more = f"; left out: {left_out}" if left_out else ""
+        raise ValueError(f"train_biases: mode={mode!r} finds no bias to train{hint}{more}")
     _wrap(model, name, modules, lambda _, module: TrainedBias(module))
     return Names(modules, left_out)
 
 
+@in_our_words
 def train_modules(
     model: nn.Module, target: Target, *, name: str = DEFAULT, dtype: torch.dtype | None = None
 ) -> Names:
@@ -103,8 +107,16 @@ def train_modules(
     places = survey(model)
     modules = settled("train_modules", places, find(places, target).chosen)
     for place, module in modules.items():
-        if not isinstance(module, nn.Module) or is_adapter(module):
-            raise ValueError(f"train_modules: {place} is an adapter, or no module")
+        if not isinstance(module, nn.Module):
+            raise ValueError(
+                f"train_modules: {place} is a parameter; name the module that holds it, or wrap it "
+                "by inject_lora"
+            )
+        if is_adapter(module):
+            raise ValueError(
+                f"train_modules: {place} has an adapter already ({type(module).__name__}), which "
+                "trains; to train the module as a whole take that off first (minipeft.remove)"
+            )
     inside = {id(p) for module in modules.values() for p in module.parameters()}
     chosen = {id(part) for module in modules.values() for part in module.modules()}
     outside = {id(p) for part in model.modules() if id(part) not in chosen
@@ -113,7 +125,7 @@ def train_modules(
         warnings.warn(
             f"train_modules: {list(modules)} share a weight with other modules (tied embeddings), "
             "whose weight stays as it is; name both to keep them tied",
-            stacklevel=2,
+            stacklevel=3,
         )
     memo: dict[int, Any] = {}
     _wrap(model, name, modules, lambda _, module: TrainedModule(module, dtype=dtype, memo=memo))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.lora import LoRALinear
-from minipeft.optim.lora_plus import lora_plus_groups
+from minipeft.optim.lora_plus import check_is_model, lora_plus_groups
 
 
 class LoRAFA(torch.optim.AdamW):
@@ -23,10 +23,11 @@ class LoRAFA(torch.optim.AdamW):
 
     Raises:
         ValueError: the model has no LoRALinear.
-        TypeError: it is pickled or copied; `state_dict` is what can be saved.
+        TypeError: model is no module; it is pickled or copied; `state_dict` is what can be saved.
     """
 
     def __init__(self, model: nn.Module, lr: float = 1e-3, **adamw: Any) -> None:
+        check_is_model("LoRAFA", model)
         self._layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
         if not self._layers:
             raise ValueError("LoRAFA: the model has no LoRALinear; inject first")

@@ -17,6 +17,7 @@ def lora_plus_groups(
 
     Raises:
         ValueError: lr or ratio not above 0, or no trainable adapter parameter.
+        TypeError: model is no module.
 
     >>> from minipeft import inject_lora
     >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -24,6 +25,7 @@ def lora_plus_groups(
     >>> [(group["name"], group["lr"]) for group in lora_plus_groups(model, 0.5, ratio=4)]
     [('a', 0.5), ('b', 2.0)]
     """
+    check_is_model("lora_plus_groups", model)
     if not lr > 0 or not ratio > 0:
         raise ValueError(f"lora_plus_groups: lr={lr}, ratio={ratio}; expected numbers above 0")
     found: dict[str, list[nn.Parameter]] = {"a": [], "b": [], "other": []}
@@ -44,6 +46,15 @@ def lora_plus_groups(
          "weight_decay": 0.0 if name == "other" else weight_decay}
         for name, parameters in found.items() if parameters
     ]  # fmt: skip
+
+
+def check_is_model(caller: str, model: object) -> None:
+    """Raise TypeError unless this is the model itself: its parameters have no layers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{caller}: expected the model, got {type(model).__name__}; it finds the adapters' "
+            "parameters itself"
+        )
 
 
 def _factor(name: str) -> str:

@@ -8,6 +8,7 @@ explain most: the budget is the sum of the ranks there were.
     eva(model, batches)                     before an optimiser is made: parameters are new
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -53,9 +54,16 @@ class IncrementalSVD:
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    named = batch if isinstance(batch, Mapping) else {}
+    args = () if named else batch if isinstance(batch, tuple | list) else (batch,)
+    try:
+        inspect.signature(model.forward).bind(*args, **named)
+    except TypeError as error:
+        raise ValueError(
+            f"eva: a batch does not fit {type(model).__name__}.forward ({error}); of batches (x, "
+            "y) pass the inputs alone: forward=lambda model, batch: model(batch[0])"
+        ) from None
+    return model(*args, **named)
 
 
 def _redistributed(found: Mapping[str, IncrementalSVD], ranks: Mapping[str, int],
@@ -100,8 +108,8 @@ def eva(
 
     Raises:
         ValueError: no LoRALinear, one whose B is not zero (trained, or PiSSA's), rho below 1, no
-            batches, inputs of fewer rows than a rank, or inputs that are not finite.  The model is
-            then as it was.
+            batches, one that does not fit the model's forward, inputs of fewer rows than a rank, or
+            inputs that are not finite.  The model is then as it was.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:

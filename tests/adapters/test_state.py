@@ -141,3 +141,12 @@ def test_bits_of_a_llama_layer():
     assert abs(mp.memory_report(model).packed.bits - (4 + 8 / 64 + 32 / (64 * 256))) < 1e-4
     dense = mp.memory_report(nn.Linear(2, 2))
     assert math.isnan(dense.packed.bits) and dense.together == dense.dense == (6, 24)
+
+
+def test_what_cannot_be_scaled_says_that_a_name_chooses():
+    model = make()
+    model.prefix = mp.PrefixEncoder([(2, 4, 4)], 3)
+    with pytest.raises(ValueError, match=r"PrefixEncoder.*name= scales one") as seen:
+        mp.scale_adapters(model, 0.5)
+    assert "['default']" in str(seen.value)
+    assert model[0].scale == 1.0

@@ -343,3 +343,32 @@ def test_a_layer_that_torch_compiled_is_wrapped_once():
     assert names == ["0", "2"]
     model(torch.randn(2, 8)).sum().backward()
     assert model[0].lora_b.grad is not None
+
+
+@pytest.mark.parametrize("said", ["all_linear", "all linear", "AllLinear", ["all-linear"]])
+def test_all_linear_in_another_spelling_is_suggested(said):
+    for call in (mp.inject_lora, mp.inject_qlora):
+        with pytest.raises(ValueError, match="did you mean 'all-linear', as a string"):
+            call(Own(), said, 4)
+
+
+def test_a_container_as_target_names_what_it_holds():
+    model = Own()
+    for dora in (False, True):
+        with pytest.raises(ValueError, match=r"'blocks\.0' is a Block.*name \['0\.qkv'.*4 in all"):
+            mp.inject_lora(model, ["blocks.0"], 4, dora=dora)
+    mp.inject_lora(model, ["0.qkv"], 4)  # what it names fits
+
+    layer = nn.Sequential(nn.TransformerEncoderLayer(16, 2))
+    with pytest.raises(ValueError, match=r"\['0\.self_attn', '0\.linear1', '0\.linear2'\]"):
+        mp.inject_lora(layer, ["0"], 4)  # not out_proj, which attention never calls
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM(8, 8), nn.LayerNorm(8), nn.ConvTranspose1d(8, 8, 3)])
+def test_a_kind_that_cannot_be_wrapped_names_those_that_can(kind):
+    for call, given in ((mp.inject_lora, {}), (mp.inject_qlora, {"skip": ["1"]})):
+        model = nn.Sequential(kind, nn.Linear(8, 8))
+        with pytest.raises(ValueError, match=f"{type(kind).__name__}; LoRA wraps linear layers"):
+            call(model, ["0"], 2, **given)
+    with pytest.raises(ValueError, match="MultiheadAttention; DoRA wraps linear layers, emb"):
+        mp.inject_lora(nn.Sequential(nn.MultiheadAttention(8, 2)), ["0"], 2, dora=True)

@@ -160,3 +160,18 @@ def test_single_bits_of_a_configuration_never_load_as_other_numbers(tmp_path):
         loaded += 1
         assert torch.equal(again(x), model(x))
     assert 0 < loaded < len(data) / 6  # what is left: spaces, names of nobody's fields
+
+
+def test_a_file_that_was_changed_on_purpose_loads_as_the_error_says(tmp_path):
+    import safetensors.torch
+
+    save(tmp_path)
+    path = tmp_path / WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="differs from its checksum") as seen:
+        mp.load_peft(plain(), tmp_path)
+    line = re.search(r"safetensors\.torch\.save_file\(.*\)", str(seen.value))
+    exec(line[0], {"safetensors": safetensors, "path": path})
+    assert mp.load_peft(plain(), tmp_path) == ["0", "2"]

@@ -311,7 +311,7 @@ def test_a_whole_model_by_one_argument():
     ]  # fmt: skip
     model(torch.arange(9)).sum().backward()
     assert mp.check_gradients(model) == 9
-    with pytest.raises(ValueError, match="no DoRA layer"):
+    with pytest.raises(ValueError, match="DoRA wraps linear layers"):
         mp.inject_lora(nn.TransformerEncoderLayer(8, 2, 8), ["self_attn"], 2, dora=True)
 
 

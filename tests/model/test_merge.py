@@ -332,3 +332,61 @@ def test_requantising_a_model_in_float64():
         mp.remove(model, merge=True, requantize=True)
     assert all(type(layer) is NF4Linear for layer in model)
     assert model[1].weight.dtype == torch.float64
+
+
+class Gate(nn.Module):
+    """A layer of somebody's own with what the protocol asks for, and nothing else."""
+
+    enabled, scale = True, 1.0
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.gate = base, nn.Parameter(torch.ones(1))
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def adapter_parameters(self):
+        return {"gate": self.gate}
+
+    def forward(self, x):
+        return self.base(x) * self.gate
+
+
+def test_a_layer_with_no_more_than_the_protocol_leaves():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    modules, x = list(model), torch.randn(2, 8)
+    before = model(x)
+    mp.inject(model, ["0"], Gate)
+    assert mp.remove(model) == ["0"]
+    assert all(a is b for a, b in zip(model, modules, strict=True))
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_such_a_layer_leaves_a_stack_and_the_others_stay(below):
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8)
+    own, before = model[0], model(x)
+    if below:
+        mp.inject(model, ["0"], Gate)
+    random_lora(model, ["0"], name="fr")
+    lora = model[0]
+    if not below:
+        mp.inject(model, ["0"], Gate)
+    assert mp.remove(model, name="default") == ["0"]
+    assert model[0] is lora and lora.base is own
+    assert mp.remove(model) == ["0"]
+    assert model[0] is own and torch.equal(model(x), before)
+
+
+def test_a_layer_without_base_or_merge_is_told_what_it_lacks():
+    class Other(Gate):
+        def __init__(self, base):
+            super().__init__(base)
+            self.inner = self._modules.pop("base")
+
+    model = nn.Sequential(nn.Linear(8, 8))
+    mp.inject(model, ["0"], Other)
+    with pytest.raises(ValueError, match="remove: 0, a Other, has no `base`"):
+        mp.remove(model)
+    for call in (mp.merge, lambda m: mp.remove(m, merge=True)):
+        with pytest.raises(ValueError, match="a layer of your own needs `base` and `merge`"):
+            call(model)

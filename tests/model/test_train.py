@@ -408,3 +408,24 @@ def test_tokens_of_a_table_without_values_are_refused():
         model = Tagger()
     with pytest.raises(ValueError, match="meta device"):
         train_tokens(model, [1])
+
+
+def test_what_cannot_train_as_a_whole_says_which_it_is():
+    model = Tagger()
+    mp.inject_lora(model, ["up"], 2)
+    with pytest.raises(ValueError, match=r"up has an adapter already \(LoRALinear\)"):
+        train_modules(model, ["up"])
+    model.experts = Tagger()
+    model.experts.weight = nn.Parameter(torch.zeros(3, 4, 4))
+    with pytest.raises(ValueError, match=r"experts\.weight is a parameter; name the module"):
+        train_modules(model, ["weight"])
+
+
+def test_no_bias_to_train_names_the_mode():
+    model = Tagger()
+    mp.inject_lora(model, ["down"], 2)  # it has no bias
+    with pytest.raises(ValueError, match=r"mode='lora_only' finds no bias to train; mode='all'"):
+        train_biases(model)
+    bare = nn.Sequential(nn.Linear(4, 4, bias=False))
+    with pytest.raises(ValueError, match=r"mode='all' finds no bias to train$"):
+        train_biases(bare, "all")

@@ -190,3 +190,25 @@ def test_lora_fa_is_float32_where_peft_rounds_to_bf16(capsys):
               f"PEFT's {theirs_off:.0e}")  # fmt: skip
     assert ours_off < 1e-4  # float32 gradients, divided by their own size
     assert ours_off < theirs_off < 0.1  # the same formula; PEFT's product is taken in bf16
+
+
+NOT_A_MODEL = """
+import minipeft as mp
+from torch import nn
+
+model = nn.Sequential(nn.Linear(8, 8))
+mp.inject_lora(model, ["0"], 2)
+for call in (mp.optim.LoRAFA, lambda given: mp.optim.lora_plus_groups(given, 1e-3)):
+    for given in (mp.adapter_parameters(model), mp.adapter_state_dict(model), list(model)):
+        try:
+            call(given)
+        except TypeError as error:
+            print(error)
+"""
+
+
+def test_parameters_in_the_place_of_the_model_are_told(plain_python):
+    lines = plain_python(NOT_A_MODEL).splitlines()
+    expected = [f"{who}: expected the model, got {what};" for who in ("LoRAFA", "lora_plus_groups")
+                for what in ("generator", "dict", "list")]  # fmt: skip
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected

@@ -152,3 +152,15 @@ def test_a_share_is_of_all_the_variance_and_ranks_follow_it():
                 for which in [i]}  # fmt: skip
     assert mp.starts.eva(model, [(narrow, wide)]) == expected
     assert expected["narrow"] > expected["wide"]
+
+
+def test_batches_that_do_not_fit_say_forward():
+    model, data = Block(), batches()
+    mp.inject_lora(model, ["q", "k", "out"], 4)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    pairs = [(x, torch.zeros(len(x))) for x in data]
+    for given in (pairs, [{"input": x} for x in data]):
+        with pytest.raises(ValueError, match=r"does not fit Block.forward .*forward=lambda model"):
+            mp.starts.eva(model, given)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert mp.starts.eva(model, pairs, forward=lambda model, batch: model(batch[0]))

@@ -95,7 +95,7 @@ def attach(
             warnings.warn(
                 f"{caller}: the model's head trains with another adapter already; {name!r} "
                 "has none of its own: keep that adapter on beside it, or use a model of its own",
-                stacklevel=3,
+                stacklevel=4,
             )
         if heads:  # the last that can refuse
             heads = list(train_modules(model, lambda place, _: place in heads, name=name))
@@ -159,7 +159,7 @@ def _present(
     if name in prefix.encoders:
         raise ValueError(
             f"{caller}: the model has a prefix called {name!r} already; give this one another "
-            "name=, or call its remove() first"
+            f"name=, or call minipeft.remove(model, name={name!r}) first"
         )
     check_new_name(caller, model, name)
     if not any(part is prefix for part in model.children()):

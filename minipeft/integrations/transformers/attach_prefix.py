@@ -15,6 +15,7 @@ from torch import nn
 from minipeft.adapters.names import DEFAULT
 from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import Prefix
+from minipeft.model.peft_words import in_our_words
 from minipeft.prefix import PrefixEncoder
 
 _DEFAULTS = {
@@ -23,6 +24,7 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
+@in_our_words
 def attach_prefix(
     model: nn.Module,
     prefix_length: int | PrefixEncoder,
@@ -121,6 +123,6 @@ def attach_prefix(
         warnings.warn(
             f"attach_prefix: the MLP has {size:,} parameters, {size / base:.0%} of the base's "
             f"{base:,}; a smaller hidden, or a table (hidden=None), is usually enough",
-            stacklevel=2,
+            stacklevel=3,
         )
     return prefix

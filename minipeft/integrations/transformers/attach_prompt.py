@@ -10,10 +10,12 @@ from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import Prefix
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
+from minipeft.model.peft_words import in_our_words
 
 KINDS = ("table", "mlp")
 
 
+@in_our_words
 def attach_prompt(
     model: nn.Module,
     prompt_length: int,
@@ -52,7 +54,8 @@ def attach_prompt(
         raise ValueError("attach_prompt: init is for kind='table'; a network starts by itself")
     if isinstance(init, str) and init not in ("random", "vocabulary"):
         raise ValueError(
-            f"attach_prompt: init={init!r}; expected 'random', 'vocabulary' or token ids"
+            f"attach_prompt: init={init!r}; expected 'random', 'vocabulary' or token "
+            "ids: tokenizer(text, return_tensors='pt').input_ids"
         )
 
     def make(prefix: Prefix) -> RunPrompt:

@@ -27,7 +27,7 @@ def meta_model(path: str | os.PathLike[str]) -> nn.Module:
         ) from error
     directory = Path(path)
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory}: no config.json")
+        raise ValueError(f"{directory}: no config.json; expected a local checkpoint's folder")
     try:
         config: Any = transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False

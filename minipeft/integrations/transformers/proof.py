@@ -87,7 +87,7 @@ def warn(caller: str, model: nn.Module, doubts: list[str]) -> None:
     """Say what could not be proved, at the line that called `caller`."""
     for doubt in doubts:
         text = f"{caller}: not proved for {type(model).__name__}: {doubt}"
-        warnings.warn(text, NotProvedWarning, stacklevel=4)
+        warnings.warn(text, NotProvedWarning, stacklevel=5)
 
 
 def _ask_tokens(trial: Trial) -> Iterator[str]:

@@ -27,6 +27,7 @@ from minipeft.io.bitsandbytes.buffers import restore_buffers
 from minipeft.io.bitsandbytes.contents import Contents
 from minipeft.io.bitsandbytes.plan import Ignore, Plan, planned
 from minipeft.io.replace import read_whole
+from minipeft.model.peft_words import in_our_words
 from minipeft.qlora import NF4Linear, PackedModule
 from minipeft.quantized.conv1d import NF4Conv1D
 from minipeft.quantized.experts import NF4Experts
@@ -117,6 +118,7 @@ class _Loading:
         self.tensors[name] = value.to(self.device, value.dtype if kept else self.dtype)
 
 
+@in_our_words
 def load_quantized(
     model: nn.Module,
     path: str | os.PathLike[str],

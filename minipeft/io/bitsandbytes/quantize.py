@@ -29,6 +29,7 @@ from minipeft.io.fields import read_object
 from minipeft.io.header import Spec, nbytes
 from minipeft.io.replace import locked, write_file
 from minipeft.io.shards import Reader, ShardWriter, split
+from minipeft.model.peft_words import in_our_words
 from minipeft.model.quantize import Skip
 from minipeft.nf4 import check_block_size
 from minipeft.qlora import NF4Linear
@@ -101,6 +102,7 @@ def _copy_others(source: Path, directory: Path) -> None:
             shutil.copyfile(path, directory / path.name)
 
 
+@in_our_words
 def quantize_checkpoint(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -145,7 +147,7 @@ def quantize_checkpoint(
     if max_shard_bytes < 1:
         raise ValueError(f"quantize_checkpoint: max_shard_bytes={max_shard_bytes}")
     if not source.is_dir():
-        raise ValueError(f"{source}: no such directory")
+        raise ValueError(f"{source}: no such directory; expected the local folder of a checkpoint")
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{destination}: lies in {source}, which is never written to")
     directory = destination.with_name(f"{destination.name}.unfinished")
@@ -160,7 +162,7 @@ def quantize_checkpoint(
         work = work_for(model, reader, skip, block_size, double_quant, head, ignore)
         notes = likely_head(survey(model, head), work.wanted)
         for name, note in notes.items():
-            warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=2)
+            warnings.warn(f"{name} is made 4-bit, and {note}", HeadWarning, stacklevel=3)
         notes |= not_theirs(model, work.wanted)
         sizes = {key: sum(map(nbytes, made.values())) for key, made in work.becomes.items()}
         files = split(sizes, max_shard_bytes)

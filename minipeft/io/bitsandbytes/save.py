@@ -21,6 +21,7 @@ from minipeft.io.header import nbytes
 from minipeft.io.replace import Replacement
 from minipeft.io.shards import ShardWriter, split
 from minipeft.model.base_state import base_state_dict, plain_modules
+from minipeft.model.peft_words import in_our_words
 from minipeft.qlora import NF4Linear, PackedModule
 from minipeft.quantized.experts import NF4Experts
 
@@ -124,6 +125,7 @@ def _config(
     return config
 
 
+@in_our_words
 def save_quantized(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -162,7 +164,7 @@ def save_quantized(
         warnings.warn(
             f"save_quantized: the adapter ({next(iter(adapters))}, {len(adapters)} layers in all) "
             "is not in this checkpoint, which holds the base; save_peft writes the adapter",
-            stacklevel=2,
+            stacklevel=3,
         )
     config = _config(model, layers, quant_storage)
     specs = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}

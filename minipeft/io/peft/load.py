@@ -34,7 +34,8 @@ from minipeft.layers.mixture import LoRAExperts
 from minipeft.layers.tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.layers.trained_head import TrainedHeadRows
-from minipeft.model.inject_lora import layer_class
+from minipeft.model.inject_lora import layer_class, why_no_layer
+from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
 from minipeft.quantized.experts import NF4Experts
 
@@ -103,15 +104,13 @@ class _Builder:
                 raise ValueError(f"load_peft: {name!r} is {inside[name]}")
             if is_adapter(self.modules[name]) and not self.stack:
                 raise ValueError(
-                    f"load_peft: {name!r} already has an adapter; load onto the plain model, or "
-                    "give this one a name"
+                    f"load_peft: {name!r} already has an adapter; take that off first "
+                    "(minipeft.remove), or give this one a name= of its own"
                 )
             kind = layer_class(module, dora=self.config.config.dora)
             if kind is None:
-                raise ValueError(
-                    f"load_peft: {name!r} is a {type(module).__name__}, for which there is no "
-                    f"{'DoRA' if self.config.config.dora else 'LoRA'} layer"
-                )
+                why = why_no_layer(name, module, dora=self.config.config.dora)
+                raise ValueError(f"load_peft: {name!r} {why}")
             if self.config.config.dora and isinstance(module, TrainedLogits):
                 raise ValueError(
                     f"load_peft: {name!r} has DoRA and rows of trained tokens, which PEFT cannot "
@@ -251,6 +250,7 @@ class _Builder:
                 self.made[other] = TrainedLogits(self.top(other), layer)
 
 
+@in_our_words
 def load_peft(
     model: nn.Module, path: str | os.PathLike[str], *, name: str = DEFAULT, strict: bool = True
 ) -> Loaded:
@@ -283,7 +283,7 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
     refuse_merged("load_peft", named_adapters(model))
     refuse_rows("load_peft", model)
     content = read_config(directory / CONFIG_NAME, "PEFT or save_peft", "prefix_config.json",
-                          "io.prefixes.load_prefix")  # fmt: skip
+                          "load_prefix")  # fmt: skip
     if content.get("peft_type") in PROMPT_KINDS:
         names, unexpected = load_prompts(model, directory, content, name, strict=strict)
         return Loaded(names, [], unexpected, {})
@@ -326,7 +326,7 @@ def _say_dense(found: Located, training: Mapping[str, Training]) -> None:
             f"load_peft: the adapter was saved over 4-bit layers, and {dense[0]} ({len(dense)} in "
             "all) is dense here, so outputs differ by what rounding to 4 bits changes; to have "
             "those 4-bit layers, call quantize_model or load_quantized before load_peft",
-            stacklevel=6,
+            stacklevel=7,
         )
 
 

@@ -165,13 +165,13 @@ def describe_prompts(
         raise CannotExpress(
             f"save_peft: the adapter {name!r} is a prefix and other layers, and PEFT's format "
             "holds one kind: attach the prefix under a name of its own, or write both by "
-            "model.save_pretrained"
+            "model.save_pretrained, which load_peft and load_prefix read"
         )
     prefix, encoder = prefix_of("save_peft", model, name)
 
     def refuse(why: str) -> CannotExpress:
         return CannotExpress(
-            f"save_peft: {why}, which PEFT's format cannot say; use io.prefixes.save_prefix"
+            f"save_peft: {why}, which PEFT's format cannot say; use minipeft.save_prefix"
         )
 
     if set(prefix.locations) != {"self"}:

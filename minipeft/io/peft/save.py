@@ -32,6 +32,7 @@ from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, T
 from minipeft.layers.trained_head import TrainedHeadRows
 from minipeft.lora import LowRank, lora_scaling
 from minipeft.model.buffers import changed_buffers, complaint
+from minipeft.model.peft_words import in_our_words
 from minipeft.prefix import PrefixEncoder
 
 
@@ -256,6 +257,7 @@ def _tied_copies(model: nn.Module, saved: list[str]) -> bool:
     return False
 
 
+@in_our_words
 def save_peft(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -284,7 +286,7 @@ def save_peft(
 
     Raises:
         ValueError: no adapter, one that PEFT's format cannot express (prompts.py says which
-            prefixes; io.prefixes.save_prefix writes all), or parameters whose
+            prefixes; save_prefix writes all), or parameters whose
             values are not here.  Nothing is written then.
         OSError: the disk is full, and the like; the old files are as they were.
     """
@@ -302,12 +304,12 @@ def save_peft(
 
 def describe(
     model: nn.Module, names: list[str], gathered: Mapping[int, Tensor], *,
-    beside_prefix: bool = False,
+    beside_prefix: bool = False, level: int = 4,
 ) -> dict[str, Described]:  # fmt: skip
     """What to write of each of these adapters; raises what save_peft raises.
 
     `gathered` maps the id of a parameter to the values to write in its place.  `beside_prefix`
-    leaves out prefixes and prompts.
+    leaves out prefixes and prompts; `level`: how far above this the user's line is, for warnings.
     """
     found: dict[str, Described] = {}
     for name in names:
@@ -318,13 +320,13 @@ def describe(
         places = {place: stack for place, stack in places.items() if not is_prompt(place)}
         own = _collect(name, places)
         if own.alone:
-            _say_alone(own)
+            _say_alone(own, level + 1)
         if own.own_bases:
             warnings.warn(
                 f"save_peft: LoftQ gave {own.own_bases[0]} ({len(own.own_bases)} layers) other "
                 "codes, which an adapter file does not hold; it fits this base only: keep it with "
-                "io.bitsandbytes.save_quantized",
-                stacklevel=3,
+                "minipeft.save_quantized",
+                stacklevel=level,
             )
         tensors = {f"{PREFIX}{key}": gathered.get(id(value), value)
                    for key, value in own.tensors.items()}  # fmt: skip
@@ -335,16 +337,16 @@ def describe(
     if not found:
         raise ValueError("save_peft: the model has no adapter; inject one first")
     if changed := changed_buffers(model):
-        warnings.warn(f"save_peft: {complaint(changed)}", stacklevel=3)
+        warnings.warn(f"save_peft: {complaint(changed)}", stacklevel=level)
     for adapter in found.values():
         check_writable(adapter.tensors)
     return found
 
 
-def _say_alone(found: _Collected) -> None:
+def _say_alone(found: _Collected, level: int) -> None:
     """Warn of adapters that stand alone; raise ValueError where there is nothing else."""
     place, kind = next(iter(found.alone.items()))
-    how = f"io.prefixes.save_prefix(model.{place}, path)"
+    how = f"minipeft.save_prefix(model.{place}, path)"
     if kind != PrefixEncoder.__name__:
         how = "adapter_state_dict and safetensors"
     message = (
@@ -353,4 +355,4 @@ def _say_alone(found: _Collected) -> None:
     )
     if not found.tensors:
         raise ValueError(message)
-    warnings.warn(f"{message}: it is not in this file", stacklevel=4)
+    warnings.warn(f"{message}: it is not in this file", stacklevel=level)

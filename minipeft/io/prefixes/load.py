@@ -19,6 +19,7 @@ from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME, read_config, 
 from minipeft.io.replace import read_whole
 from minipeft.io.seal import read_sealed
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
+from minipeft.model.peft_words import in_our_words
 from minipeft.prefix import KVShape, PrefixEncoder
 
 Path_ = str | os.PathLike[str]
@@ -39,6 +40,7 @@ def load_prefix(
     """A prefix attached."""
 
 
+@in_our_words
 def load_prefix(
     model: nn.Module,
     path: Path_,

@@ -18,6 +18,7 @@ from minipeft.io.replace import Replacement
 from minipeft.io.seal import stage
 from minipeft.layers.prompt import PromptEncoder
 from minipeft.layers.trained import TrainedModule
+from minipeft.model.peft_words import in_our_words
 from minipeft.prefix import PrefixEncoder
 
 
@@ -55,6 +56,7 @@ def has_more_than_prefix(model: nn.Module, name: str) -> bool:
     )
 
 
+@in_our_words
 def save_prefix(
     model: Any, path: str | os.PathLike[str], *, name: str = DEFAULT,
     reparametrization: bool = False, heads: bool = True,

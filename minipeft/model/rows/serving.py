@@ -57,6 +57,11 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
             or layers asked for or on in which rows cannot be told apart (experts,
             nn.MultiheadAttention, tables of positions); the model is then as it was.
     """
+    if isinstance(rows, str):
+        raise ValueError(
+            f"use_adapters: rows={rows!r}; expected a list, an entry for each row of the batch, "
+            f"such as [{rows!r}, None]; a name alone switches all rows"
+        )
     wanted: Wanted = [
         () if row is None else (row,) if isinstance(row, str) else tuple(row) for row in rows
     ]

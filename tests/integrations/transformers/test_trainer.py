@@ -114,3 +114,45 @@ def test_gradients_with_activation_checkpointing_equal_those_without(reentrant):
         model.train()(input_ids=ids, labels=ids).loss.backward()
         grads.append([p.grad.clone() for p in mp.adapter_parameters(model)])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")  # Trainer's own, about pinned memory and tokens
+def test_training_goes_on_from_a_checkpoint_in_every_bit(tmp_path):
+    torch.manual_seed(1)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 100, (10, 12))]
+
+    def trainer(model, folder):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / folder), max_steps=6, per_device_train_batch_size=2,
+            learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True, save_steps=3,
+        )  # fmt: skip
+        return transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+
+    whole = make()
+    mp.inject_lora(whole, "all-linear", 4, dropout=0.1)  # random numbers go on too
+    trainer(whole, "whole").train()
+    checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    again = make()
+    mp.load_peft(again, checkpoint)
+    resumed = trainer(again, "resumed")
+    resumed._load_from_checkpoint = lambda *_: None
+    resumed.train(resume_from_checkpoint=checkpoint)
+    found, expected = mp.adapter_state_dict(again), mp.adapter_state_dict(whole)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_lora_and_a_prefix_of_one_name_come_back_by_both_functions(tmp_path):
+    model, ids = make(), torch.randint(3, 100, (2, 7))
+    mp.inject_lora(model, "all-linear", 2)
+    mp.attach_prefix(model, 4)
+    for parameter in mp.adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.1)
+    with pytest.raises(ValueError, match="save_pretrained, which load_peft and load_prefix read"):
+        mp.save_peft(model, tmp_path)
+    model.save_pretrained(tmp_path)
+    fresh = make()
+    mp.load_peft(fresh, tmp_path)
+    mp.load_prefix(fresh, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(fresh.eval()(ids).logits, model.eval()(ids).logits)

@@ -356,3 +356,30 @@ def test_models_without_values_are_refused(tmp_path):
     state = {n: torch.zeros_like(t, device="cpu") for n, t in mp.adapter_state_dict(model).items()}
     with pytest.raises(ValueError, match="meta device"):
         mp.load_adapter_state_dict(model, state)
+
+
+@pytest.mark.parametrize("name", ["user/adapter", "./nowhere"])
+def test_a_folder_that_is_not_here_says_that_nothing_is_downloaded(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refuse(name, "nothing is downloaded .huggingface_hub.snapshot_download")
+    with pytest.raises(ValueError, match="nothing is downloaded"):
+        mp.load_prefix(mp.PrefixEncoder([(1, 4, 4)], 2), name)
+    with pytest.raises(ValueError, match=r"no config\.json; expected the local folder"):
+        mp.load_quantized(plain(), name)
+
+
+def test_a_folder_of_adapters_names_their_folders(tmp_path):
+    model = plain()
+    for name in ("fr", "de"):
+        mp.inject_lora(model, ["up"], 2, name=name)
+    mp.save_peft(model, tmp_path)
+    refuse(tmp_path, r"its folders \['de', 'fr'\] do hold one: pass '.*de'")
+    mp.load_peft(plain(), tmp_path / "de")
+
+
+def test_a_second_adapter_is_told_how_to_come_in(tmp_path):
+    model = saved(tmp_path)
+    refuse(tmp_path, r"minipeft.remove.*or give this one a name=", model)
+    mp.load_peft(model, tmp_path, name="fr")
+    with pytest.raises(ValueError, match=r"minipeft.remove\(model, name='fr'\)"):
+        mp.load_peft(model, tmp_path, name="fr")

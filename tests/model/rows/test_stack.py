@@ -629,3 +629,9 @@ def test_kinds_are_what_they_say():
         assert bool(stacks) == (kind != "fused"), kind
         if "DoRA, groups" in kind:
             assert isinstance(stacks[0].layers[0], DoRAConv)
+
+
+def test_one_name_as_rows_says_what_rows_are():
+    model = three(nn.Sequential(nn.Linear(16, 16)))
+    with pytest.raises(ValueError, match=r"rows='fr'; expected a list.* such as \['fr', None\]"):
+        mp.use_adapters(model, rows="fr")
