@@ -49,7 +49,9 @@ def config_of(path: Path) -> dict[str, object]:
     if path.is_file():
         return {}
     if not current(path / CONFIG).is_file():
-        raise ValueError(f"{path}: no {CONFIG}; expected the local folder of a whole checkpoint")
+        raise ValueError(
+            f"{path}: no {CONFIG}, so it is not complete; expected the local folder of a checkpoint"
+        )
     return read_object(path / CONFIG, largest=_MAX_JSON)
 
 
