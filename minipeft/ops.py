@@ -166,6 +166,7 @@ ROWS = (
     Implementation(
         "quantize_nf4", "triton", _on_gpu, "minipeft_kernels.triton.quantize", "quantize"
     ),
+    Implementation("lora_rows", "triton", _on_gpu, "minipeft_kernels.triton.rows", "add_rows"),
     _fast("quantize_nf4", "nf4", "quantize"),
     _fast("dequantize_nf4", "nf4", "dequantize"),
     _fast("nf4_linear", "linear", "linear"),

@@ -8,17 +8,50 @@ says which of its columns a row of the batch uses:
     y      = base(x) + hidden [B_1, B_2, ...]^T
 
 Lower ranks are padded with zeros.  Costs grow with the number of adapters that are loaded, not with
-how many a batch uses, and stay below the base's while capacity * rank is below its sizes.  Choosing
+how many a batch uses, and stay below the base's while capacity * rank is below its sizes.  On a GPU
+a kernel of kernels/ multiplies each row by the factors of its own adapters alone.  Choosing
 other rows, strengths or factors changes tensors in place: a compiled model stays compiled.
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from minipeft import ops
 from minipeft.adapters.protocol import innermost
 from minipeft.layers.by_row import ByRow
 from minipeft.lora import add_lora, checked_linear
+
+
+@ops.plain_row("lora_rows")
+def add_rows(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
+    """out + sum over slots of gate[row, slot] * x a[slot]^T b[slot], in out's dtype.
+
+    `out` (*batch, out_features) and `x` (*batch, in_features) have as many rows as the gate, or n
+    times as many; `a` is (capacity, rank, in_features), `b` (capacity, rank, out_features).
+    """
+    rows, rank = len(gate), a.shape[1]
+    if rows > 1:
+        gate = gate.repeat_interleave(x.shape[0] // rows, dim=0)
+    columns = gate.to(out.device, out.dtype).repeat_interleave(rank, dim=1)
+    if x.dim() == 1:
+        columns = columns[0]
+    else:
+        columns = columns.view(len(gate), *(1,) * (x.dim() - 2), columns.shape[-1])
+    return add_lora(out, x, a.flatten(0, 1), b.flatten(0, 1).T, columns)
+
+
+def _adder(out: Tensor, x: Tensor) -> Any:
+    """What computes `add_rows` here: the plain form wherever torch has to see its operations."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return add_rows
+    if type(out) is not Tensor or (
+        torch.is_grad_enabled() and (out.requires_grad or x.requires_grad)
+    ):
+        return add_rows  # kernels have no gradient, and take ordinary tensors
+    return ops.choose("lora_rows", out.device, out.dtype, tuple(out.shape))[0]
 
 
 class LoRABank(ByRow):
@@ -95,15 +128,9 @@ class LoRABank(ByRow):
         gate = self.gate
         if isinstance(strength, Tensor):  # compiled: 0 while off
             gate = gate * strength.to(gate.device)
-        each = self.rows_of_each(x)
-        if len(gate) > 1:
-            gate = gate.repeat_interleave(each, dim=0)
-        columns = gate.to(out.device, out.dtype).repeat_interleave(self.rank, dim=1)
-        if x.dim() == 1:
-            columns = columns[0]
-        else:
-            columns = columns.view(len(gate), *(1,) * (x.dim() - 2), -1)
-        return add_lora(out, x, self.a.flatten(0, 1), self.b.flatten(0, 1).T, columns)
+        self.rows_of_each(x)  # raises where there are other rows
+        made: Tensor = _adder(out, x)(out, x, self.a, self.b, gate)
+        return made
 
     def extra_repr(self) -> str:
         return f"capacity={self.capacity}, rank={self.rank}"

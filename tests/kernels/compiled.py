@@ -10,7 +10,7 @@ import pytest
 from triton.backends.compiler import GPUTarget
 
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE
-from minipeft_kernels.triton import gradient, nf4, product, quantize
+from minipeft_kernels.triton import gradient, nf4, product, quantize, rows
 from minipeft_kernels.triton.selection import plan_for
 from tests.kernels.machine_code import SHARED, amd_resources, compile_for, read, widths
 
@@ -188,3 +188,63 @@ def test_dequantize_for_amd(arch, dtype, capfd):
         print(f"\n{arch[0]} dequantize_nf4 {dtype}: {found['vgpr_count']} registers")
     assert found["vgpr_spill_count"] == found["sgpr_spill_count"] == 0
     assert not re.search(r"v_(fma|mad|mac|fmac)_f32", text)
+
+
+ROW_CASES = [  # dtype, dtype of the factors, tokens of a row, rank
+    ("bf16", "fp32", 1, 16), ("fp16", "fp16", 512, 16), ("bf16", "fp32", 512, 256),
+    ("fp32", "fp32", 1, 256), ("fp32", "fp32", 512, 16),
+]  # fmt: skip
+
+
+def compile_rows(target, dtype, factors, each, rank):
+    """Both kernels of rows.py as they are shipped for eight rows, 32 slots and 4096 x 4096."""
+    m = 8 * each
+    t = rows.tiles(m, 4096, each, rank, BYTES[dtype])
+    numbers = dict.fromkeys(("M", "each", "capacity", "rank"), "i32")
+    common = {"gate": "*fp32", "hidden": f"*{dtype}" if t["parts"] == 1 else "*fp32", **numbers}
+    shrink = compile_for(
+        target, rows.shrink_kernel,
+        {**common, "x": f"*{dtype}", "a": f"*{factors}", "K": "i32", "row_of_x": "i32"},
+        {"RANK": t["RANK"], "BM": t["rows"], "BK": t["BK"], "BR": t["BR"]},
+        any_size=tuple(numbers), num_warps=4, num_stages=3,
+    )  # fmt: skip
+    expand = compile_for(
+        target, rows.expand_kernel,
+        {**common, "b": f"*{factors}", "out": f"*{dtype}", "y": f"*{dtype}", "N": "i32",
+         "row_of_out": "i32"},
+        {"RANK": t["RANK"], "SLOTS": 32, "PARTS": t["parts"], "BM": t["rows_out"],
+         "BN": t["BN"], "BR": t["BR_out"]},
+        any_size=tuple(numbers), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return {"shrink": (shrink, dtype != "fp32"),
+            "expand": (expand, dtype != "fp32" and t["rows_out"] > 1)}  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", ROW_CASES, ids=str)
+@pytest.mark.parametrize("arch", CUDA)
+def test_rows_for_nvidia(arch, chosen, capfd):
+    for name, (kernel, matrix) in compile_rows(GPUTarget("cuda", arch, 32), *chosen).items():
+        code, shared = read(kernel.asm["cubin"]), kernel.metadata.shared
+        found = any(re.match(r"HMMA|HGMMA|UTC\w*MMA", n) for _, n in code.instructions)
+        assert not capfd.readouterr().err
+        with capfd.disabled():
+            print(f"\nsm_{arch} {name} {chosen}: {code.registers} registers, {code.spills} spills, "
+                  f"{shared} bytes shared, matrix instructions {found}")  # fmt: skip
+        assert code.spills == code.stack == 0
+        assert shared <= SHARED[arch] * 1024
+        assert found == matrix
+        dots = r"tt\.dot .*kWidth = (\d+).* \* tensor<(?:\d+x)?(\d+)x\d+x[a-z]\w+,"
+        for width, terms in re.findall(dots, kernel.asm["ttgir"]):
+            assert 4 * int(width) <= int(terms)  # as for the products
+
+
+@pytest.mark.parametrize("chosen", ROW_CASES, ids=str)
+@pytest.mark.parametrize("arch", AMD, ids=str)
+def test_rows_for_amd(arch, chosen, capfd):
+    for name, (kernel, _) in compile_rows(GPUTarget("hip", *arch), *chosen).items():
+        found = amd_resources(kernel.asm["amdgcn"])
+        assert kernel.asm["hsaco"] and not capfd.readouterr().err
+        with capfd.disabled():
+            print(f"\n{arch[0]} {name} {chosen}: {found}, {kernel.metadata.shared} bytes shared")
+        assert kernel.metadata.shared <= 64 * 1024
+        assert found["vgpr_spill_count"] == found["sgpr_spill_count"] == 0

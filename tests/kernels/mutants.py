@@ -1,7 +1,7 @@
 """Wrong kernels: each change is one a test under the interpreter must notice.
 
 `python -m pytest tests/kernels/test_triton.py -k mutant` copies the kernels, makes one change, and
-expects interpreted_products.py to fail.
+expects interpreted_products.py, or interpreted_rows.py for rows.py, to fail.
 """
 
 # name: (file, old text, new text, the tests that must fail)
@@ -34,4 +34,11 @@ MUTANTS = {
         "quantize.py", "scaled > MIDS[i]", "scaled >= MIDS[i]", "test_midpoints"),
     "a group of scales too far": (
         "codes.py", "block // GROUP", "(block + 1) // GROUP", "test_product"),
+    "factors of the first slot for all rows": (
+        "rows.py", "at = (slot * rank + r)[:, None]", "at = (0 * rank + r)[:, None]", "test_rows"),
+    "the last used slot is left out": (
+        "rows.py", "(slots > slot), slots, SLOTS)", "(slots > slot + 1), slots, SLOTS)",
+        "test_rows"),
+    "one part of h is not added": (
+        "rows.py", "tl.static_range(PARTS)", "tl.static_range((PARTS + 1) // 2)", "test_rows"),
 }  # fmt: skip

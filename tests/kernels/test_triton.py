@@ -56,6 +56,12 @@ def test_products_interpreted():
     run("interpreted_products", TRITON_INTERPRET="1")
 
 
+@pytest.mark.slow
+@needs_triton
+def test_rows_interpreted():
+    run("interpreted_rows", TRITON_INTERPRET="1")
+
+
 @needs_triton
 def test_byte_permutation_on_all_bytes():
     run("ptx", TRITON_INTERPRET="0")
@@ -71,8 +77,9 @@ def test_mutant_is_caught(name, tmp_path):
     text = path.read_text()
     assert text.count(old) == 1
     path.write_text(text.replace(old, new))
+    tests = "interpreted_rows" if file == "rows.py" else "interpreted_products"
     done = session(
-        "interpreted_products", "-x", "-k", caught_by, kernels=tmp_path / "kernels",
+        tests, "-x", "-k", caught_by, kernels=tmp_path / "kernels",
         TRITON_INTERPRET="1",
     )  # fmt: skip
     # a test failed, or found its guards overwritten when it ended
