@@ -23,9 +23,9 @@ memory in each call.
 Constants.  Rows of a batch that decodes differ, so shrink takes the 16 that a matrix instruction
 has at least, and expand a row by itself, without matrix instructions: a program has one slot to
 wait for.  64 rows where each row of the batch has as many tokens: they use the same slots.  BR, at
-most 64 ranks at a time (32 where expand has 64 rows), bounds the registers of high ranks.  Up to 16 parts: 256 columns of
-K = 4096 for each, since one slot alone would keep few multiprocessors busy.  Plain twin:
-minipeft.layers.bank.add_rows.
+most 64 ranks at a time (16 where expand has 64 rows), bounds the registers of high ranks.  Up to 16
+parts: 256 columns of K = 4096 for each, since one slot alone would keep few multiprocessors busy.
+Plain twin: minipeft.layers.bank.add_rows.
 """
 
 import torch
@@ -131,7 +131,8 @@ def tiles(m: int, k: int, each: int, rank: int, itemsize: int) -> dict[str, int]
     return {
         "RANK": padded, "BR": br, "rows": rows, "BK": 64 if rows == 64 or br == 64 else 128,
         "parts": 1 << (most.bit_length() - 1),
-        "rows_out": 1 if alone else rows, "BN": 4096 // br if alone else 128, "BR_out": min(32, br) if rows == 64 else br,
+        "rows_out": 1 if alone else rows, "BN": 4096 // br if alone else 128,
+        "BR_out": 16 if rows == 64 else br,
     }  # fmt: skip
 
 
