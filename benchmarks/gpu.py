@@ -259,8 +259,8 @@ def line_of_ratios(found: Cell) -> str:
 
 def add_options(job: argparse.ArgumentParser) -> None:
     """The job's own command line."""
-    job.add_argument("--parts", nargs="+", choices=["gate", "times", "step", "tune"],
-                     default=["gate", "times", "step"])  # fmt: skip
+    job.add_argument("--parts", nargs="+", choices=["gate", "times", "rows", "step", "tune"],
+                     default=["gate", "times", "rows", "step"])  # fmt: skip
     job.add_argument("--tune", action="store_true", help="the same as --parts tune")
     job.add_argument("--workers", type=int, default=8, help="processes that compile for tune")
     job.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
@@ -281,8 +281,10 @@ def run(arguments: argparse.Namespace) -> int:
         content["host"] = tried(host_work)
     if "gate" in parts:
         from benchmarks.gpu_gate import gate
+        from benchmarks.gpu_rows import gate_rows
 
         content["gate"] = gate(arguments.workers)
+        content["gate"] += gate_rows()
         status = int(any(row["failures"] for row in content["gate"]))
     if "tune" in parts:
         from benchmarks.gpu_tune import compile_all, tune
@@ -297,6 +299,10 @@ def run(arguments: argparse.Namespace) -> int:
         content["limits"] = limits
         content["dequantize"] = tried(lambda: time_dequantize(limits[0]))
         content["products"] = tried(lambda: time_products(limits))
+    if "rows" in parts:
+        from benchmarks.gpu_rows import time_rows
+
+        content["rows"] = tried(time_rows)
     if "step" in parts:
         measured = {"layer": time_layer} | {
             f"step of {512 * batch} tokens": functools.partial(time_step, batch)

@@ -51,7 +51,7 @@ def _adder(out: Tensor, x: Tensor) -> Any:
         torch.is_grad_enabled() and (out.requires_grad or x.requires_grad)
     ):
         return add_rows  # kernels have no gradient, and take ordinary tensors
-    return ops.choose("lora_rows", out.device, out.dtype, tuple(out.shape))[0]
+    return ops.OPERATORS["lora_rows"].choose(out.device, out.dtype, out.shape)
 
 
 class LoRABank(ByRow):
