@@ -312,8 +312,38 @@ def run(arguments: argparse.Namespace) -> int:
             content[name] = tried(measure)
             if content[name] is not None:
                 print(f"{name}: {line_of_ratios(content[name])}", flush=True)
-    save_result(arguments.output, "gpu", timed=True, **content)
+    written = save_result(arguments.output, "gpu", timed=True, **content)
+    if content.get("products"):
+        tried(lambda: plot(content["products"], written.with_suffix(".png")))
     return status
+
+
+def plot(cells: list[Cell], path: Path) -> None:
+    """Microseconds over rows, a picture for each weight: kernels, what they compete with, floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((cell["n"], cell["k"]) for cell in cells))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 3.4), sharey=True)
+    for axis, shape in zip(axes, shapes, strict=True):
+        mine = [cell for cell in cells if (cell["n"], cell["k"]) == shape]
+        rows = [cell["m"] for cell in mine]
+        for name in ("F.linear", "nf4", "bitsandbytes", "torchao"):
+            times = [cell["graph"].get(name) for cell in mine]
+            if any(times):
+                axis.plot(
+                    rows, [t and t * 1e6 for t in times], marker="o", markersize=3, label=name
+                )
+        axis.plot(rows, [cell["floor"] * 1e6 for cell in mine], "k:", label="floor of nf4")
+        axis.set(title=f"{shape[0]} x {shape[1]}", xlabel="rows", xscale="log", yscale="log")
+    axes[0].set_ylabel("microseconds in a CUDA graph")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"written: {path.name}")
 
 
 def main() -> int:

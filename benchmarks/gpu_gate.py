@@ -10,7 +10,7 @@ import torch
 
 import minipeft as mp
 from minipeft.ops import Packed
-from minipeft_kernels.triton import gradient, nf4, product
+from minipeft_kernels.triton import gradient, nf4, product, quantize
 from minipeft_kernels.triton.selection import MOST_ROWS, Plan, plan_for
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,10 +47,16 @@ def plans(operator: str, case: tuple[Any, ...], itemsize: int) -> list[Plan]:
     ]  # fmt: skip
 
 
-def _worst(results: list[torch.Tensor], expected: torch.Tensor) -> float:
-    worst = 0.0
+def _worst(
+    results: list[torch.Tensor], expected: torch.Tensor, x: torch.Tensor, w: torch.Tensor
+) -> float:
+    """The largest error of results that should be x w^T, relative to the terms of its sums.
+
+    A sum can be smaller than its terms, and few sums can all be: their rounding stays.
+    """
+    terms, worst = (x.double().square() @ w.double().square().T).sum().sqrt(), 0.0
     for result in results:
-        error = float((result.double() - expected).norm() / expected.norm())
+        error = float((result.double() - expected).norm() / torch.max(terms, expected.norm()))
         worst = max(worst, error) if error == error else float("nan")
         if worst != worst:
             break
@@ -69,7 +75,7 @@ def _product(case: tuple[Any, ...], dtype: torch.dtype, exact: bool) -> float:
         product.product(x, weight, bias, n, exact=exact, plan=plan)
         for plan in plans("nf4_linear", case, x.element_size())
     ]
-    return _worst(found, expected)
+    return _worst(found, expected, x, dense)
 
 
 def _gradient(case: tuple[Any, ...], dtype: torch.dtype, exact: bool) -> float:
@@ -83,7 +89,33 @@ def _gradient(case: tuple[Any, ...], dtype: torch.dtype, exact: bool) -> float:
         gradient.gradient(grad, weight, k, exact=exact, plan=plan)
         for plan in plans("nf4_linear_input_gradient", case, grad.element_size())
     ]
-    return _worst(found, expected)
+    return _worst(found, expected, grad, dense.T)
+
+
+def _branch(case: tuple[Any, ...], dtype: torch.dtype, exact: bool) -> float:
+    """The product with LoRA's branch, of rank 8 and 40, added to its sums."""
+    m, n, k, block_size, nested = case
+    weight = packed_weight(n, k, block_size, nested)
+    with mp.use_kernels(False):
+        dense = torch.ops.minipeft.dequantize_nf4(*weight, [n, k], torch.float32)
+    x, worst = torch.randn(m, k, device="cuda", dtype=dtype), 0.0
+    for rank in (8, 40):
+        a, b = (torch.randn(size, device="cuda").to(dtype) / 8 for size in ((rank, k), (n, rank)))
+        expected = x.double() @ (dense.double() + 0.5 * b.double() @ a.double()).T
+        found = product.product_with_lora(x, weight, None, n, a, b, 0.5)
+        worst = max(worst, _worst([found], expected, x, dense))
+    return worst
+
+
+def _quantize(case: tuple[Any, ...], dtype: torch.dtype, exact: bool) -> float:
+    """0 if codes and scales have the PyTorch row's bits, else 1."""
+    _, n, k, block_size, _ = case
+    w = torch.randn(n, k, device="cuda", dtype=dtype)
+    w[0] = 0
+    found = quantize.quantize(w, block_size)
+    with mp.use_kernels(False):
+        expected = torch.ops.minipeft.quantize_nf4(w, block_size)
+    return float(not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)))
 
 
 def _dequantize(case: tuple[Any, ...], dtype: torch.dtype, exact: bool) -> float:
@@ -99,14 +131,18 @@ def _dequantize(case: tuple[Any, ...], dtype: torch.dtype, exact: bool) -> float
     return float(not (torch.equal(inside, expected) and bool(guards.isnan().all())))
 
 
-CHECKS = {"product": _product, "input gradient": _gradient, "dequantize": _dequantize}
+CHECKS = {
+    "product": _product, "input gradient": _gradient, "branch of LoRA": _branch,
+    "dequantize": _dequantize, "quantize": _quantize,
+}  # fmt: skip
+OF_BITS = ("dequantize", "quantize")  # equal in every bit, whatever the rows of x
 
 
 def run_check(name: str, dtype: torch.dtype, exact: bool) -> dict[str, Any]:
     """One kernel in every case; a case that fails or raises is written down."""
     worst, failures = 0.0, []
     for case in CASES:
-        if name != "dequantize" and case[0] > MOST_ROWS["nvidia"][dtype.itemsize]:
+        if name not in OF_BITS and case[0] > MOST_ROWS["nvidia"][dtype.itemsize]:
             continue
         try:
             error = CHECKS[name](case, dtype, exact)
@@ -115,21 +151,24 @@ def run_check(name: str, dtype: torch.dtype, exact: bool) -> dict[str, Any]:
             if len(failures) == 1:
                 traceback.print_exc()
             continue
-        if not error <= (0 if name == "dequantize" else BOUNDS[dtype]):
+        if not error <= (0 if name in OF_BITS else BOUNDS[dtype]):
             failures.append(f"{case}: relative error {error:.2e}")
         worst = max(worst, error)
     kind, mode = str(dtype).removeprefix("torch."), "exact" if exact else "fast"
     return {"kernel": name, "dtype": kind, "mode": mode, "worst": worst, "failures": failures}
 
 
+def modes(name: str, dtype: torch.dtype) -> tuple[bool, ...]:
+    """Exact or not: float32 always is, and the branch of LoRA has the mode of layers alone."""
+    if name in OF_BITS or dtype == torch.float32:
+        return (True,)
+    return (False,) if name == "branch of LoRA" else (False, True)
+
+
 def gate(workers: int = 8) -> list[dict[str, Any]]:
     """All checks, each in a process of its own, since most of the time goes into compiling."""
     tasks = [
-        (name, dtype, exact)
-        for name in CHECKS
-        for dtype in DTYPES
-        for exact in (False, True)
-        if exact or (name != "dequantize" and dtype != torch.float32)  # float32 is always exact
+        (name, dtype, exact) for name in CHECKS for dtype in DTYPES for exact in modes(name, dtype)
     ]
     context, report = multiprocessing.get_context("spawn"), []
     with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:

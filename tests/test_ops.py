@@ -88,6 +88,32 @@ def test_a_qlora_layer_compiles_with_inductor(plain_python):
     assert plain_python(COMPILE.format(backend="inductor", dropouts=(0.0,))).strip() == "frames: 1"
 
 
+@pytest.mark.slow
+def test_a_qlora_layer_compiles_whole_on_a_gpu_that_is_not_there(plain_python):
+    # no gradients: a build of torch without CUDA ends in autograd on such tensors
+    printed = plain_python("""
+import torch
+import minipeft as mp
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+layer = mp.LoRALinear(mp.NF4Linear.from_linear(torch.nn.Linear(64, 32)), 4)
+seen = []
+def backend(graph, example):
+    seen.extend(str(node.target) for node in graph.graph.nodes)
+    return graph.forward
+with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    parameters = {name: torch.empty(p.shape, dtype=p.dtype, device="cuda")
+                  for name, p in layer.named_parameters()}
+    run = lambda x: torch.func.functional_call(layer, parameters, (x,))
+    x = torch.empty(3, 64, dtype=torch.bfloat16, device="cuda")
+    for function in (run, torch.compile(run, backend=backend, fullgraph=True)):
+        y = function(x)
+        print(y.device.type, tuple(y.shape), y.dtype)
+print("minipeft.nf4_linear" in seen)
+""")
+    assert printed.splitlines() == ["cuda (3, 32) torch.bfloat16"] * 2 + ["True"]
+
+
 def test_first_calls_import_nothing_heavy(plain_python):
     """No dynamo (a second) at a first call; the times are printed, and bounded by ten times."""
     printed = plain_python("""
