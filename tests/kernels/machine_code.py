@@ -87,6 +87,6 @@ def widths(names: list[str], start: str) -> dict[str, int]:
 
 
 def amd_resources(text: str) -> dict[str, int]:
-    """Registers and spills of a kernel for AMD."""
-    fields = r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)"
+    """Registers, spills and bytes of memory for them, of a kernel for AMD."""
+    fields = r"\.(vgpr_count|[vs]gpr_spill_count|private_segment_fixed_size):\s+(\d+)"
     return {name: int(value) for name, value in re.findall(fields, text)}

@@ -41,6 +41,12 @@ def card_of(device: torch.device) -> Card:
     return "nvidia"
 
 
+@functools.cache
+def lanes_of(device: torch.device) -> int:
+    """Threads of a warp: 32, or 64 on AMD's data-centre cards."""
+    return 32 if INTERPRETED else int(torch.cuda.get_device_properties(device).warp_size)
+
+
 def can_permute(weight: Packed) -> bool:
     """Whether codes are looked up by byte permutation, an instruction of NVIDIA's."""
     return weight.codebook is None and not INTERPRETED and torch.version.hip is None

@@ -17,7 +17,7 @@ from torch import Tensor
 from minipeft.double_quant import ABSMAX_BLOCK_SIZE
 from minipeft.ops import Packed
 from minipeft_kernels.triton.codes import decoded_scales, values
-from minipeft_kernels.triton.launch import can_permute, launch, on, pointers
+from minipeft_kernels.triton.launch import can_permute, lanes_of, launch, on, pointers
 
 TILE = 2048  # bytes a program decodes: 16 for each of 128 threads
 THREADS = 128
@@ -93,5 +93,5 @@ def dequantize_into(out: Tensor, weight: Packed) -> None:
                 "GROUP": ABSMAX_BLOCK_SIZE, "PERMUTE": can_permute(weight),
                 "ROWS": rows, "WIDTH": width,
             },
-            THREADS // (64 if torch.version.hip else 32), 1,
+            THREADS // lanes_of(out.device), 1,
         )  # fmt: skip

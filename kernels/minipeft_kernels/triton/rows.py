@@ -34,9 +34,11 @@ import triton.language as tl
 from torch import Tensor
 
 from minipeft.layers import bank
-from minipeft_kernels.triton.launch import launch, on
+from minipeft_kernels.triton.launch import card_of, lanes_of, launch, on
 
-MOST_SLOTS, MOST_RANK = 64, 256  # beyond them the PyTorch form computes
+# beyond them the PyTorch form computes, and in float32 on AMD, where registers do not suffice
+MOST_SLOTS, MOST_RANK = 64, 256
+AMD_THREADS = 256  # of a program: with 128, warps of 32 threads have too few registers
 
 
 @triton.jit
@@ -139,7 +141,8 @@ def tiles(m: int, k: int, each: int, rank: int, itemsize: int) -> dict[str, int]
 def add_rows(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
     """The operator lora_rows, on CUDA and ROCm devices (or with TRITON_INTERPRET=1)."""
     (capacity, rank, k), n = a.shape, b.shape[2]
-    if capacity > MOST_SLOTS or rank > MOST_RANK:
+    amd = card_of(out.device) == "amd"
+    if capacity > MOST_SLOTS or rank > MOST_RANK or (amd and out.element_size() == 4):
         return bank.add_rows(out, x, a, b, gate)
     x, flat = x.to(out.dtype).reshape(-1, k), out.reshape(-1, n)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -153,16 +156,17 @@ def add_rows(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tens
     t = tiles(m, k, each, rank, out.element_size())
     kind = out.dtype if t["parts"] == 1 else torch.float32
     hidden = out.new_empty(t["parts"], m, capacity, t["RANK"], dtype=kind)
+    warps = AMD_THREADS // lanes_of(out.device) if amd else 4
     with on(out):
         launch(
             shrink_kernel, (-(-m // t["rows"]), capacity * (t["RANK"] // t["BR"]), t["parts"]),
             (x, a, gate, hidden, m, k, each, capacity, rank, x.stride(0)),
-            {"RANK": t["RANK"], "BM": t["rows"], "BK": t["BK"], "BR": t["BR"]}, 4, 3,
+            {"RANK": t["RANK"], "BM": t["rows"], "BK": t["BK"], "BR": t["BR"]}, warps, 3,
         )  # fmt: skip
         launch(
             expand_kernel, (-(-m // t["rows_out"]), -(-n // t["BN"]), 1),
             (hidden, b, gate, flat, y, m, n, each, capacity, rank, flat.stride(0)),
             {"RANK": t["RANK"], "SLOTS": triton.next_power_of_2(capacity), "PARTS": t["parts"],
-             "BM": t["rows_out"], "BN": t["BN"], "BR": t["BR_out"]}, 4, 1,
+             "BM": t["rows_out"], "BN": t["BN"], "BR": t["BR_out"]}, warps, 1,
         )  # fmt: skip
     return y.view(out.shape)
