@@ -81,7 +81,10 @@ def peers(n: int, k: int) -> dict[str, list[Callable[[torch.Tensor], Any]]]:
     except (ImportError, RuntimeError) as error:
         print(f"bitsandbytes: {error}")
     try:
-        from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
+        try:
+            from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import linear_nf4, to_nf4
+        except ImportError:  # before torchao 0.18
+            from torchao.dtypes.nf4tensor import linear_nf4, to_nf4
 
         weights = [to_nf4(torch.randn(n, k, device="cuda").bfloat16(), 64, 256) for _ in range(2)]
         found["torchao"] = [functools.partial(_torchao, linear_nf4, w) for w in weights]
