@@ -21,14 +21,15 @@ import functools
 import importlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from minipeft.adapters.products import autocast_is_on, without_autocast
 
@@ -236,14 +237,39 @@ def operator(
 def call(name: str, *given: Any) -> Tensor:
     """The operator on all its arguments, a 4-bit weight as one Packed.
 
-    torch.compile needs operators.  Elsewhere fast/derivatives.py has a way that knows torch.func
-    and is shorter where nobody but autograd listens.
+    torch.compile needs operators.  Elsewhere fast/derivatives.py has a way that knows torch.func,
+    and is shorter where nobody listens.
     """
     if torch.compiler.is_compiling():
         out: Tensor = getattr(torch.ops.minipeft, name)(*flat(given))
     else:
         out = OPERATORS[name].direct(*given)  # type: ignore[misc]
     return out
+
+
+_PLAIN = frozenset(
+    {Tensor, nn.Parameter, Packed, NoneType, bool, int, float, list, torch.Size, torch.dtype}
+)
+
+
+def nobody_listens(first: Tensor, *given: Iterable[Any]) -> bool:
+    """Whether a function may be called for its values alone, without torch's dispatcher.
+
+    Not so under torch.func, dual numbers, torch.jit.trace, a profiler or a mode (fake tensors,
+    counters, torch.export, a default device); with tensors of other classes (distributed ones), on
+    the meta device, or `first` a negative view of its memory.  Autograd is the caller's business.
+    An implementation that somebody else registers with torch is asked in these cases alone.
+    """
+    return (
+        all(_PLAIN.issuperset(map(type, values)) for values in given)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and not torch._C._autograd._profiler_enabled()
+        and not (first.is_meta or first.is_neg())
+    )
 
 
 def flat(given: Sequence[Any]) -> list[Any]:

@@ -383,8 +383,7 @@ class NF4Linear(PackedModule):
             )
         dtype = products.product_dtype(x)
         compute_dtype = self.compute_dtype or dtype
-        own = self._parameters["bias"]
-        bias = None if own is None else products.cast(own, compute_dtype)
+        bias = None if self.bias is None else products.cast(self.bias, compute_dtype)
         x = products.cast(x, compute_dtype)
         return products.cast(multiply(x, self.state(), bias, self.out_features), dtype)
 

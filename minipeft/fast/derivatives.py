@@ -10,7 +10,8 @@ are operators again, and nothing dense is kept:
 torch.library.register_autograd knows backward alone: it would drop a tangent without a word, and
 torch.func would refuse the operator.  So the operators get an autograd implementation here, and
 `direct`, what `ops.call` does outside of torch.compile.  A call through torch's dispatcher takes
-as long as two of nn.Linear(64, 64); where it would only come back here, `direct` does not go there.
+as long as two of nn.Linear(64, 64); where nobody listens there (ops.nobody_listens), `direct` calls
+a row of the table itself.
 """
 
 import types
@@ -18,11 +19,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from minipeft.ops import LIBRARY, OPERATORS, Operator, Packed, call, flat
+from minipeft.ops import LIBRARY, OPERATORS, Packed, call, flat, nobody_listens
 
 Arguments = Sequence[Any]
 
@@ -155,32 +155,13 @@ def _functions(name: str, vmap_rule: Any) -> tuple[Any, Any]:
     return function, Everywhere
 
 
-_PLAIN = frozenset(
-    {Tensor, nn.Parameter, Packed, types.NoneType, bool, int, float, list, torch.Size, torch.dtype}
-)
-
-
-def _nobody_listens(defined: Operator, given: Arguments) -> bool:
-    """Whether torch's dispatcher has nothing to do for such arguments but to call the function.
-
-    No mode is on (fake tensors, counters of operations, torch.export), no dual numbers are about,
-    and tensors are neither subclasses (distributed ones) nor on the meta device.
-    """
-    return (
-        _PLAIN.issuperset(map(type, given))
-        and (defined.weight is None or _PLAIN.issuperset(map(type, given[defined.weight])))
-        and not torch._C._len_torch_dispatch_stack()
-        and forward_ad._current_level < 0
-        and not defined.first(given).is_meta
-    )
-
-
 def _register(name: str) -> None:
     defined = OPERATORS[name]
     operator = getattr(torch.ops.minipeft, name).default
     vmap_rule = _batched(name, defined.row_arguments)
     torch.library.register_vmap(f"minipeft::{name}", vmap_rule, lib=LIBRARY)
-    in_transforms, backward = operator, None
+    in_transforms: Any = operator
+    backward: Any = None
     linear = [defined.arguments.index(argument) for argument in defined.gradients]
     if linear:
         backward, everywhere = _functions(name, vmap_rule)
@@ -202,13 +183,16 @@ def _register(name: str) -> None:
     def direct(*given: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             return in_transforms(*flat(given))
-        if not _nobody_listens(defined, given):
+        weight = () if defined.weight is None else given[defined.weight]
+        if not nobody_listens(defined.first(given), given, weight):
             return operator(*flat(given))
-        if backward is not None and torch.is_grad_enabled():
-            for place in linear:
-                if (x := given[place]) is not None and x.requires_grad:
-                    return backward.apply(*given)
-        return defined.compute(given)
+        if not torch.is_grad_enabled():
+            return defined.compute(given)
+        for place in linear:
+            if (x := given[place]) is not None and x.requires_grad:
+                return backward.apply(*given)
+        with torch.no_grad():  # no gradient goes through the decoding of a weight
+            return defined.compute(given)
 
     defined.direct = direct
 

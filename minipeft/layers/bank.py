@@ -43,14 +43,15 @@ def add_rows(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tens
     return add_lora(out, x, a.flatten(0, 1), b.flatten(0, 1).T, columns)
 
 
-def _adder(out: Tensor, x: Tensor) -> Any:
+def _adder(out: Tensor, *given: Tensor) -> Any:
     """What computes `add_rows` here: the plain form wherever torch has to see its operations."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    tensors = (out, *given)
+    if torch.compiler.is_compiling() or not ops.nobody_listens(out, tensors):
         return add_rows
-    if type(out) is not Tensor or (
-        torch.is_grad_enabled() and (out.requires_grad or x.requires_grad)
-    ):
-        return add_rows  # kernels have no gradient, and take ordinary tensors
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return add_rows  # kernels have no gradient
+    if any(t.is_neg() for t in given):
+        return add_rows
     return ops.OPERATORS["lora_rows"].choose(out.device, out.dtype, out.shape)
 
 
@@ -129,7 +130,7 @@ class LoRABank(ByRow):
         if isinstance(strength, Tensor):  # compiled: 0 while off
             gate = gate * strength.to(gate.device)
         self.rows_of_each(x)  # raises where there are other rows
-        made: Tensor = _adder(out, x)(out, x, self.a, self.b, gate)
+        made: Tensor = _adder(out, x, self.a, self.b, gate)(out, x, self.a, self.b, gate)
         return made
 
     def extra_repr(self) -> str:

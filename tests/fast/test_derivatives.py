@@ -5,16 +5,21 @@ largest element in float32, 1e-13 in float64.
 """
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import func, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import minipeft as mp
+from minipeft import ops, qlora
+from minipeft.fast import linear as fast
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
 
@@ -336,6 +341,73 @@ def test_whoever_listens_to_the_dispatcher_sees_the_operators(trained):
         with Seen() as seen:
             listened.sum().backward()
         assert "minipeft.nf4_linear_input_gradient.default" in seen.names
+
+
+@pytest.mark.filterwarnings("ignore")  # of tracing: sizes that are checked become constants
+def test_operators_are_seen_by_profilers_function_modes_and_traces():
+    layer = mp.NF4Linear.from_linear(nn.Linear(64, 10))
+    x = torch.randn(3, 64)
+    with torch.profiler.profile() as found:
+        layer(x)
+    assert "minipeft::nf4_linear" in {event.name for event in found.events()}
+    names = []
+
+    class Names(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        layer(x)
+    assert any("nf4_linear" in name for name in names)
+    packed, absmax = mp.quantize_nf4(torch.randn(8, 64))
+    traced = torch.jit.trace(
+        lambda packed, absmax: mp.dequantize_nf4(packed, absmax, (8, 64)), (packed, absmax),
+        check_trace=False,
+    )  # fmt: skip
+    assert "minipeft::dequantize_nf4" in str(traced.graph)
+
+
+def test_a_row_gets_no_negative_view():
+    seen = []
+
+    def row(x, *rest):
+        seen.append(x.is_neg())
+        return fast.linear(x, *rest)
+
+    layer = mp.NF4Linear.from_linear(nn.Linear(64, 10))
+    negative = torch.complex(*torch.randn(2, 3, 64)).conj().imag
+    assert negative.is_neg()
+    with mock.patch.dict(ops.OPERATORS["nf4_linear"].__dict__, rows=[], plain=row):
+        found = layer(negative)
+    assert seen == [False]
+    torch.testing.assert_close(found, layer(negative.resolve_neg()), rtol=0, atol=0)
+
+
+def test_no_graph_goes_through_the_decoding_of_a_weight():
+    packed, absmax = mp.quantize_nf4(torch.randn(32, 64))
+    weight = ops.Packed(packed, absmax.requires_grad_(), 64)
+    for x in (torch.randn(2, 64), torch.randn(2, 64, requires_grad=True)):
+        y = qlora.multiply(x, weight, None, 32)
+        assert y.requires_grad == x.requires_grad
+        if y.requires_grad:
+            y.sum().backward()
+    assert absmax.grad is None
+
+
+@pytest.mark.parametrize("way", ["pruned", "parametrised", "a plain tensor"])
+def test_a_bias_may_be_no_parameter(way):
+    layer, x = mp.NF4Linear.from_linear(nn.Linear(64, 10)), torch.randn(3, 64)
+    bias = layer.bias.detach().clone()
+    if way == "pruned":
+        prune.random_unstructured(layer, "bias", 0.5)
+        bias = bias * layer.bias_mask
+    elif way == "parametrised":
+        parametrize.register_parametrization(layer, "bias", nn.Identity())
+    else:
+        del layer.bias
+        layer.bias = bias
+    assert torch.equal(layer(x), qlora.multiply(x, layer.state(), bias, 10))
 
 
 def test_meta_and_fake_tensors_compute_shapes_alone():

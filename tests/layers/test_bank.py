@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import minipeft as mp
-from minipeft import LoRALinear, NF4Linear
+from minipeft import LoRALinear, NF4Linear, ops
 from minipeft.adapters.names import named
 from minipeft.adapters.protocol import innermost
 from minipeft.layers import LoRABank
+from minipeft.layers.bank import add_rows
 
 ROWS = ["fr", None, "default", ["fr", "de"], "de", None]
 
@@ -458,3 +461,31 @@ def test_state_dicts_of_adapters_keep_their_names_while_rows_are_served():
     mp.use_adapters(model.eval(), rows=["fr", None])
     assert set(mp.adapter_state_dict(model)) == before
     assert set(mp.base_state_dict(model)) == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+def like_a_launch(out, x, a, b, gate):
+    """What torch sees of a kernel: a new tensor that is filled behind its back."""
+    made = add_rows(*(t.detach() for t in (out, x, a, b, gate)))
+    return torch.tensor(made.tolist())
+
+
+def test_kernels_are_asked_only_where_nobody_follows(monkeypatch):
+    layer = LoRABank(nn.Linear(16, 8), 2, 4, gate=torch.tensor([[1.0, 0], [0, 1]])).eval()
+    for slot in range(2):
+        layer.load(slot, torch.randn(4, 16), torch.randn(8, 4))
+    layer.requires_grad_(False)
+    asked = []
+    choose = lambda *_: asked.append(1) or like_a_launch  # noqa: E731
+    monkeypatch.setattr(ops.OPERATORS["lora_rows"], "choose", choose)
+    x = torch.randn(2, 16)
+    expected = add_rows(innermost(layer)(x), x, layer.a, layer.b, layer.gate)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)  # the same function
+    assert len(asked) == 1
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    assert tangent is not None
+    graph = make_fx(layer)(x)
+    torch.testing.assert_close(graph(2 * x), layer(2 * x), rtol=1e-6, atol=1e-6)  # float32
+    layer.gate.requires_grad_()
+    assert layer(x).requires_grad
+    assert len(asked) == 2

@@ -18,7 +18,8 @@ same input gives the same bits.  A row that uses no slot keeps the bits of `out`
 Budget.  One token for each of m rows reads the factors of its slots, rank * (K + N) numbers, from
 memory once and from the L2 cache again for each row (expand) or 16 rows (shrink).  Factors are read
 in their own dtype and rounded to that of `out` in registers; PyTorch's form writes them rounded to
-memory in each call.
+memory in each call.  h takes parts * m * capacity * rank numbers, used or not: 16 MiB for 2,048
+tokens and 32 slots of rank 16.
 
 Constants.  Rows of a batch that decodes differ, so shrink takes the 16 that a matrix instruction
 has at least, and expand a row by itself, without matrix instructions: a program has one slot to
