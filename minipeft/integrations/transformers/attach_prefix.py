@@ -104,7 +104,7 @@ def attach_prefix(
             )
         if any(encoder is other for other in prefix.encoders.values()):
             raise ValueError("attach_prefix: the model has this encoder already; copy.deepcopy it")
-        if encoder.gated and prefix.route == "cache":
+        if encoder.gated and prefix.route != "attention":
             raise ValueError(
                 f"attach_prefix: {type(model).__name__} is reached through its cache, where a "
                 "prefix cannot be gated"

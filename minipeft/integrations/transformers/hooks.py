@@ -21,6 +21,7 @@ On a model that has a prefix, until Prefix.remove
     config, a copy                                  shared configs stay as they are; the copy stays
     config._attn_implementation_internal            names the attention above; own name put back
     _minipeft_prefix, _minipeft_held                on attention (owner, layer), on holders
+    forward hooks of attention modules              route C (past.py)
     _can_checkpoint_with_cache                      route A: checkpointed layers keep the cache
     minipeft_prefix                                 the submodule with the encoders
 On a model that has any adapter, until the last is removed
@@ -45,6 +46,7 @@ from torch import Tensor, nn
 from minipeft.integrations.transformers import attention, positions
 from minipeft.integrations.transformers.cache import PrefixedCache
 from minipeft.integrations.transformers.masks import Query, before_tokens, put_in_front
+from minipeft.integrations.transformers.past import Feeder
 from minipeft.integrations.transformers.positions import Arguments, names_of
 from minipeft.integrations.transformers.probe import Reach
 
@@ -74,6 +76,9 @@ class Hooks:
                 self.handles.append(table.register_forward_hook(_Embedded(self, index)))
             if self.route == "cache":
                 self.handles.append(holder.register_forward_hook(_after, with_kwargs=True))
+        self.feeders = [Feeder(prefix, n, layer) for n, layer in enumerate(reach.layers)]
+        for feeder in self.feeders:
+            self.handles += feeder.hook()
         if self.route == "cache":
             self.allowed = allow_checkpointing(reach.holders)
 
@@ -157,7 +162,7 @@ class _Before:
             if "encoder_attention_mask" in hooks.names[self.index]:
                 _see_all_encoded(given)
             _cover(given, prefix, batch)
-        else:
+        elif hooks.route == "cache":
             _view_cache(given, hooks, holder, batch)
         embeddings = given["inputs_embeds"]
         if (

@@ -38,6 +38,8 @@ def names_of(module: nn.Module) -> list[str]:
 def seen(given: Arguments) -> Any:
     """How many tokens the cache holds; a tensor where the cache is static."""
     cache = given["past_key_values"]
+    if isinstance(cache, tuple):  # of pairs (batch, heads, tokens, size), where tokens are numbered
+        return 0 if not cache or cache[0] is None else int(cache[0][0].shape[-2])
     return 0 if cache is None else cache.get_seq_length()
 
 

@@ -2,7 +2,7 @@
 
 Route B: the model looks up its attention in AttentionInterface, and a registered function sees each
 call.  Route A: the model does not, but asks its cache for all keys, and a view of the cache adds to
-them.  Shapes are those of the keys and values seen; no name in the config is trusted for them.
+them.  Route C: attention modules are handed their layer's past (past.py).  Shapes are those of the
 """
 
 import copy
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minipeft.integrations.transformers import attention, positions
+from minipeft.integrations.transformers import attention, past, positions
 from minipeft.integrations.transformers.positions import names_of
 from minipeft.prefix import KVShape
 
@@ -27,10 +27,10 @@ LOCATIONS = ("self", "encoder", "decoder", "cross")
 class Reach:
     """What was found: one entry a layer, encoder first, then decoder, then cross-attention."""
 
-    route: str  # "attention" (B) or "cache" (A)
+    route: str  # "attention" (B), "cache" (A) or "past" (C)
     shapes: list[KVShape]
     locations: list[str]
-    modules: list[nn.Module] = field(default_factory=list)  # of route B
+    modules: list[nn.Module] = field(default_factory=list)  # of routes B and C
     holders: list[nn.Module] = field(default_factory=list)  # the models that make the masks
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values seen
     has_windows: bool = False  # whether a layer attends within a sliding window
@@ -40,6 +40,7 @@ class Reach:
     table: int | None = None  # rows of the table of positions
     numbers: list[int] = field(default_factory=list)  # each layer's in the model; see `_numbers`
     chosen: list[int] | None = None  # the numbers that were asked for
+    layers: list[past.Layer] = field(default_factory=list)  # of route C
     missing: str = ""  # which layers of the model have no attention that was seen
 
     def only(self, keep: list[bool]) -> "Reach":
@@ -51,6 +52,7 @@ class Reach:
         return replace(
             self, shapes=kept(self.shapes), locations=kept(self.locations),
             modules=kept(self.modules), pairs=kept(self.pairs), numbers=kept(self.numbers),
+            layers=kept(self.layers),
         )  # fmt: skip
 
 
@@ -79,10 +81,14 @@ def look(model: nn.Module, **tokens: Tensor) -> Reach:
         try:
             return _through_cache(model, tokens)
         except _NotReached as by_cache:
-            raise ValueError(
-                f"the attention of {type(model).__name__} cannot be reached. "
-                f"Tried its attention function: {by_attention}.  Tried its cache: {by_cache}"
-            ) from None
+            try:
+                return _through_past(model, tokens)
+            except past.NotFound as by_past:
+                raise ValueError(
+                    f"the attention of {type(model).__name__} cannot be reached. "
+                    f"Tried its attention function: {by_attention}.  Tried its cache: {by_cache}.  "
+                    f"Tried the past of its layers: {by_past}"
+                ) from None
 
 
 def checked_example(model: nn.Module, example: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -146,6 +152,8 @@ def study(
     base = reach.holders[0]
     reach.table = positions.table_rows(base)
     if not is_encoder_decoder(model) and embeds_tokens(base):
+        if reach.route == "past" and example is not None:  # made-up text may not run
+            return reach
         reach.rule = positions.find_rule(base)
         reach.causal = reach.route == "cache" or positions.is_causal(base)
         reach.by_slot = reach.route == "cache" and not positions.matter(base)
@@ -333,3 +341,14 @@ def _through_cache(model: Any, tokens: dict[str, Tensor]) -> Reach:
     shapes = [KVShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
     numbers = list(range(len(pairs)))
     return Reach("cache", shapes, ["self"] * len(pairs), [], [holder], pairs, numbers=numbers)
+
+
+def _through_past(model: Any, tokens: dict[str, Tensor]) -> Reach:
+    inputs = _inputs(model, tokens)
+    layers = past.find(model, lambda: positions.run(model, use_cache=True, **inputs))
+    modules = [layer.module for layer in layers]
+    return Reach(
+        "past", [layer.shape for layer in layers], ["self"] * len(layers), modules,
+        _holders(model, modules), [layer.pair for layer in layers],
+        numbers=list(range(len(layers))), layers=layers,
+    )  # fmt: skip

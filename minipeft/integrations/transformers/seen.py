@@ -21,6 +21,10 @@ def blind_layers(trial: Trial) -> tuple[list[tuple[int, nn.Module]], list[str]]:
     first.  The same sums give the same bits, so any difference comes from the prefix.
     """
     blind: list[tuple[int, nn.Module]] = []
+    first: dict[int, Any] = {}  # arguments without a prefix
+
+    def note(layer: int) -> Any:
+        return lambda module, args, kwargs: first.__setitem__(layer, (args, kwargs))
 
     def ask_again(layer: int) -> Any:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -30,6 +34,8 @@ def blind_layers(trial: Trial) -> tuple[list[tuple[int, nn.Module]], list[str]]:
             if trial.prefix.route == "attention":  # a cache would keep the tokens twice
                 args = [None if hasattr(a, "get_seq_length") else a for a in args]
                 kwargs = {n: None if hasattr(a, "get_seq_length") else a for n, a in kwargs.items()}
+            if trial.prefix.route == "past":  # the prefix came in with the arguments
+                args, kwargs = trial.prefix.hooks.feeders[layer].before(module, *first[layer])
             try:
                 other = module.forward(*args, **kwargs)
             finally:
@@ -46,6 +52,8 @@ def blind_layers(trial: Trial) -> tuple[list[tuple[int, nn.Module]], list[str]]:
         layers = dict(enumerate(trial.prefix.hooks.modules)) or _askers(trial)
         for layer, module in layers.items():
             handle = module.register_forward_hook(ask_again(layer), with_kwargs=True)
+            undo.callback(handle.remove)
+            handle = module.register_forward_pre_hook(note(layer), with_kwargs=True, prepend=True)
             undo.callback(handle.remove)
         positions.run(trial.model, **inputs)
     return sorted(blind, key=lambda found: found[0]), doubts

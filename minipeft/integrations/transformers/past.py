@@ -1,0 +1,214 @@
+"""Route C: attention modules that are handed their own layer's past keys and values.
+
+Models from before transformers had caches pass a tuple of (keys, values) pairs, one for each layer.
+Each attention module gets its pair as an argument, puts new keys behind it and returns the whole.
+The prefix goes in front of the pair on the way in, and off the returned pair on the way out; so the
+user's tuple holds real tokens only.  Masks are extended where attention gets them, since by then
+the model has built its own.
+
+Which module, which argument and which axis holds the tokens are found by trying: the module that
+returned a layer's pair runs once more, with one made-up token as its past.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minipeft.integrations.transformers.attention import Owner, joined
+from minipeft.integrations.transformers.masks import Query
+from minipeft.integrations.transformers.positions import Arguments, names_of
+from minipeft.prefix import KVShape, with_prefix
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention module: the argument that takes its past, its masks, and the layout of pairs.
+
+    `order` has the axes of batch, heads, tokens and size in the module's layout; `attend` is what
+    its masks hold where a query sees a key (None: it was given no mask).
+    """
+
+    module: nn.Module
+    argument: str
+    order: tuple[int, int, int, int]
+    attend: bool | float | None
+    pair: Pair  # as it was seen, (batch, heads, tokens, size)
+
+    @property
+    def shape(self) -> KVShape:
+        """Heads and sizes."""
+        k, v = self.pair
+        return KVShape(k.shape[1], k.shape[3], v.shape[3])
+
+    @property
+    def tokens(self) -> int:
+        """The axis of the tokens."""
+        return self.order[2]
+
+    def plain(self, pair: Pair) -> Pair:
+        """(batch, heads, tokens, size) of a pair of the module's layout."""
+        k, v = (t.permute(self.order) for t in pair)
+        return k, v
+
+    def own(self, pair: Pair) -> Pair:
+        """The module's layout of such a pair."""
+        back = [self.order.index(axis) for axis in range(4)]
+        k, v = (t.permute(back).contiguous() for t in pair)
+        return k, v
+
+
+def is_pair(value: Any) -> bool:
+    """Whether this is the keys and values of one layer."""
+    return (
+        isinstance(value, tuple) and len(value) == 2
+        and all(isinstance(t, Tensor) and t.dim() == 4 for t in value)
+    )  # fmt: skip
+
+
+class NotFound(Exception):
+    """Why no module was found that takes its layer's past."""
+
+
+def find(model: nn.Module, run: Any) -> list[Layer]:
+    """The attention modules in the order of the model's layers; `run(use_cache)` runs the model.
+
+    Raises:
+        NotFound: the model returns no tuple of pairs, or not every layer's module takes its pair.
+    """
+    returned: dict[int, tuple[nn.Module, Any, Any]] = {}  # by the keys' identity: the innermost
+    kept: list[Any] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for value in output if isinstance(output, tuple) else ():
+            if is_pair(value):
+                kept.append(value)
+                returned.setdefault(id(value[0]), (module, args, kwargs))
+
+    handles = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules()]
+    try:
+        cache = getattr(run(), "past_key_values", None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not (isinstance(cache, tuple) and cache and all(is_pair(pair) for pair in cache)):
+        raise NotFound("it returns no pair of keys and values for each layer")
+    layers = []
+    for number, pair in enumerate(cache):
+        if id(pair[0]) not in returned:
+            raise NotFound(f"no module returned the keys of layer {number}")
+        layers.append(_tried(*returned[id(pair[0])], pair))
+    return layers
+
+
+def _tried(module: nn.Module, args: Any, kwargs: Any, pair: Pair) -> Layer:
+    """How this module takes its past: each argument that was None gets one made-up token."""
+    name, names = type(module).__name__, names_of(module)
+    given = Arguments(names, args, kwargs)
+    optional = [
+        n for n, p in inspect.signature(module.forward).parameters.items()
+        if given[n] is None and p.default is None
+    ]  # fmt: skip
+    states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+    masks = [n for n in names if "mask" in n and isinstance(given[n], Tensor)]
+    attend = None
+    for mask in masks:  # the last token sees the first
+        attend = given[mask][(0,) * (given[mask].dim() - 2)][-1, 0].item()
+    for argument in optional:
+        for axis in (0, 1, 2):
+            past = tuple(torch.zeros_like(t.narrow(axis, 0, 1)) for t in pair)
+            changed = Arguments(names, args, kwargs)
+            changed[argument] = past
+            for mask in masks:
+                changed[mask] = _in_front(changed[mask], pair[0].shape[axis], 1, attend, None)
+            try:
+                with torch.no_grad():
+                    output = module.forward(*changed.args, **changed.kwargs)
+            except Exception:  # not this argument, or not this axis
+                continue
+            grown = [v for v in output if is_pair(v)] if isinstance(output, tuple) else []
+            sizes = [*pair[0].shape]
+            sizes[axis] += 1
+            if not grown or [*grown[0][0].shape] != sizes:
+                continue
+            batch, heads = (a for a in (0, 1, 2) if a != axis)
+            if states.shape[int(batch > axis)] != pair[0].shape[batch]:
+                continue
+            order = (batch, heads, axis, 3)
+            k, v = (t.permute(order) for t in pair)
+            return Layer(module, argument, order, attend, (k, v))
+    raise NotFound(f"{name} takes no past keys and values in any of {optional}")
+
+
+def _in_front(mask: Tensor, keys: int, columns: int, attend: Any, visible: Tensor | None) -> Tensor:
+    """The mask with columns in front that `visible` (batch, 1, 1 or queries, columns) says.
+
+    A mask that has one column for all keys stays as it is.
+    """
+    if mask.shape[-1] != keys:
+        return mask
+    front = torch.full_like(mask[..., :1], attend).expand(*mask.shape[:-1], columns)
+    if visible is not None:
+        hidden = not attend if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        front = torch.where(visible, torch.full_like(mask[..., :1], attend),
+                            torch.full_like(mask[..., :1], hidden))  # fmt: skip
+        mask = mask.expand(*front.shape[:-1], -1)
+    return torch.cat([front, mask], dim=-1)
+
+
+class Feeder:
+    """The two hooks of one layer's attention module: a class, so that it can be copied."""
+
+    def __init__(self, owner: Owner, number: int, layer: Layer) -> None:
+        self.owner, self.number, self.layer = owner, number, layer
+        self.names = names_of(layer.module)
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Put the prefix in front of the past, and its columns in front of the masks."""
+        if not self.owner.is_on():
+            return None
+        given, layer = Arguments(self.names, args, kwargs), self.layer
+        past = given[layer.argument]
+        states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        batch_axis = int(layer.order[0] > layer.tokens)
+        batch, new = states.shape[batch_axis], states.shape[1 - batch_axis]
+        prefix = joined(self.owner.layer(self.number))
+        if past is None:
+            k, v = (states.new_empty(batch, t.shape[-3], 0, t.shape[-1]) for t in prefix)
+        else:
+            k, v = layer.plain(past)
+        k, v, columns = with_prefix(k, v, *prefix)
+        given[layer.argument] = layer.own((k, v))
+        visible = self.owner.visible(Query(batch, new, 0, None, None, states.device))
+        for mask in self.names:
+            if "mask" in mask and isinstance(given[mask], Tensor):
+                keys = k.shape[2] - columns + new
+                attend = self.layer.attend
+                if attend is None:
+                    attend = given[mask].dtype == torch.bool
+                given[mask] = _in_front(given[mask], keys, columns, attend, visible)
+        return given.args, given.kwargs
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Take the prefix off the pair that the module returns."""
+        if not self.owner.is_on() or not isinstance(output, tuple):
+            return None
+        axis, columns = self.layer.tokens, self.owner.columns()
+
+        def cut(t: Tensor) -> Tensor:
+            return t.narrow(axis, columns, t.shape[axis] - columns)
+
+        return tuple((cut(v[0]), cut(v[1])) if is_pair(v) else v for v in output)
+
+    def hook(self) -> list[Any]:
+        """Put both hooks on the module; returns their handles."""
+        return [
+            self.layer.module.register_forward_pre_hook(self.before, with_kwargs=True),
+            self.layer.module.register_forward_hook(self.after),
+        ]
