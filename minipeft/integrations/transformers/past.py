@@ -11,6 +11,7 @@ returned a layer's pair runs once more, with one made-up token as its past.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from minipeft.integrations.transformers.attention import Owner, joined
 from minipeft.integrations.transformers.masks import Query
 from minipeft.integrations.transformers.positions import Arguments, names_of
-from minipeft.prefix import KVShape, with_prefix
+from minipeft.prefix import with_prefix
 
 Pair = tuple[Tensor, Tensor]
 
@@ -37,13 +38,6 @@ class Layer:
     argument: str
     order: tuple[int, int, int, int]
     attend: bool | float | None
-    pair: Pair  # as it was seen, (batch, heads, tokens, size)
-
-    @property
-    def shape(self) -> KVShape:
-        """Heads and sizes."""
-        k, v = self.pair
-        return KVShape(k.shape[1], k.shape[3], v.shape[3])
 
     @property
     def tokens(self) -> int:
@@ -74,8 +68,10 @@ class NotFound(Exception):
     """Why no module was found that takes its layer's past."""
 
 
-def find(model: nn.Module, run: Any) -> list[Layer]:
-    """The attention modules in the order of the model's layers; `run(use_cache)` runs the model.
+def find(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Layer], list[Pair]]:
+    """The attention modules in the order of the model's layers, and the pairs that they returned.
+
+    `run` runs the model and lets it return a cache; pairs are (batch, heads, tokens, size).
 
     Raises:
         NotFound: the model returns no tuple of pairs, or not every layer's module takes its pair.
@@ -102,7 +98,7 @@ def find(model: nn.Module, run: Any) -> list[Layer]:
         if id(pair[0]) not in returned:
             raise NotFound(f"no module returned the keys of layer {number}")
         layers.append(_tried(*returned[id(pair[0])], pair))
-    return layers
+    return layers, [layer.plain(pair) for layer, pair in zip(layers, cache, strict=True)]
 
 
 def _tried(module: nn.Module, args: Any, kwargs: Any, pair: Pair) -> Layer:
@@ -114,7 +110,7 @@ def _tried(module: nn.Module, args: Any, kwargs: Any, pair: Pair) -> Layer:
         if given[n] is None and p.default is None
     ]  # fmt: skip
     states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-    masks = [n for n in names if "mask" in n and isinstance(given[n], Tensor)]
+    masks = [name for name, _ in _masks(names, given)]
     attend = None
     for mask in masks:  # the last token sees the first
         attend = given[mask][(0,) * (given[mask].dim() - 2)][-1, 0].item()
@@ -138,10 +134,14 @@ def _tried(module: nn.Module, args: Any, kwargs: Any, pair: Pair) -> Layer:
             batch, heads = (a for a in (0, 1, 2) if a != axis)
             if states.shape[int(batch > axis)] != pair[0].shape[batch]:
                 continue
-            order = (batch, heads, axis, 3)
-            k, v = (t.permute(order) for t in pair)
-            return Layer(module, argument, order, attend, (k, v))
+            return Layer(module, argument, (batch, heads, axis, 3), attend)
     raise NotFound(f"{name} takes no past keys and values in any of {optional}")
+
+
+def _masks(names: list[str], given: Arguments) -> list[tuple[str, Tensor]]:
+    """The arguments that say who sees whom."""
+    found = [(name, given[name]) for name in names if "mask" in name]
+    return [(n, mask) for n, mask in found if isinstance(mask, Tensor) and mask.dim() > 1]
 
 
 def _in_front(mask: Tensor, keys: int, columns: int, attend: Any, visible: Tensor | None) -> Tensor:
@@ -186,13 +186,18 @@ class Feeder:
         k, v, columns = with_prefix(k, v, *prefix)
         given[layer.argument] = layer.own((k, v))
         visible = self.owner.visible(Query(batch, new, 0, None, None, states.device))
-        for mask in self.names:
-            if "mask" in mask and isinstance(given[mask], Tensor):
-                keys = k.shape[2] - columns + new
-                attend = self.layer.attend
-                if attend is None:
-                    attend = given[mask].dtype == torch.bool
-                given[mask] = _in_front(given[mask], keys, columns, attend, visible)
+        keys, extended = k.shape[2] - columns + new, False
+        for name, mask in _masks(self.names, given):
+            attend = layer.attend
+            if attend is None:  # no mask was seen: as in PyTorch
+                attend = mask.dtype == torch.bool
+            given[name] = _in_front(mask, keys, columns, attend, visible)
+            extended |= given[name] is not mask
+        if visible is not None and not extended:
+            raise ValueError(
+                f"{type(module).__name__} got no mask that covers its {keys} keys, and rows of the "
+                "batch see prefixes of their own; pass an attention_mask"
+            )
         return given.args, given.kwargs
 
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -345,10 +345,10 @@ def _through_cache(model: Any, tokens: dict[str, Tensor]) -> Reach:
 
 def _through_past(model: Any, tokens: dict[str, Tensor]) -> Reach:
     inputs = _inputs(model, tokens)
-    layers = past.find(model, lambda: positions.run(model, use_cache=True, **inputs))
+    layers, pairs = past.find(model, lambda: positions.run(model, use_cache=True, **inputs))
     modules = [layer.module for layer in layers]
+    shapes = [KVShape(k.shape[1], k.shape[3], v.shape[3]) for k, v in pairs]
     return Reach(
-        "past", [layer.shape for layer in layers], ["self"] * len(layers), modules,
-        _holders(model, modules), [layer.pair for layer in layers],
+        "past", shapes, ["self"] * len(layers), modules, _holders(model, modules), pairs,
         numbers=list(range(len(layers))), layers=layers,
     )  # fmt: skip

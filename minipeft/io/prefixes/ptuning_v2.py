@@ -7,6 +7,7 @@ flat table, or an embedding with `prefix_encoder.trans.0` and `.2`, an MLP with 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,11 +70,13 @@ def load_prefix_encoder(
     *,
     name: str = DEFAULT,
     position: str | None = None,
+    example: dict[str, Any] | None = None,
 ) -> Prefix:
     """Attach the prefix of a P-tuning v2 or ChatGLM checkpoint: a safetensors file, or its tensors.
 
     `position` None: "none" for ChatGLM's keys (transformer.prefix_encoder...), whose text starts at
     position 0, and "shift" otherwise, as P-tuning v2 numbers it.  A table, whatever it was.
+    `example` is as in attach_prefix: ChatGLM needs ids with its special tokens.
 
     Raises:
         ValueError: a pickle, a file without a prefix, a prefix for other shapes.  The model is then
@@ -96,7 +99,7 @@ def load_prefix_encoder(
 
     return attach(
         model, len(flat), lambda prefix: encoder_of_table(where, prefix, flat),
-        caller="load_prefix_encoder", name=name, position=position,
+        caller="load_prefix_encoder", name=name, position=position, example=example,
     )  # fmt: skip
 
 
