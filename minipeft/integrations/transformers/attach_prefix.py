@@ -3,7 +3,7 @@
 A token or two runs through the model to see what reaches attention (probe.py); no name in the
 config is trusted for that.  One module of the model, a Prefix (prefixes.py), holds the prefixes and
 answers what attention asks (attention.py), or the cache where a model looks up no attention
-(cache.py).
+(cache.py), or it comes as the past of each layer's attention (past.py).
 """
 
 import warnings
@@ -47,8 +47,9 @@ def attach_prefix(
 
     For transformers models of any kind: decoders, encoders, encoder-decoders.  The prefix enters
     through the attention function (`sdpa` or `eager`), or through the cache where a model looks up
-    no such function (Falcon, BLOOM, MPT, CodeGen, GPT-J).  Caches hold real tokens only and masks
-    cover real tokens only: use the model as before.
+    no such function (Falcon, BLOOM, MPT, CodeGen, GPT-J), or as their layer's past where attention
+    modules are handed it (ChatGLM-6B, MOSS).  Caches hold real tokens only and masks cover real
+    tokens only: use the model as before.
 
     `position` "shift" numbers tokens from prefix_length on, as if the prefix were tokens (the
     convention of P-tuning v2 and PEFT); "none" numbers them from 0, so that an encoder keeps the
@@ -106,8 +107,8 @@ def attach_prefix(
             raise ValueError("attach_prefix: the model has this encoder already; copy.deepcopy it")
         if encoder.gated and prefix.route != "attention":
             raise ValueError(
-                f"attach_prefix: {type(model).__name__} is reached through its cache, where a "
-                "prefix cannot be gated"
+                f"attach_prefix: {type(model).__name__} is reached through its cache (route "
+                f"{prefix.route!r}), where a prefix cannot be gated"
             )
         return encoder
 

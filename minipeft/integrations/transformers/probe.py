@@ -152,10 +152,14 @@ def study(
     base = reach.holders[0]
     reach.table = positions.table_rows(base)
     if not is_encoder_decoder(model) and embeds_tokens(base):
-        if reach.route == "past" and example is not None:  # made-up text may not run
+        try:
+            reach.rule = positions.find_rule(base)
+            reach.causal = reach.route == "cache" or positions.is_causal(base)
+        except ValueError:
+            if reach.route != "past" or example is None:
+                raise
+            reach.rule = None  # it runs on texts with special tokens alone
             return reach
-        reach.rule = positions.find_rule(base)
-        reach.causal = reach.route == "cache" or positions.is_causal(base)
         reach.by_slot = reach.route == "cache" and not positions.matter(base)
     return reach
 

@@ -35,7 +35,8 @@ def blind_layers(trial: Trial) -> tuple[list[tuple[int, nn.Module]], list[str]]:
                 args = [None if hasattr(a, "get_seq_length") else a for a in args]
                 kwargs = {n: None if hasattr(a, "get_seq_length") else a for n, a in kwargs.items()}
             if trial.prefix.route == "past":  # the prefix came in with the arguments
-                args, kwargs = trial.prefix.hooks.feeders[layer].before(module, *first[layer])
+                feeder = trial.prefix.hooks.feeders[layer]
+                args, kwargs = feeder.before(module, *first[layer]) or first[layer]
             try:
                 other = module.forward(*args, **kwargs)
             finally:
