@@ -51,6 +51,7 @@ class Prefix(nn.Module):
         self.kv_shapes: list[KVShape] = reach.shapes
         self.locations = reach.locations
         self.doubts: list[str] = []  # what could not be proved of the model (proof.py)
+        self.left_out = reach.left_out  # what of the model has no prefix, and why
         self.layers = reach.chosen  # the numbers of the model's layers; None: all that there are
         self.causal, self.has_windows = reach.causal, reach.has_windows
         self.served: tuple[str, ...] | None = None  # the names in rows; None: no rows were given
@@ -59,6 +60,14 @@ class Prefix(nn.Module):
         # in __dict__: as a submodule, the model would contain itself
         self.__dict__["model"] = model
         self.hooks = Hooks(self, reach)
+
+    def report(self) -> str:
+        """Where the prefixes are, what of the model has none, and what was not proved of it."""
+        lines = [f"{len(self.kv_shapes)} layers of {', '.join(dict.fromkeys(self.locations))}"]
+        lines += [f"left out: {what}: {why}" for what, why in self.left_out.items()]
+        if self.layers is not None:
+            lines.append("not asked: whether tokens put back as a prefix count as these tokens")
+        return "\n".join(lines + [f"not proved: {doubt}" for doubt in self.doubts])
 
     # --- what attention asks (attention.Owner) ---
 
@@ -297,4 +306,6 @@ class Prefix(nn.Module):
 
     def extra_repr(self) -> str:
         where = f"locations={sorted(set(self.locations))}"
+        if self.left_out:
+            where += f", left_out={list(self.left_out)}"
         return f"position={self.position!r}, window={self.window!r}, route={self.route!r}, {where}"

@@ -41,6 +41,7 @@ class Reach:
     numbers: list[int] = field(default_factory=list)  # each layer's in the model; see `_numbers`
     chosen: list[int] | None = None  # the numbers that were asked for
     layers: list[past.Layer] = field(default_factory=list)  # of route C
+    left_out: dict[str, str] = field(default_factory=dict)  # what gets no prefix, and why
     missing: str = ""  # which layers of the model have no attention that was seen
 
     def only(self, keep: list[bool]) -> "Reach":
@@ -140,6 +141,17 @@ def study(
         raise ValueError(f"layers={wanted}; attention of {name} is in layers {reach.numbers}")
     if layers is not None and reach.route == "cache":
         raise ValueError(f"{name} is reached through its cache, where layers= cannot choose")
+    left_out = {where: "locations= leaves it out" for where in there if where not in chosen}
+    if is_encoder_decoder(model):
+        left_out |= {
+            where: "its attention is not looked up where a prefix can reach it"
+            for where in LOCATIONS[1:] if where not in there
+        }  # fmt: skip
+    for number in dict.fromkeys(reach.numbers):
+        if number not in wanted:
+            left_out[f"layer {number}"] = "layers= leaves it out"
+    if reach.missing:
+        left_out["other layers"] = reach.missing
     reach = reach.only(
         [
             location in chosen and number in wanted
@@ -148,7 +160,7 @@ def study(
     )
     if not reach.shapes:
         raise ValueError(f"layers={wanted} has no layer of locations={chosen}")
-    reach.chosen = layers
+    reach.chosen, reach.left_out = layers, left_out
     base = reach.holders[0]
     reach.table = positions.table_rows(base)
     if not is_encoder_decoder(model) and embeds_tokens(base):

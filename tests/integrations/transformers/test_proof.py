@@ -353,3 +353,22 @@ def test_at_most_eight_forwards_more_than_it_took_before():
     mp.attach_prefix(model, 4)
     print(f"forwards of attach_prefix: {len(runs)}")
     assert len(runs) <= 5 + 8
+
+
+def test_what_has_no_prefix_is_named():
+    config = transformers.LongT5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    prefix = mp.attach_prefix(transformers.LongT5ForConditionalGeneration(config).eval(), 4)
+    assert list(prefix.left_out) == ["encoder"] and "left_out=['encoder']" in repr(prefix)
+    assert "left out: encoder: its attention is not looked up" in prefix.report()
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0,
+    )).eval()  # fmt: skip
+    assert mp.attach_prefix(model, 4).report() == "6 layers of encoder, decoder, cross"
+    mp.remove(model)
+    prefix = mp.attach_prefix(model, 4, locations=["decoder"], layers=[1])
+    assert set(prefix.left_out) == {"encoder", "cross", "layer 0"}
+    assert "not asked: whether tokens" in prefix.report()
