@@ -37,7 +37,11 @@ def host_work() -> dict[str, float]:
     layer = mp.NF4Linear.from_linear(layer.bfloat16())
     small, x, weight = torch.randn(1, 8), torch.randn(1, 256).bfloat16(), layer.state()
     operator = torch.ops.minipeft.nf4_linear
-    stubs = {"launch": lambda *_: None, "on": nullcontext, "card_of": lambda _: "staged"}
+    stubs = {
+        "launch": lambda *_: None,
+        "on": lambda *_: nullcontext(),
+        "card_of": lambda _: "staged",
+    }
     with ExitStack() as stack:
         for name, stub in stubs.items():
             stack.enter_context(mock.patch.object(product, name, stub))

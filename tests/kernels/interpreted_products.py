@@ -217,3 +217,22 @@ def test_more_rows_than_the_kernels_take_go_to_the_next_row():
         assert product.takes(torch.ones(most, 64, dtype=dtype), 64, weight.block_size)
         assert not product.takes(torch.ones(most + 1, 64, dtype=dtype), 64, weight.block_size)
     assert not product.takes(torch.ones(1, 64, dtype=torch.float64), 64, 64)
+
+
+def test_tensors_on_several_devices_are_refused():
+    weight = mp.NF4Linear.from_linear(torch.nn.Linear(64, 32)).state()
+    elsewhere = torch.empty(2, 64, device="meta")
+    with pytest.raises(RuntimeError, match="expected all of them on one device"):
+        product.product(elsewhere, weight, None, 32)
+    with pytest.raises(RuntimeError, match="expected all of them on one device"):
+        gradient.gradient(torch.empty(2, 32, device="meta"), weight, 64)
+
+
+def test_a_card_without_such_matrix_instructions_decodes_first(monkeypatch):
+    layer, x = mp.NF4Linear.from_linear(torch.nn.Linear(64, 32)), torch.randn(2, 64)
+    monkeypatch.setattr(product, "card_of", lambda _: "old")
+    assert not product.takes(x, 64, 64)
+    monkeypatch.setattr(product, "product", None)  # not called
+    with torch.no_grad():
+        found = product.linear(x, layer.state(), layer.bias, 32)
+    assert torch.equal(found, layer(x))

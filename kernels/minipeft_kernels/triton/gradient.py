@@ -124,7 +124,7 @@ def gradient(
     out = grad.new_empty(m, k)
     split = plan.parts > 1
     partial = grad.new_empty(plan.parts, m, k, dtype=torch.float32) if split else out
-    with on(weight.packed):
+    with on(weight.packed, grad, weight.absmax):
         launch(
             gradient_kernel, (k // bk, plan.parts, -(-m // plan.rows)),
             (grad, *pointers(weight), partial, m, n, k, grad.stride(0), k // 2),

@@ -15,12 +15,19 @@ from minipeft_kernels.triton.selection import Card
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # Triton too settles it when it is imported
 
 
-def on(tensor: Tensor) -> AbstractContextManager[Any]:
+def on(tensor: Tensor, *others: Tensor | None) -> AbstractContextManager[Any]:
     """A context in which kernels go to the tensor's device.
 
     Raises:
-        RuntimeError: kernels do not run there.
+        RuntimeError: kernels do not run there, or another tensor is on another device (a kernel
+            would read that memory as its own).
     """
+    for other in others:
+        if other is not None and other.device != tensor.device:
+            raise RuntimeError(
+                f"minipeft_kernels.triton: tensors on {tensor.device} and {other.device}; expected "
+                "all of them on one device"
+            )
     if INTERPRETED or (tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()):
         return nullcontext()
     if tensor.is_cuda:
@@ -36,9 +43,10 @@ def card_of(device: torch.device) -> Card:
     """The kind of card, by which plans are chosen."""
     if torch.version.hip is not None:
         return "amd"
-    if INTERPRETED or torch.cuda.get_device_capability(device)[0] in (9, 10):
-        return "staged"
-    return "nvidia"
+    major = 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
+    if major < 8:
+        return "old"
+    return "staged" if major in (9, 10) else "nvidia"
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def dequantize_into(out: Tensor, weight: Packed) -> None:
         raise ValueError(f"dequantize_into: out has strides {out.stride()}; expected contiguous")
     n = out.numel()
     rows, width = tile_of(weight.block_size)
-    with on(weight.packed):
+    with on(weight.packed, out, weight.absmax):
         if n == 0:
             return
         launch(

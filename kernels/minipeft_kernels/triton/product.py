@@ -201,7 +201,7 @@ def product(
     out = x.new_empty(m, n)
     split = plan.parts > 1
     partial = x.new_empty(plan.parts, m, n, dtype=torch.float32) if split else out
-    with on(weight.packed):
+    with on(weight.packed, x, weight.absmax, bias):
         launch(
             product_kernel,
             (-(-n // plan.tile), plan.parts, -(-m // plan.rows)),

@@ -142,8 +142,9 @@ def tiles(m: int, k: int, each: int, rank: int, itemsize: int) -> dict[str, int]
 def add_rows(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
     """The operator lora_rows, on CUDA and ROCm devices (or with TRITON_INTERPRET=1)."""
     (capacity, rank, k), n = a.shape, b.shape[2]
-    amd = card_of(out.device) == "amd"
-    if capacity > MOST_SLOTS or rank > MOST_RANK or (amd and out.element_size() == 4):
+    card = card_of(out.device)
+    takes = card != "old" and not (card == "amd" and out.element_size() == 4)
+    if not takes or capacity > MOST_SLOTS or rank > MOST_RANK:
         return bank.add_rows(out, x, a, b, gate)
     x, flat = x.to(out.dtype).reshape(-1, k), out.reshape(-1, n)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -157,8 +158,8 @@ def add_rows(out: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tens
     t = tiles(m, k, each, rank, out.element_size())
     kind = out.dtype if t["parts"] == 1 else torch.float32
     hidden = out.new_empty(t["parts"], m, capacity, t["RANK"], dtype=kind)
-    warps = AMD_THREADS // lanes_of(out.device) if amd else 4
-    with on(out):
+    warps = AMD_THREADS // lanes_of(out.device) if card == "amd" else 4
+    with on(out, x, a, b):
         launch(
             shrink_kernel, (-(-m // t["rows"]), capacity * (t["RANK"] // t["BR"]), t["parts"]),
             (x, a, gate, hidden, m, k, each, capacity, rank, x.stride(0)),

@@ -15,11 +15,14 @@ from typing import Literal, NamedTuple
 # Matrix instructions of a staged card read a factor from shared memory (Hopper and data-centre
 # Blackwell), so that all warps share what one of them decoded.  On other cards of NVIDIA each warp
 # decodes what it reads, and only slices avoid it.  AMD's plans have run on no card.
-Card = Literal["staged", "nvidia", "amd"]
+# Cards before sm_80 multiply 16-bit numbers without tensor cores here, and have none of bfloat16:
+# weights are decoded for them, and the library multiplies.
+Card = Literal["staged", "nvidia", "amd", "old"]
 # Rows, by bytes of a number.  Above, decoding the weight once and the vendor's product are as fast;
 # float32 is multiplied outside of tensor cores, which keep it exact, and takes more registers.
 MOST_ROWS: dict[Card, dict[int, int]] = {
     "staged": {2: 64, 4: 16}, "nvidia": {2: 64, 4: 16}, "amd": {2: 16},
+    "old": {},
 }  # fmt: skip
 VERSION = 1  # of the file of plans
 Key = tuple[str, int, int, int]  # operator, n, k, rows of the tile
