@@ -136,7 +136,8 @@ class _Before:
             hooks.name_attention()
         if not prefix.is_on():
             return None
-        given = Arguments(hooks.names[self.index], args, kwargs)
+        axis = hooks.feeders[0].layer.tokens if hooks.feeders else 2
+        given = Arguments(hooks.names[self.index], args, kwargs, axis)
         if any(hasattr(given[n], attention.PLAIN) for n in ("past_key_values", "attention_mask")):
             return None
         pad = positions.padding_id(holder)

@@ -114,6 +114,11 @@ def _tried(module: nn.Module, args: Any, kwargs: Any, pair: Pair) -> Layer:
     attend = None
     for mask in masks:  # the last token sees the first
         attend = given[mask][(0,) * (given[mask].dim() - 2)][-1, 0].item()
+        if _has_distances(given[mask]):
+            raise NotFound(
+                f"{name} adds {mask} to its scores, and it holds other numbers for near keys than "
+                "for far ones (as ALiBi does), which a prefix would need too"
+            )
     for argument in optional:
         for axis in (0, 1, 2):
             past = tuple(torch.zeros_like(t.narrow(axis, 0, 1)) for t in pair)
@@ -144,6 +149,15 @@ def _masks(names: list[str], given: Arguments) -> list[tuple[str, Tensor]]:
     return [(n, mask) for n, mask in found if isinstance(mask, Tensor) and mask.dim() > 1]
 
 
+def _has_distances(mask: Tensor) -> bool:
+    """Whether an additive mask makes differences among the keys that it lets a query see."""
+    if not mask.is_floating_point() or bool(((mask == 0) | (mask == 1)).all()):
+        return False
+    mask = mask.float()
+    seen = mask[(mask - mask.max()).exp() > 0]  # others vanish in softmax
+    return bool(seen.min() != seen.max())
+
+
 def _in_front(mask: Tensor, keys: int, columns: int, attend: Any, visible: Tensor | None) -> Tensor:
     """The mask with columns in front that `visible` (batch, 1, 1 or queries, columns) says.
 
@@ -153,7 +167,8 @@ def _in_front(mask: Tensor, keys: int, columns: int, attend: Any, visible: Tenso
         return mask
     front = torch.full_like(mask[..., :1], attend).expand(*mask.shape[:-1], columns)
     if visible is not None:
-        hidden = not attend if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        added = mask.is_floating_point() and attend != 1
+        hidden = torch.finfo(mask.dtype).min if added else not attend
         front = torch.where(visible, torch.full_like(mask[..., :1], attend),
                             torch.full_like(mask[..., :1], hidden))  # fmt: skip
         mask = mask.expand(*front.shape[:-1], -1)
@@ -182,7 +197,7 @@ class Feeder:
         if past is None:
             k, v = (states.new_empty(batch, t.shape[-3], 0, t.shape[-1]) for t in prefix)
         else:
-            k, v = layer.plain(past)
+            k, v = layer.plain((past[0], past[1]))
         k, v, columns = with_prefix(k, v, *prefix)
         given[layer.argument] = layer.own((k, v))
         visible = self.owner.visible(Query(batch, new, 0, None, None, states.device))

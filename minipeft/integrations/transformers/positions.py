@@ -12,10 +12,16 @@ TABLES = ("wpe", "embed_positions", "position_embeddings")  # learned absolute p
 
 
 class Arguments:
-    """`given["position_ids"]` reads an argument (None if absent); assigning changes the call."""
+    """`given["position_ids"]` reads an argument (None if absent); assigning changes the call.
 
-    def __init__(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    `token_axis` is the axis of the tokens in the pairs of a tuple cache.
+    """
+
+    def __init__(
+        self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], token_axis: int = 2
+    ) -> None:
         self.args, self.kwargs, self._names = args, dict(kwargs), names
+        self.token_axis = token_axis
 
     def __getitem__(self, name: str) -> Any:
         if name in self._names[: len(self.args)]:
@@ -38,8 +44,8 @@ def names_of(module: nn.Module) -> list[str]:
 def seen(given: Arguments) -> Any:
     """How many tokens the cache holds; a tensor where the cache is static."""
     cache = given["past_key_values"]
-    if isinstance(cache, tuple):  # of pairs (batch, heads, tokens, size), where tokens are numbered
-        return 0 if not cache or cache[0] is None else int(cache[0][0].shape[-2])
+    if isinstance(cache, (tuple, list)):  # a pair for each layer
+        return 0 if not cache or cache[0] is None else int(cache[0][0].shape[given.token_axis])
     return 0 if cache is None else cache.get_seq_length()
 
 

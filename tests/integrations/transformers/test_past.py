@@ -200,8 +200,138 @@ def test_padding_and_tokens_put_back():
     assert (model(IDS).last_hidden_state - whole[:, 4:]).abs().max() <= ROUNDING
 
 
-def test_rows_of_a_batch_with_prefixes_of_their_own():
-    model, prefix = attached(Batched)
+class Numbered(Tuples):
+    """A model of any layout that counts its positions from its own cache."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None,
+                past_key_values=None, use_cache=False, inputs_embeds=None):  # fmt: skip
+        states, kept = self.embed(input_ids), ()
+        axis = self.config.layout.index("s")
+        seen = 0 if past_key_values is None else past_key_values[0][0].shape[axis]
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + states.shape[1])[None]
+        if attention_mask is None:
+            attention_mask = states.new_ones(len(states), seen + states.shape[1])
+        mask = (1 - attention_mask[:, None, None].to(states.dtype)) * -1e4
+        states = states + self.places(position_ids)
+        states = states if axis else states.transpose(0, 1)
+        for i, layer in enumerate(self.layers):
+            past = None if past_key_values is None else past_key_values[i]
+            change, pair = layer(states, mask, past=past, keep=use_cache)
+            states, kept = states + change, (*kept, pair)
+        states = states if axis else states.transpose(0, 1)
+        return BaseModelOutputWithPast(states, past_key_values=kept if use_cache else None)
+
+
+class TokensSecond(Attending):
+    """(batch, tokens, heads, size)."""
+
+    def forward(self, states, mask, past=None, keep=False):
+        if past is not None:
+            past = tuple(t.transpose(1, 2) for t in past)
+        y, pair = super().forward(states, mask, past, keep)
+        return y, tuple(t.transpose(1, 2) for t in pair) if keep else None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["bhsd", "sbhd", "bshd"])
+def test_any_layout_with_padding_equals_past_key_values_by_hand(layout):
+    model = Numbered(Settings(layout)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    for layer in model.layers:
+        layer.__class__ = TokensSecond if layout == "bshd" else Attending
+    model, prefix = attached(Numbered, model)
+    order, axis = ["bhsd".index(letter) for letter in layout], layout.index("s")
+    pairs = tuple(
+        tuple(t.expand(2, -1, -1, -1).permute(order) for t in prefix.encoder.layer(i))
+        for i in range(2)
+    )
+    ids = torch.cat([torch.tensor([[0, 0, 0], [11, 12, 13]]), IDS], 1)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    numbers = (mask.cumsum(1) - 1).clamp(min=0)
+    found = model(ids, attention_mask=mask).last_hidden_state
+    with mp.disable_adapters(model):
+        longer = torch.cat([mask.new_ones(2, LENGTH), mask], 1)
+        by_hand = model(ids, attention_mask=longer, position_ids=numbers + LENGTH,
+                        past_key_values=pairs).last_hidden_state  # fmt: skip
+    assert (found - by_hand)[mask.bool()].abs().max() <= ROUNDING
+
+    cache, states = None, []  # decoding, with padding; the caller's cache may be lists
+    for i in range(ids.shape[1]):
+        step = model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], use_cache=True,
+                     past_key_values=cache)  # fmt: skip
+        states.append(step.last_hidden_state)
+        cache = [list(pair) for pair in step.past_key_values]
+        assert all(t.shape[axis] == i + 1 for pair in cache for t in pair)
+    assert (torch.cat(states, 1) - found)[mask.bool()].abs().max() <= ROUNDING
+
+
+class Sloped(Tuples):
+    """Counts distance in its mask, another slope for each head, and takes no mask."""
+
+    def forward(self, input_ids=None, past_key_values=None, use_cache=False, inputs_embeds=None):
+        states, kept = self.embed(input_ids), ()
+        seen = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        slots = torch.arange(seen + states.shape[1]).to(states.dtype)
+        mask = torch.tensor([0.5, 0.125])[:, None, None] * slots.expand(states.shape[1], -1)
+        for i, layer in enumerate(self.layers):
+            past = None if past_key_values is None else past_key_values[i]
+            change, pair = layer(states, mask[None], past=past, keep=use_cache)
+            states, kept = states + change, (*kept, pair)
+        return BaseModelOutputWithPast(states, past_key_values=kept if use_cache else None)
+
+
+@torch.no_grad()
+def test_distances_in_a_mask_are_refused():
+    model = build(Sloped).requires_grad_(False)
+    before = model(IDS).last_hidden_state
+    with pytest.raises(ValueError, match=r"attach_prefix: .* for near keys than for far ones"):
+        mp.attach_prefix(model, LENGTH)
+    assert torch.equal(model(IDS).last_hidden_state, before)
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.modules())
+
+
+class OnesSeen(Attending):
+    """Makes what it adds to its scores from ones and zeros, of whatever dtype."""
+
+    dtype = torch.long
+
+    def forward(self, states, mask, past=None, keep=False):
+        if mask.dtype == self.dtype and mask.max() == 1:
+            mask = (1 - mask.to(states.dtype)) * -1e4
+        return super().forward(states, mask, past, keep)
+
+
+class OnesSeenInFloat(OnesSeen):
+    dtype = torch.float32
+
+
+class HandsOnOnes(Batched):
+    """Hands its attention modules ones and zeros."""
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None,
+                past_key_values=None, use_cache=False, inputs_embeds=None):  # fmt: skip
+        def ones(module, args):
+            return args[0], (args[1] == 0).to(module.dtype)
+
+        handles = [layer.register_forward_pre_hook(ones, prepend=True) for layer in self.layers]
+        try:
+            return super().forward(
+                input_ids, attention_mask, position_ids, past_key_values, use_cache
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@pytest.mark.parametrize("reads", [Attending, OnesSeen, OnesSeenInFloat])
+def test_rows_of_a_batch_with_prefixes_of_their_own(reads):
+    model = build(Batched if reads is Attending else HandsOnOnes)
+    for layer in model.layers:
+        layer.__class__ = reads
+    model, prefix = attached(Batched, model)
     mp.attach_prefix(model, 2, name="other")
     nn.init.normal_(prefix.encoders["other"].tables[0])
     alone = []
