@@ -4,7 +4,7 @@ Models from before transformers had caches pass a tuple of (keys, values) pairs,
 Each attention module gets its pair as an argument, puts new keys behind it and returns the whole.
 The prefix goes in front of the pair on the way in, and off the returned pair on the way out; so the
 user's tuple holds real tokens only.  Masks are extended where attention gets them, since by then
-the model has built its own.
+the model has built its own; masks that hold distances too (ALiBi) are refused.
 
 Which module, which argument and which axis holds the tokens are found by trying: the module that
 returned a layer's pair runs once more, with one made-up token as its past.
