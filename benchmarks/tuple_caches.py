@@ -3,10 +3,10 @@
     python -m benchmarks.tuple_caches FOLDER
 
 FOLDER has modeling_chatglm.py and configuration_chatglm.py of ChatGLM-6B, or the two files of MOSS
-(modeling_moss.py, configuration_moss.py), as their authors published them.  They are run: look at
-them first.  What transformers 5 no longer has is put in their place, weights are random and small.
-A line each: how far a prefix is from the same keys and values given by hand, and from ChatGLM's own
-prefix encoder for a checkpoint of P-tuning v2.
+(modeling_moss.py, configuration_moss.py) or of Baichuan-7B, as their authors published them.  They
+are run: look at them first.  What transformers 5 no longer has is put in their place, weights are
+random and small.  A line each: how far a prefix is from the same keys and values given by hand, and
+from ChatGLM's own prefix encoder for a checkpoint of P-tuning v2.
 """
 
 import argparse
@@ -38,7 +38,10 @@ add_code_sample_docstrings = replace_return_docstrings = _as_it_is
 def load(folder: Path, name: str) -> Any:
     """One published file as a module."""
     path = folder / f"{name}.py"
-    text = re.sub(r"from transformers\.utils import \([^)]*\)", DECORATORS, path.read_text())
+    text = re.sub(r"from transformers\.utils import (\([^)]*\)|.*add_start.*)", DECORATORS,
+                  path.read_text())  # fmt: skip
+    text = text.replace("import PreTrainedModel, add_start_docstrings", "import PreTrainedModel")
+    text = text.replace("from xformers import ops as xops", "xops = None  # for training alone")
     text = re.sub(r"from \.(\w+) import", r"from \1 import", text)
     text = text.replace("torch.half", "torch.float").replace(".half()", ".float()")
     module = types.ModuleType(name)
@@ -77,7 +80,21 @@ def moss(folder: Path) -> dict[str, float]:
         vocab_size=60, n_positions=64, n_ctx=64, n_embd=64, n_layer=2, n_head=4, rotary_dim=8,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    model = small(files.MossForCausalLM, files.MossPreTrainedModel, settings)
+    return with_batch_first(small(files.MossForCausalLM, files.MossPreTrainedModel, settings))
+
+
+def baichuan(folder: Path) -> dict[str, float]:
+    """Baichuan-7B: pairs (batch, heads, tokens, size), which it takes in eval mode alone."""
+    config, files = load(folder, "configuration_baichuan"), load(folder, "modeling_baichuan")
+    settings = config.BaiChuanConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64,
+    )  # fmt: skip
+    return with_batch_first(small(files.BaiChuanForCausalLM, files.PreTrainedModel, settings))
+
+
+def with_batch_first(model: Any) -> dict[str, float]:
+    """The figures of a model with pairs (batch, heads, tokens, size) in two layers."""
     ids, prompt = torch.randint(3, 60, (2, 6)), torch.tensor([[7, 8, 9, 10]])
     prefix = mp.attach_prefix(model, LENGTH)
     prefix.load_tokens(prompt)
@@ -150,7 +167,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuple_caches", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path)
     folder = parser.parse_args().folder
-    there = [run for run in (moss, chatglm)
+    there = [run for run in (moss, baichuan, chatglm)
              if folder and (folder / f"modeling_{run.__name__}.py").exists()]  # fmt: skip
     if not there:
         print("nothing was measured: pass a folder with the published files (see --help)")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minipeft.integrations.transformers.attention import Owner, joined
 from minipeft.integrations.transformers.masks import Query
-from minipeft.integrations.transformers.positions import Arguments, names_of
+from minipeft.integrations.transformers.positions import Arguments, names_of, quietly
 from minipeft.prefix import with_prefix
 
 Pair = tuple[Tensor, Tensor]
@@ -31,13 +31,15 @@ class Layer:
     """One attention module: the argument that takes its past, its masks, and the layout of pairs.
 
     `order` has the axes of batch, heads, tokens and size in the module's layout; `attend` is what
-    its masks hold where a query sees a key (None: it was given no mask).
+    its masks hold where a query sees a key (None: it was given no mask).  `trains` says whether the
+    module looks at its past in training mode too.
     """
 
     module: nn.Module
     argument: str
     order: tuple[int, int, int, int]
     attend: bool | float | None
+    trains: bool = True
 
     @property
     def tokens(self) -> int:
@@ -127,7 +129,7 @@ def _tried(module: nn.Module, args: Any, kwargs: Any, pair: Pair) -> Layer:
             for mask in masks:
                 changed[mask] = _in_front(changed[mask], pair[0].shape[axis], 1, attend, None)
             try:
-                with torch.no_grad():
+                with quietly(module):
                     output = module.forward(*changed.args, **changed.kwargs)
             except Exception:  # not this argument, or not this axis
                 continue
@@ -139,8 +141,29 @@ def _tried(module: nn.Module, args: Any, kwargs: Any, pair: Pair) -> Layer:
             batch, heads = (a for a in (0, 1, 2) if a != axis)
             if states.shape[int(batch > axis)] != pair[0].shape[batch]:
                 continue
-            return Layer(module, argument, (batch, heads, axis, 3), attend)
+            trains = _trains(module, changed, argument)
+            return Layer(module, argument, (batch, heads, axis, 3), attend, trains)
     raise NotFound(f"{name} takes no past keys and values in any of {optional}")
+
+
+def _trains(module: nn.Module, given: Arguments, argument: str) -> bool:
+    """Whether another past changes the module's output in training mode as well.
+
+    Both runs start from the same random state, so that dropout is no difference.
+    """
+    past, states = given[argument], []
+    devices = [t.device for t in past if t.device.type == "cuda"][:1]
+    with quietly(module):
+        module.train()
+        for value in (0, 1):
+            given[argument] = tuple(torch.full_like(t, value) for t in past)
+            try:
+                with torch.random.fork_rng(devices):
+                    output = module.forward(*given.args, **given.kwargs)
+            except Exception:  # in training it takes no past at all
+                return False
+            states.append(output[0] if isinstance(output, tuple) else output)
+    return not torch.equal(*states)
 
 
 def _masks(names: list[str], given: Arguments) -> list[tuple[str, Tensor]]:
@@ -189,6 +212,11 @@ class Feeder:
         if not self.owner.is_on():
             return None
         given, layer = Arguments(self.names, args, kwargs), self.layer
+        if module.training and not layer.trains:
+            raise ValueError(
+                f"{type(module).__name__} does not look at its past in training mode, so that it "
+                "would not see the prefix; call eval() on the model: a prefix trains there too"
+            )
         past = given[layer.argument]
         states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         batch_axis = int(layer.order[0] > layer.tokens)

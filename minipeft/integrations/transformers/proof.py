@@ -44,6 +44,11 @@ def prove(model: nn.Module, prefix: Prefix, example: dict[str, Any] | None) -> l
         doubts = [*_ask_tokens(trial), *_ask_padding(trial)]
         if prefix.window == "always":
             doubts += _ask_layers(trial)
+        if deaf := [f.number for f in prefix.hooks.feeders if not f.layer.trains]:
+            doubts.append(
+                f"attention of layers {deaf} does not look at its past in training mode; a forward "
+                "in that mode raises, so train the prefix with the model in eval()"
+            )
     finally:
         prefix.encoders.clear()
     return doubts

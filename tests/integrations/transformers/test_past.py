@@ -16,6 +16,8 @@ import minipeft as mp
 transformers = pytest.importorskip("transformers")
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
 
+from minipeft.integrations.transformers import NotProvedWarning  # noqa: E402
+
 HEADS, SIZE, LENGTH, START = 2, 8, 4, 30
 # float32 states of up to 4 through two layers: the same sums, a concatenation apart
 ROUNDING = 2e-6
@@ -384,3 +386,49 @@ def test_refusals_leave_the_model_as_it_was():
         layer.__class__ = Attending
     assert torch.equal(model(IDS).last_hidden_state, before)
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.layers)
+
+
+class InEvalAlone(Attending):
+    """Takes its past in eval mode alone, and returns none in training mode."""
+
+    def forward(self, states, mask, past=None, keep=False):
+        if not self.training:
+            return super().forward(states, mask, past, keep)
+        return super().forward(states, mask[..., -states.shape[1] :], None)[0], None
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("position", ["shift", "none"])
+def test_modules_that_take_no_past_in_training_say_so(training, position):
+    model = build(Batched).train(training)
+    for layer in model.layers:
+        layer.__class__ = InEvalAlone
+    torch.manual_seed(3)
+    with pytest.warns(NotProvedWarning, match=r"layers \[0, 1\] does not look at its past"):
+        prefix = mp.attach_prefix(model, LENGTH, position=position)
+    random = torch.get_rng_state()
+    torch.manual_seed(3)
+    mp.PrefixEncoder(prefix.kv_shapes, LENGTH)  # all that attaching may draw
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training is training
+    assert all(layer.training is training for layer in model.layers)
+    with pytest.raises(ValueError, match=r"training mode.* call eval\(\)"):
+        model.train()(IDS)
+    with mp.disable_adapters(model):
+        model(IDS)
+    model.eval()(IDS).last_hidden_state.sum().backward()
+    assert all(table.grad.abs().sum() > 0 for table in prefix.encoder.tables)
+    assert "training mode" in str(prefix.report())
+
+
+def test_dropout_in_training_is_no_difference():
+    class Dropping(InEvalAlone):
+        def forward(self, states, mask, past=None, keep=False):
+            y, pair = super().forward(states, mask, past, keep)
+            return nn.functional.dropout(y, 0.5, self.training), pair
+
+    model = build(Batched)
+    for layer in model.layers:
+        layer.__class__ = Dropping
+    with pytest.warns(NotProvedWarning, match="training mode"):
+        mp.attach_prefix(model, LENGTH)
