@@ -3,12 +3,17 @@
 Up to 3.8 it cuts float32 off instead of rounding to nearest even (triton-lang/triton#11584), reads
 subnormal bfloat16 as other numbers, and multiplies matrices of bfloat16 by their bits, as whole
 numbers, so a kernel that is right on a GPU would look wrong.  `interpreted.py` has a test that
-fails when this is no longer needed.
+fails when this is no longer needed.  And a fixture that watches over what kernels write.
 """
 
 import os
+import sys
 
 import numpy as np
+import pytest
+import torch
+
+GUARD = 2048  # numbers before and behind each result
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -50,3 +55,23 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     if os.environ.get("MINIPEFT_NO_REPAIR") != "1":
         interpreter._convert_float = convert_float
         interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+@pytest.fixture
+def allocations(monkeypatch):
+    """What kernels allocate is NaN before it is written, and stands between NaN; the list of it."""
+    made: list[tuple[torch.Tensor, int]] = []
+    ordinary = torch.Tensor.new_empty
+
+    def new_empty(self, *size, dtype=None, **others):
+        if not sys._getframe(1).f_globals["__name__"].startswith("minipeft_kernels"):
+            return ordinary(self, *size, dtype=dtype, **others)
+        count = torch.Size(size).numel()
+        around = torch.full((GUARD + count + GUARD,), float("nan"), dtype=dtype or self.dtype)
+        made.append((around, count))
+        return around[GUARD : GUARD + count].view(size)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield made
+    for around, count in made:
+        assert around[:GUARD].isnan().all() and around[GUARD + count :].isnan().all()

@@ -9,6 +9,9 @@
    attention gives for the last token, beyond the sliding window (seen.py).  The logits would prove
    nothing: what one layer sees travels a window further with each layer.
 
+Where layers are handed their past (past.py) a fourth comes between: does a text in two steps, the
+second from the cache of the first, give what it gives in one?
+
 The answers are differences of numbers, and numbers of 16 bits or of a router with ties differ by
 themselves.  So a difference is measured against what the model differs from itself when it goes on
 from its own cache, and against what the prefix changes.  Where these two are of one size, nothing
@@ -27,7 +30,7 @@ from minipeft.integrations.transformers import positions, probe
 from minipeft.integrations.transformers.prefixes import NotProvedWarning, Prefix
 from minipeft.integrations.transformers.prompt_runs import run_prompt
 from minipeft.integrations.transformers.seen import blind_layers, windows
-from minipeft.integrations.transformers.texts import PAD, PREFIX, TEXT, invent, padded
+from minipeft.integrations.transformers.texts import PAD, PREFIX, TEXT, cut, invent, padded
 from minipeft.integrations.transformers.trial import Trial, difference, pairs_of
 
 
@@ -41,7 +44,7 @@ def prove(model: nn.Module, prefix: Prefix, example: dict[str, Any] | None) -> l
     """
     try:
         trial = Trial(model, prefix, example)
-        doubts = [*_ask_tokens(trial), *_ask_padding(trial)]
+        doubts = [*_ask_tokens(trial), *_ask_steps(trial), *_ask_padding(trial)]
         if prefix.window == "always":
             doubts += _ask_layers(trial)
         if deaf := [f.number for f in prefix.hooks.feeders if not f.layer.trains]:
@@ -119,6 +122,23 @@ def _ask_tokens(trial: Trial) -> Iterator[str]:
     yield from _judge(
         trial, "a prefix with the keys of real tokens must give what these tokens give",
         difference(got, wanted), difference(wanted, trial.without),
+    )  # fmt: skip
+
+
+def _ask_steps(trial: Trial) -> Iterator[str]:
+    """Whether a text in two steps gives what it gives in one, on route C.
+
+    Its caches are tuples of any layout, in which the tokens must be counted rightly.
+    """
+    if trial.prefix.route != "past" or not trial.is_text or not trial.prefix.causal:
+        return
+    first = {name: ids[:, :2] for name, ids in trial.rest.items()}
+    cache = trial.cache_of(first)
+    found = trial.run(cut(trial.rest, 2) | {"past_key_values": cache}, on=True)
+    yield from _judge(
+        trial, "a text in two steps must give what it gives in one",
+        difference(found, trial.with_prefix[:, 2:]),
+        difference(trial.with_prefix, trial.without),
     )  # fmt: skip
 
 

@@ -61,6 +61,11 @@ class Trial:
             output = positions.run(self.model, **inputs)
         return found[-1] if found else _first(output)
 
+    def cache_of(self, inputs: dict[str, Any]) -> Any:
+        """What the model returns to go on from, with the prefix."""
+        self.encoder.enabled = True
+        return positions.run(self.model, use_cache=True, **inputs).past_key_values
+
     def louder(self) -> Tensor:
         """Make the prefix four times as large, so that it is not lost among a text's own noise."""
         with torch.no_grad():

@@ -16,7 +16,7 @@ import minipeft as mp
 transformers = pytest.importorskip("transformers")
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
 
-from minipeft.integrations.transformers import NotProvedWarning  # noqa: E402
+from minipeft.integrations.transformers import NotProvedWarning, positions  # noqa: E402
 
 HEADS, SIZE, LENGTH, START = 2, 8, 4, 30
 # float32 states of up to 4 through two layers: the same sums, a concatenation apart
@@ -432,3 +432,13 @@ def test_dropout_in_training_is_no_difference():
         layer.__class__ = Dropping
     with pytest.warns(NotProvedWarning, match="training mode"):
         mp.attach_prefix(model, LENGTH)
+
+
+def test_a_cache_whose_tokens_are_miscounted_is_refused(monkeypatch):
+    """As a model would be whose layout was found wrongly: asked by a text in two steps."""
+    model = build(Batched)
+    monkeypatch.setattr(positions, "seen", lambda given: 0)
+    monkeypatch.setattr(positions, "check_mask", lambda given: None)
+    with pytest.raises(ValueError, match="a text in two steps must give what it gives in one"):
+        mp.attach_prefix(model, LENGTH)
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.layers)
