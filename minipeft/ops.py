@@ -7,6 +7,7 @@ other functions that compute it are rows of a table:
 
     operator          name      when (device, dtype, shape)   where
     dequantize_nf4    triton    a CUDA or ROCm device         minipeft_kernels.triton.nf4
+    dequantize_nf4    numba     a CPU                         minipeft_kernels.cpu.decode
     dequantize_nf4    pytorch   always                        minipeft.fast.nf4
     dequantize_nf4    plain     always                        minipeft.double_quant
 
@@ -21,6 +22,7 @@ import functools
 import importlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -149,6 +151,14 @@ def _on_cpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
     return device.type == "cpu" and dtype.is_floating_point
 
 
+def _in_numba(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return device.type == "cpu" and dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _numba(operator: str, module: str, function: str) -> Implementation:
+    return Implementation(operator, "numba", _in_numba, f"minipeft_kernels.cpu.{module}", function)
+
+
 def _fast(operator: str, module: str, function: str) -> Implementation:
     return Implementation(operator, "pytorch", _always, f"minipeft.fast.{module}", function)
 
@@ -168,6 +178,11 @@ ROWS = (
         "quantize_nf4", "triton", _on_gpu, "minipeft_kernels.triton.quantize", "quantize"
     ),
     Implementation("lora_rows", "triton", _on_gpu, "minipeft_kernels.triton.rows", "add_rows"),
+    _numba("quantize_nf4", "encode", "quantize"),
+    _numba("quantize_absmax", "encode", "quantize_absmax"),
+    _numba("dequantize_nf4", "decode", "dequantize"),
+    _numba("nf4_linear", "product", "linear"),
+    _numba("nf4_linear_input_gradient", "product", "input_gradient"),
     _fast("quantize_nf4", "nf4", "quantize"),
     _fast("dequantize_nf4", "nf4", "dequantize"),
     _fast("nf4_linear", "linear", "linear"),
@@ -284,9 +299,22 @@ def allowed(row: Implementation, setting: Kernels) -> bool:
 
 @functools.cache
 def load(row: Implementation) -> Callable[..., Any] | str:
-    """The row's function, or why there is none."""
+    """The row's function, or why there is none.
+
+    A package that is not installed is no news; one that is broken is worth a warning.
+    """
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(row.module), row.function)
-    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+    except ModuleNotFoundError as error:
         return f"{type(error).__name__}: {error}"
+    except Exception as error:  # whatever a broken package raises: the next row does without it
+        why = f"{type(error).__name__}: {str(error).strip()}"
+        _warn_of(row.name, why)
+        return why
     return function
+
+
+@functools.cache
+def _warn_of(name: str, why: str) -> None:
+    """Warn, once for each cause, that rows of this name compute nothing."""
+    warnings.warn(f"minipeft goes without {name}: {why}", stacklevel=4)

@@ -114,11 +114,17 @@ print("minipeft.nf4_linear" in seen)
     assert printed.splitlines() == ["cuda (3, 32) torch.bfloat16"] * 2 + ["True"]
 
 
-def test_first_calls_import_nothing_heavy(plain_python):
-    """No dynamo (a second) at a first call; the times are printed, and bounded by ten times."""
-    printed = plain_python("""
+@pytest.mark.parametrize("kernels", ["1", "0"])
+def test_first_calls_import_nothing_heavy(kernels, plain_python):
+    """No dynamo (a second) at a first call; the times are printed.
+
+    They are bounded by ten times, but not where numba may have to compile loops first.
+    """
+    printed = plain_python(
+        """
 import sys, time
 import torch, minipeft as mp
+assert "numba" not in sys.modules
 
 def first(name, call):
     start = time.perf_counter()
@@ -139,8 +145,10 @@ y = first("nf4_linear", lambda: layer(x))
 first("nf4_linear_input_gradient", lambda: y.sum().backward())
 assert "torch._dynamo" not in sys.modules
 print({name: round(value, 2) for name, value in times.items()})
-assert max(times.values()) < 500, times
-""")
+assert mp.backend()["nf4_linear"].startswith("numba") or max(times.values()) < 500, times
+""",
+        MINIPEFT_KERNELS=kernels,
+    )
     print("first calls, ms:", printed)
 
 
@@ -166,7 +174,7 @@ def test_a_row_is_used_where_its_predicate_holds_and_loaded_at_its_first_use(add
     monkeypatch.setitem(sys.modules, "a_kernel", module)
     assert (decode() == 42).all()
     assert mp.backend()["dequantize_nf4"] == "fast"
-    assert mp.backend(dtype=torch.float32)["dequantize_nf4"].startswith("pytorch (not fast: not")
+    assert "(not fast: not for torch.float32" in mp.backend(dtype=torch.float32)["dequantize_nf4"]
     with mp.use_kernels(False):
         assert (decode() == 1).all()
         assert mp.backend()["dequantize_nf4"].startswith("pytorch (not fast: kernels are off")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from minipeft import LoRALinear, NF4Linear, use_kernels
-from minipeft.fast import linear as fast_linear
+from minipeft.fast import panels as fast_panels
 
 SHAPES = [(128, 64), (192, 33), (100, 7), (65, 3), (64, 1)]  # (in, out): aligned and ragged
 
@@ -89,7 +89,7 @@ def test_panels_compute_the_same(dtype, monkeypatch):
     whole = layer(x)
     (whole_grad,) = torch.autograd.grad(whole, x, grad)
     monkeypatch.setattr(
-        fast_linear, "PANEL_BYTES", 70 * 64 * dtype.itemsize
+        fast_panels, "PANEL_BYTES", 70 * 64 * dtype.itemsize
     )  # 23 rows; one block wide
     panels = layer(x)
     (panels_grad,) = torch.autograd.grad(panels, x, grad)

@@ -65,7 +65,7 @@ def backend(
     for name, defined in OPERATORS.items():
         chosen, reasons = _chosen(defined, device, dtype, shape)
         report[name] = chosen + (f" (not {'; '.join(reasons)})" if reasons else "")
-        if defined.gradients and chosen == "pytorch" and is_slow(dtype, device):
+        if defined.gradients and chosen != "plain" and is_slow(dtype, device):
             kind = str(dtype).removeprefix("torch.")
             report[name] += f", products in float32 (this CPU has none of {kind})"
     return report

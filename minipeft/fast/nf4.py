@@ -56,7 +56,7 @@ def chunk_elements(device: torch.device) -> int:
     On a CPU the float32 temporaries of a chunk stay in a core's cache.  On other devices chunks are
     larger, for few launches, and temporaries still below 64 MiB.
     """
-    return 2**17 if device.type == "cpu" else 2**21
+    return 2**18 if device.type == "cpu" else 2**21
 
 
 def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def quantize(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     absmax = torch.empty(math.ceil(n / block_size), dtype=torch.float32, device=w.device)
     step = max(block_size, chunk_elements(w.device))  # powers of two: whole blocks
     for first in range(0, n, step):
-        part, scales = _encode(_flat_range(w, first, min(first + step, n)), block_size)
+        part, scales = _encode(flat_range(w, first, min(first + step, n)), block_size)
         absmax[first // block_size :][: scales.numel()] = scales
         rest = packed[first // 2 :]
         rest[: part.numel()] = part[: rest.numel()]
@@ -84,7 +84,7 @@ def _encode(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return pack_pairs(lower.index_select(0, bins) + step_up.view(torch.uint8)), absmax
 
 
-def _flat_range(w: Tensor, first: int, last: int) -> Tensor:
+def flat_range(w: Tensor, first: int, last: int) -> Tensor:
     """w.flatten()[first:last]; if w is not contiguous, only the rows in this range are copied."""
     while w.dim() > 1 and not w.is_contiguous():
         row = w[0].numel()
@@ -103,17 +103,28 @@ def dequantize(weight: Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
 
 
 def decode_into(out: Tensor, weight: Packed) -> None:
-    """Write code * absmax into `out` (contiguous, any float dtype), rounding each product once."""
+    """Write code * absmax into `out` (contiguous, any float dtype), rounding each product once.
+
+    Values are looked up where they will stay, if they are float32.
+    """
     flat, packed, block_size = out.view(-1), weight.packed.reshape(-1), weight.block_size
     absmax, table = decoded_absmax(weight).reshape(-1), pairs_of(weight)
     n, step = flat.numel(), max(block_size, chunk_elements(out.device))
     whole = n - n % block_size
+    in_place = flat.dtype == torch.float32 and flat.data_ptr() % table.element_size() == 0
+    count = min(step, whole) // 2
+    pairs = flat[:whole].view(table.dtype) if in_place else table.new_empty(count)
+    index = packed.new_empty(count, dtype=torch.int32)
     for first in range(0, whole, step):
         last = min(first + step, whole)
-        pairs = table.index_select(0, packed[first // 2 : last // 2].int())
-        blocks = pairs.view(torch.float32).view(-1, block_size)
+        count, start = (last - first) // 2, first // 2
+        number = index[:count].copy_(packed[start : start + count])
+        found = pairs[start : start + count] if in_place else pairs[:count]
+        torch.index_select(table, 0, number, out=found)
+        blocks = found.view(torch.float32).view(-1, block_size)
         blocks.mul_(absmax[first // block_size : last // block_size, None])
-        flat[first:last].view(-1, block_size).copy_(blocks)
+        if not in_place:
+            flat[first:last].view(-1, block_size).copy_(blocks)
     if whole < n:
-        pairs = table.index_select(0, packed[whole // 2 :].int()).view(torch.float32)
-        flat[whole:] = pairs[: n - whole] * absmax[-1]
+        values = table.index_select(0, packed[whole // 2 :].int()).view(torch.float32)
+        flat[whole:] = values[: n - whole] * absmax[-1]
