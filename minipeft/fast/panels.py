@@ -9,6 +9,7 @@ On a CPU without products of 16 bits (adapters/products.py) panels are float32 n
 rounded to the dtype of x: the products of float32 are then those of the other dtype.
 """
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -50,6 +51,25 @@ def _turned_gradient(flat: Tensor) -> bool:
     return flat.device.type == "cpu" and flat.dtype == torch.float32 and len(flat) >= enough
 
 
+_kept = threading.local()  # a buffer for the panels of each thread
+
+
+def _buffer(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for numbers of a panel, whose values are anything.
+
+    On a CPU it is kept: fresh memory comes from the system in pages that it first fills with
+    zeros, which takes longer than decoding into it.
+    """
+    wanted = size * dtype.itemsize
+    if device.type != "cpu" or wanted > PANEL_BYTES:
+        return torch.empty(size, dtype=dtype, device=device)
+    room: Tensor | None = getattr(_kept, "room", None)
+    if room is None or len(room) < wanted:
+        with torch.inference_mode(False):  # a tensor made within cannot be written outside
+            room = _kept.room = torch.empty(PANEL_BYTES, dtype=torch.uint8)
+    return room[:wanted].view(dtype)
+
+
 def panel_rows(features: int, inside: torch.dtype, device: torch.device) -> int:
     """How many rows of the weight a panel of this dtype holds."""
     return max(1, _panel_bytes(device) // max(1, features * inside.itemsize))
@@ -68,10 +88,8 @@ def linear(
     if in_features % weight.block_size or not in_features:
         return products.linear(x, decode(weight, [out_features, in_features], x.dtype), bias)
     rows = min(panel_rows(in_features, inside, x.device), out_features)
-    buffer, columns = (
-        x.new_empty((rows, in_features), dtype=inside),
-        in_features // weight.block_size,
-    )
+    room = _buffer(rows * in_features, inside, x.device)
+    buffer, columns = room.view(rows, in_features), in_features // weight.block_size
     wide_bias = None if bias is None else products.cast(bias, inside)
     if rows == out_features:
         decode_panel(buffer, weight, (rows, 0, rows), (0, columns), x.dtype)
@@ -107,7 +125,7 @@ def input_gradient(
         return products.matmul(dy, decode(weight, [out_features, in_features], dy.dtype))
     blocks = in_features // size
     if fits(dy, in_features, out_features):
-        panel = dy.new_empty((out_features, in_features), dtype=inside)
+        panel = _buffer(out_features * in_features, inside, dy.device).view(out_features, -1)
         decode_panel(panel, weight, (out_features, 0, out_features), (0, blocks), dy.dtype)
         return products.cast(torch.matmul(products.cast(dy, inside), panel), dy.dtype)
     flat = products.cast(dy.reshape(-1, out_features), inside)
@@ -124,7 +142,7 @@ def _by_columns(
     room = _panel_bytes(flat.device) // flat.element_size() // 2  # the result wants room beside it
     columns = min(blocks, max(1, room // (out_features * size)))
     out = flat.new_empty(len(flat), blocks * size)
-    buffer = flat.new_empty(out_features * columns * size)
+    buffer = _buffer(out_features * columns * size, flat.dtype, flat.device)
     for first in range(0, blocks, columns):
         last = min(first + columns, blocks)
         panel = buffer[: out_features * (last - first) * size].view(out_features, -1)
@@ -141,7 +159,7 @@ def _by_rows(
     room = _panel_bytes(flat.device) // flat.element_size() // 2  # the sums want room beside it
     rows = min(out_features, max(1, room // in_features))
     turned = _turned_gradient(flat)
-    buffer = flat.new_empty(rows, in_features)
+    buffer = _buffer(rows * in_features, flat.dtype, flat.device).view(rows, in_features)
     out = flat.new_empty((in_features, len(flat)) if turned else (len(flat), in_features))
     given = flat.t().contiguous() if turned else flat
     for first in range(0, out_features, rows):

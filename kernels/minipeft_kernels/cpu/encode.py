@@ -30,11 +30,12 @@ from minipeft_kernels.cpu.threads import run
 
 PIECE = 8192  # weights that a thread takes at a time
 MOST = 4096  # numbers in a block, for which there is room in scratch
+GROUP = 1024  # weights of whole blocks that each loop runs over
 CODES = 4 * MOST  # where in scratch the codes of a block are
 SMALLEST_NORMAL = np.finfo(np.float32).smallest_normal  # a block below it counts as zero
 CHUNK = 2**22  # weights of a tensor with gaps that are copied at a time
 Arguments, RECORD = arguments_of(
-    "kind block_size weights piece_blocks midpoints many x packed absmax offset"
+    "kind block_size weights piece midpoints many x packed absmax offset"
 )
 
 
@@ -67,44 +68,50 @@ def _largest(x, size):
 
 
 @njit
-def _count_below(x, size, factor, midpoints, many, codes):
-    """For each number the count of midpoints below it times the factor."""
+def _count_below(x, size, midpoints, many, codes):
+    """For each number the count of midpoints below it, five at a time; all are below NaN."""
     values, edges = array(x, size, types.float32), array(midpoints, many, types.float32)
     counts = array(codes, size, types.int32)
     for i in range(size):
         counts[i] = 0
-    for j in range(many):
-        edge = edges[j]
+    for j in range(0, many, 5):  # there are 15, or 255
+        a, b, c, d, e = edges[j], edges[j + 1], edges[j + 2], edges[j + 3], edges[j + 4]
         for i in range(size):
-            counts[i] += np.int32(not np.float32(values[i] * factor) <= edge)  # NaN: above all
+            v = values[i]
+            low = np.int32(not v <= a) + np.int32(not v <= b)
+            high = np.int32(not v <= c) + np.int32(not v <= d) + np.int32(not v <= e)
+            counts[i] += np.int32(low + high)
 
 
 @njit
-def _scale_and_count(x, size, midpoints, many, codes):
-    """Write the codes of a block, and return its largest magnitude, which scaled it."""
-    largest = _largest(x, size)
-    if largest < SMALLEST_NORMAL:
-        largest = np.float32(0)
-    factor = np.float32(0) if largest == 0 else np.float32(np.float32(1) / largest)
-    _count_below(x, size, factor, midpoints, many, codes)
-    return largest
+def _scale(x, count, size, absmax):
+    """Divide blocks by their largest magnitudes, which are written to `absmax`."""
+    largest_of = array(absmax, -(-count // size), types.float32)
+    for first in range(0, count, size):
+        here = min(size, count - first)  # the last block may be short
+        largest, values = _largest(x + 4 * first, here), array(x + 4 * first, here, types.float32)
+        if largest < SMALLEST_NORMAL:
+            largest = np.float32(0)
+        factor = np.float32(0) if largest == 0 else np.float32(np.float32(1) / largest)
+        for i in range(here):
+            values[i] *= factor
+        largest_of[first // size] = largest
 
 
 @compiled(*LOOP)
 def _encode(address: Any, piece: Any, scratch: Any) -> None:
-    """Some blocks of weights."""
+    """Some blocks of weights, a group at a time."""
     a = array(address, 1, RECORD)[0]
-    size, width = a.block_size, 4 if a.kind == FLOAT32 else 2
+    size, width, step = a.block_size, 4 if a.kind == FLOAT32 else 2, max(a.block_size, GROUP)
     codes, counts = scratch + CODES, array(scratch + CODES, MOST, types.int32)
-    blocks = -(-a.weights // size)
-    absmax = array(a.absmax, blocks, types.float32)
-    for block in range(piece * a.piece_blocks, min((piece + 1) * a.piece_blocks, blocks)):
-        count = min(size, a.weights - block * size)  # the last block may be short
-        _to_float32(a.kind, a.x + width * block * size, count, scratch)
-        absmax[block] = _scale_and_count(scratch, count, a.midpoints, a.many, codes)
+    for first in range(piece * a.piece, min((piece + 1) * a.piece, a.weights), step):
+        count = min(step, a.weights - first)
+        _to_float32(a.kind, a.x + width * first, count, scratch)
+        _scale(scratch, count, size, a.absmax + 4 * (first // size))
+        _count_below(scratch, count, a.midpoints, a.many, codes)
         if count % 2:
             counts[count] = 7  # the code of zero
-        packed = array(a.packed + block * (size // 2), (count + 1) // 2, types.uint8)
+        packed = array(a.packed + first // 2, (count + 1) // 2, types.uint8)
         for i in range((count + 1) // 2):
             packed[i] = np.uint8((counts[2 * i] << 4) | counts[2 * i + 1])
 
@@ -114,15 +121,15 @@ def _encode_scales(address: Any, piece: Any, scratch: Any) -> None:
     """Some blocks of scales, less their offset."""
     a = array(address, 1, RECORD)[0]
     size, counts = a.block_size, array(scratch + CODES, MOST, types.int32)
-    blocks, offset = -(-a.weights // size), array(a.offset, 1, types.float32)[0]
-    scale, rest = array(a.absmax, blocks, types.float32), array(scratch, MOST, types.float32)
-    for block in range(piece * a.piece_blocks, min((piece + 1) * a.piece_blocks, blocks)):
-        count = min(size, a.weights - block * size)
-        x = array(a.x + 4 * block * size, count, types.float32)
+    offset, rest = array(a.offset, 1, types.float32)[0], array(scratch, MOST, types.float32)
+    for first in range(piece * a.piece, min((piece + 1) * a.piece, a.weights), size):
+        count = min(size, a.weights - first)
+        x = array(a.x + 4 * first, count, types.float32)
         for i in range(count):
             rest[i] = x[i] - offset
-        scale[block] = _scale_and_count(scratch, count, a.midpoints, a.many, scratch + CODES)
-        codes = array(a.packed + block * size, count, types.uint8)
+        _scale(scratch, count, size, a.absmax + 4 * (first // size))
+        _count_below(scratch, count, a.midpoints, a.many, scratch + CODES)
+        codes = array(a.packed + first, count, types.uint8)
         for i in range(count):
             codes[i] = np.uint8(counts[i])
 
@@ -163,10 +170,10 @@ def _run(
     offset: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Run a loop over the blocks of x, which is flat and contiguous."""
-    piece_blocks = max(1, PIECE // block_size)
+    piece = max(1, PIECE // block_size) * block_size
     arguments = Arguments(
-        0, -(-x.numel() // (piece_blocks * block_size)), 0,
-        KINDS[x.dtype], block_size, x.numel(), piece_blocks, address_of(midpoints),
+        0, -(-x.numel() // piece), 0,
+        KINDS[x.dtype], block_size, x.numel(), piece, address_of(midpoints),
         midpoints.numel(), address_of(x), address_of(codes), address_of(scales),
         address_of(offset),
     )  # fmt: skip
