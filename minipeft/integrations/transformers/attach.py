@@ -11,7 +11,7 @@ from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.protocol import is_adapter
 from minipeft.adapters.targets import NEW_HEADS
 from minipeft.inject import freeze, restoring, tell
-from minipeft.integrations.transformers import attention, positions, probe, proof
+from minipeft.integrations.transformers import attention, gate_search, positions, probe, proof
 from minipeft.integrations.transformers.prefixes import NAME, Prefix, check_key
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.integrations.transformers.trial import as_before
@@ -87,6 +87,11 @@ def attach(
         if isinstance(encoder, RunPrompt):
             with probe.errors_of(caller), as_before(model):
                 proof.prove_prompt(model, prefix)
+        if getattr(encoder, "gated", False) and prefix.route != "attention":
+            undo.callback(prefix.hooks.take_gates, prefix.hooks.gates)
+            with probe.errors_of(caller), as_before(model):
+                prefix.hooks.take_gates(gate_search.find(model, prefix))
+                gate_search.prove(model, prefix)
         with probe.errors_of(caller):
             encoder.to(positions.input_device(model)).train(model.training)
         heads = _heads(caller, model, prefix, train_head)

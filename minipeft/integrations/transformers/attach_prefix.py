@@ -106,11 +106,6 @@ def attach_prefix(
             )
         if any(encoder is other for other in prefix.encoders.values()):
             raise ValueError("attach_prefix: the model has this encoder already; copy.deepcopy it")
-        if encoder.gated and prefix.route != "attention":
-            raise ValueError(
-                f"attach_prefix: {type(model).__name__} is reached through its cache (route "
-                f"{prefix.route!r}), where a prefix cannot be gated"
-            )
         return encoder
 
     prefix = attach(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, give_name
-from minipeft.inject import put, restoring, tell
+from minipeft.inject import after_swap, put, restoring, tell
 from minipeft.integrations.transformers import probe
 from minipeft.integrations.transformers.attention import Part
 from minipeft.integrations.transformers.hooks import Hooks
@@ -131,6 +131,18 @@ class Prefix(nn.Module):
             for encoder in self.taking_part().values()
         ]
         return torch.cat(counted).to(device)
+
+    def rank(self, device: torch.device) -> Tensor:
+        """How near to the text each column stands where distance is counted in slots, at most 0.
+
+        A gated prefix stands before all that were there without it, so that it moves none of them.
+        """
+        ranks, gated = [], 0
+        for encoder in self.taking_part().values():
+            gated += getattr(encoder, "gated", False)
+            own = -gated if getattr(encoder, "gated", False) else 0
+            ranks.append(torch.full((encoder.prefix_length,), own))
+        return torch.cat(ranks).to(device)
 
     def shift(self, batch: int) -> int | Tensor:
         """By how much tokens are numbered higher: a number, or (batch, 1) by row."""
@@ -309,3 +321,13 @@ class Prefix(nn.Module):
         if self.left_out:
             where += f", left_out={list(self.left_out)}"
         return f"position={self.position!r}, window={self.window!r}, route={self.route!r}, {where}"
+
+
+def _follow(model: nn.Module) -> None:
+    """Modules of the model were swapped: gates are hooked to those that are there now."""
+    for part in model.modules():
+        for gates in part.hooks.gates if isinstance(part, Prefix) else ():
+            gates.follow()
+
+
+after_swap.append(_follow)

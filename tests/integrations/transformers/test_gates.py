@@ -1,0 +1,320 @@
+"""Gates where a prefix enters through the cache: against loops in float64, and what must keep."""
+
+import copy
+import math
+import types
+
+import pytest
+import torch
+from torch import nn
+
+import minipeft as mp
+
+pytest.importorskip("transformers")
+from benchmarks.models import enable_checkpointing
+from minipeft.io import prefixes
+from tests.integrations.transformers.test_past import build_chatglm
+from tests.prefix_behaviours import GREEDY, Case, difference, random_lora
+
+TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
+EXACT = 1e-12  # float64, the same
+ALIBI = ("BLOOM", "MPT", "Falcon, ALiBi")
+FAMILIES = [*ALIBI, "Falcon, 7B kind", "Falcon, 40B kind", "GPT-J", "CodeGen"]
+T, P = 6, 3
+
+
+def gated(case, name="default", seed=0, length=P):
+    """A gated prefix with a gate of its own for each layer and head."""
+    prefix = mp.attach_prefix(
+        case.model, length, name=name, gated=True, init_std=1.0, train_head=False
+    )
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for gate in prefix.encoders[name].gates:
+            gate.copy_(torch.randn(gate.shape, generator=draw))
+    return prefix
+
+
+def padded(side):
+    """Two texts, the second of which is shorter by two tokens."""
+    ids = torch.randint(3, 97, (2, T), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    if side is not None:
+        mask[1, slice(0, 2) if side == "left" else slice(T - 2, T)] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+# --- the reference: one query after the other, one head after the other ---
+
+
+def projected(family, module, x):
+    """Queries, keys and values (heads, tokens, dim) of one row, as the class lays them out."""
+    if family == "MPT":
+        return [t.view(len(x), 4, 8).transpose(0, 1) for t in module.Wqkv(x).chunk(3, -1)]
+    fused = module.query_key_value(x)
+    if family == "Falcon, 7B kind":  # one key and value for all heads
+        parts = fused.view(len(x), 6, 8).transpose(0, 1)
+        return [parts[:4], parts[4:5].expand(4, -1, -1), parts[5:].expand(4, -1, -1)]
+    if family == "Falcon, 40B kind":  # two queries, then their key and value
+        groups = fused.view(len(x), 2, 4, 8).permute(1, 2, 0, 3)
+        return [groups[:, :2].flatten(0, 1), *(groups[:, i].repeat_interleave(2, 0) for i in (2, 3))]
+    return list(fused.view(len(x), 4, 3, 8).permute(2, 1, 0, 3))
+
+
+def rotated(x, numbers):
+    """Rotary embedding: x_i and x_(i + 4) turn by number / 10000^(i / 4)."""
+    angles = numbers[:, None] / 10000 ** (torch.arange(4, dtype=x.dtype) / 4)
+    one, two = x[..., :4], x[..., 4:]
+    return torch.cat([one * angles.cos() - two * angles.sin(),
+                      two * angles.cos() + one * angles.sin()], -1)  # fmt: skip
+
+
+def attended(family, q, k, v, distances, head):
+    """softmax of scores, biased by distance, over values; one query."""
+    scores = k @ q / math.sqrt(8)
+    if family in ALIBI:
+        slope = 2.0 ** (-2 * (head + 1))  # 4 heads: 2^-2, 2^-4, ...
+        scores = scores - distances * slope / (math.sqrt(8) if "Falcon" in family else 1)
+    return torch.softmax(scores, 0) @ v
+
+
+def reference(family, case, layers, mask):
+    """A copy of the model whose attention is loops; `layers` has (k, v, gate) for each prefix."""
+    model = copy.deepcopy(case.model)
+    kind = {"BLOOM": "BloomAttention", "MPT": "MptAttention"}.get(family, "FalconAttention")
+    modules = [m for m in model.modules() if type(m).__name__ == kind]
+    for module, parts in zip(modules, layers, strict=True):
+
+        def forward(self, hidden_states, residual=None, *, parts=parts, **_):
+            out = torch.zeros_like(hidden_states)
+            for row, x in enumerate(hidden_states):
+                real = mask[row].nonzero()[:, 0]
+                q, k, v = projected(family, self, x[real])
+                numbers = torch.arange(len(real), dtype=x.dtype)
+                if family not in ALIBI:
+                    q, k = rotated(q, numbers), rotated(k, numbers)
+                made = []
+                for t in range(len(real)):
+                    blended = []
+                    for h in range(4):
+                        seen = (q[h, t], k[h, : t + 1], v[h, : t + 1], t - numbers[: t + 1])
+                        y = attended(family, *seen, h)
+                        # the first prefix stands next to the text, a later one before it
+                        start = torch.tensor(float(t), dtype=x.dtype)
+                        for pk, pv, gate in parts:
+                            g = h if len(pk) == 4 else 0
+                            far = start + torch.arange(pk.shape[1], 0, -1)
+                            keys, values = torch.cat([pk[g], seen[1]]), torch.cat([pv[g], seen[2]])
+                            whole = attended(
+                                family, q[h, t], keys, values, torch.cat([far, seen[3]]), h
+                            )
+                            y = y + gate[g] * (whole - y)
+                            start = start + pk.shape[1]
+                        blended.append(y)
+                    made.append(torch.cat(blended))
+                out[row] = out[row].index_copy(0, real, torch.stack(made))
+            out = (self.out_proj if family == "MPT" else self.dense)(out)
+            return (out if residual is None else out + residual), None
+
+        module.forward = types.MethodType(forward, module)
+    return model
+
+
+def of_layers(prefix, names):
+    """Keys, values and gates of each layer, a triple for each of these prefixes."""
+    encoders = [prefix.encoders[name] for name in names]
+    return [[(*e.layer(n), e.gate(n)) for e in encoders] for n in range(len(prefix.kv_shapes))]
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("family", FAMILIES[:5])
+def test_gated_heads_and_their_gradients_are_those_of_loops(family, side):
+    case, inputs = Case(family), padded(side)
+    case.model.double()
+    plain = Case(family)
+    plain.model.double()
+    prefix = gated(case)
+    names = ["default"]
+    if side != "right":
+        gated(case, name="second", seed=1, length=2)
+        mp.use_adapters(case.model, ["default", "second"])
+        names.append("second")
+    prefix.double()
+    real = inputs["attention_mask"].bool()
+    weight = torch.randn(97, generator=torch.Generator().manual_seed(4)).double()
+
+    def measured(model):
+        logits = model(**inputs, use_cache=False).logits[real]
+        loss = (logits.softmax(-1) @ weight).square().sum()
+        return logits.detach(), torch.autograd.grad(loss, list(prefix.parameters()))
+
+    found, gradients = measured(case.model)
+    expected, wanted = measured(
+        reference(family, plain, of_layers(prefix, names), inputs["attention_mask"])
+    )
+    torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)
+    for one, other in zip(gradients, wanted, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_closed_gates_change_nothing_also_with_dropout_and_beside_another_prefix(family):
+    case = Case(family)
+    for module in case.model.modules():
+        for name in ("attn_dropout_p", "hidden_dropout"):
+            if hasattr(module, name):
+                setattr(module, name, 0.3)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+
+    def both():
+        torch.manual_seed(11)
+        with torch.no_grad():
+            trained = case.model.train()(case.text).logits
+        case.model.eval()
+        return case.logits(), trained
+
+    before = both()
+    mp.attach_prefix(case.model, 4, name="gated", gated=True, init_std=1.0)
+    assert all(difference(*pair) <= TOLERANCE for pair in zip(both(), before, strict=True))
+    case.attach(tokens=False, name="plain", init_std=1.0)
+    mp.use_adapters(case.model, "plain")
+    before = both()
+    mp.use_adapters(case.model, ["gated", "plain"])
+    assert all(difference(*pair) <= TOLERANCE for pair in zip(both(), before, strict=True))
+    assert difference(before[0], before[1]) > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_rows_and_checkpointing(family):
+    case = Case(family)
+    prefix = gated(case)
+    gated(case, name="other", seed=1, length=2)
+    mp.use_adapters(case.model, rows=["default", "other"])
+    together = case.logits()
+    for row, name in enumerate(("default", "other")):
+        mp.use_adapters(case.model, name)
+        alone = case.model(case.text[row : row + 1]).logits
+        assert difference(alone, together[row : row + 1]) <= TOLERANCE
+    mp.use_adapters(case.model, ["default", "other"])
+    mask = torch.ones_like(case.text)
+    mask[0, :3] = 0
+    settings = GREEDY | {"attention_mask": mask}
+    expected = case.model.generate(case.text, **settings, use_cache=False)
+    assert torch.equal(case.model.generate(case.text, **settings), expected)
+    static = {} if family == "MPT" else {"cache_implementation": "static"}  # MPT alone cannot
+    assert torch.equal(case.model.generate(case.text, **settings, **static), expected)
+    beams = [
+        case.model.generate(case.text, **settings, num_beams=3, use_cache=c) for c in (True, False)
+    ]
+    assert torch.equal(*beams)
+    case.model.config.use_cache = False
+
+    def gradients():
+        case.model.zero_grad()
+        case.model.train()(case.text, attention_mask=mask).logits.square().mean().backward()
+        return [p.grad.clone() for p in prefix.parameters()]
+
+    plain = gradients()
+    for reentrant in (False, True):
+        enable_checkpointing(case.model, reentrant=reentrant)
+        for one, other in zip(gradients(), plain, strict=True):
+            assert difference(one, other) <= TOLERANCE * float(other.abs().max())
+
+
+@pytest.mark.parametrize("family", ["BLOOM", "MPT"])
+def test_lora_around_the_projection_copies_files_and_compiling(family, tmp_path):
+    logits = []
+    for first in ("lora", "prefix"):
+        case = Case(family)
+        if first == "prefix":
+            gated(case)
+        torch.manual_seed(7)
+        random_lora(case.model)
+        if first == "lora":
+            gated(case)
+        logits.append(case.logits())
+    assert difference(*logits) <= TOLERANCE
+    twin = copy.deepcopy(case.model)
+    compiled = torch.compile(case.model, backend="aot_eager")
+    with torch.no_grad():
+        assert difference(compiled(case.text, use_cache=False).logits, logits[1]) <= TOLERANCE
+    case.model.minipeft_prefix.remove()
+    with torch.no_grad():
+        assert difference(twin(case.text).logits, logits[1]) <= TOLERANCE
+    bare = Case(family)
+    prefix = gated(bare)
+    expected = bare.logits()
+    prefixes.save_prefix(bare.model, tmp_path)
+    random_lora(bare.model)
+    for module in bare.model.modules():
+        if isinstance(module, mp.LoRALinear):
+            module.enabled = False
+    assert difference(bare.logits(), expected) <= TOLERANCE
+    again = Case(family)
+    prefixes.load_prefix(again.model, tmp_path)
+    assert difference(again.logits(), expected) <= TOLERANCE
+    prefix.remove()
+    assert not any(m._forward_pre_hooks for m in bare.model.modules())
+
+
+def test_an_error_while_lora_comes_leaves_the_projection_hooked_once(monkeypatch):
+    case = Case("BLOOM")
+    gated(case)
+    expected = case.logits()
+
+    def fail(model):
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("minipeft.inject.after_freeze", [fail])
+        mp.inject_lora(case.model, "all-linear", 2)
+    assert torch.equal(case.logits(), expected)
+    case.model.minipeft_prefix.remove()
+    assert not any(m._forward_pre_hooks for m in case.model.modules())
+
+
+def bent(self, x):
+    """Heads side by side, bent: no longer what values add up to."""
+    return type(self)._merge_heads(self, x).tanh()
+
+
+def beside(self, *args, **kwargs):
+    """The heads' outputs a second time, beside the projection."""
+    out, weights = type(self).forward(self, *args, **kwargs)
+    return out + weights.mean() + self.held, weights
+
+
+@pytest.mark.parametrize("kind", ["bent", "in slices", "beside"])
+def test_attention_whose_heads_cannot_be_blended_is_refused(kind):
+    case = Case("BLOOM")
+    module = next(m for m in case.model.modules() if type(m).__name__ == "BloomAttention")
+    if kind == "bent":
+        module._merge_heads = types.MethodType(bent, module)
+        message = "is not the heads' outputs side by side"
+    elif kind == "in slices":
+        module.pretraining_tp, module.slow_but_exact = 2, True
+        message = "has no module of its own that projects the heads"
+    else:
+
+        def keep(_, args):
+            module.held = args[0].sum()
+
+        module.dense.register_forward_pre_hook(keep)
+        module.forward = types.MethodType(beside, module)
+        message = "uses the heads' outputs beside dense too"
+    before = case.logits()
+    with pytest.raises(ValueError, match=f"{message}.*without gated=True"):
+        mp.attach_prefix(case.model, P, gated=True)
+    assert torch.equal(case.logits(), before)
+    mp.attach_prefix(case.model, P)
+    with pytest.raises(ValueError, match=message):
+        mp.attach_prefix(case.model, P, gated=True, name="gated")
+    assert list(case.model.minipeft_prefix.encoders) == ["default"]
+
+
+def test_layers_that_are_handed_their_past_take_no_gates():
+    model, example = build_chatglm()
+    with pytest.raises(ValueError, match="attach_prefix: .*route 'past'.*without gated=True"):
+        mp.attach_prefix(model, P, gated=True, example=example)
