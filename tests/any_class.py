@@ -4,6 +4,7 @@ Every size that a configuration names is set by its name, and everything else st
 default.  So a class is one line here, where tests/prefix_families.py spells out each of its sizes.
 """
 
+import copy
 import inspect
 from typing import Any
 
@@ -30,7 +31,12 @@ SMALL: dict[str, Any] = {name: size for size, names in NAMED.items() for name in
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 SMALL |= {"image_size": 32, "patch_size": 8}
 SMALL |= {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+LARGEST = 300_000_000  # parameters: 1.2 GB, seconds to fill
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
+
+
+class TooLarge(ValueError):
+    """A model that cannot be made small by the names of its sizes."""
 
 
 def small_config(config: str, **settings: Any) -> Any:
@@ -52,11 +58,20 @@ def small_config(config: str, **settings: Any) -> Any:
 
 
 def build(config: str, model: str, **settings: Any) -> nn.Module:
-    """A model whose outputs depend on everything: initial weights, and noise over them."""
+    """A model whose outputs depend on everything: initial weights, and noise over them.
+
+    Raises:
+        TooLarge: it has sizes that no name here makes small.
+    """
     import transformers
 
     torch.manual_seed(0)
-    built: nn.Module = getattr(transformers, model)(small_config(config, **settings))
+    kind, small = getattr(transformers, model), small_config(config, **settings)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in kind(copy.deepcopy(small)).parameters())
+    if size > LARGEST:
+        raise TooLarge(f"{size / 1e6:,.0f} million parameters are left")
+    built: nn.Module = kind(small)
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.02))

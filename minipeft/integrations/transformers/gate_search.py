@@ -18,6 +18,7 @@ from minipeft.integrations.transformers import positions
 from minipeft.integrations.transformers.gates import Gates, Place
 from minipeft.integrations.transformers.positions import Arguments, names_of
 from minipeft.integrations.transformers.texts import PREFIX, TEXT, cut, invent, padded
+from minipeft.integrations.transformers.trial import difference, rounding
 from minipeft.prefix import PrefixEncoder
 
 WHY = (
@@ -34,6 +35,12 @@ def find(model: nn.Module, prefix: Any) -> list[Gates]:
         ValueError: a model that is handed its past, or whose heads cannot be blended.
     """
     name = type(model).__name__
+    gated = [own for own, encoder in prefix.encoders.items() if getattr(encoder, "gated", False)]
+    if gated and prefix.hooks.by_slot:
+        raise ValueError(
+            f"{name} sees how far away a key is by counting what lies between (ALiBi), so a second "
+            f"gated prefix would move {gated[0]!r}; attach this one without gated=True"
+        )
     if prefix.hooks.gates:
         return list(prefix.hooks.gates)
     if prefix.route != "cache":
@@ -64,7 +71,7 @@ def prove(model: nn.Module, prefix: Any) -> None:
     encoder = PrefixEncoder(prefix.kv_shapes, PREFIX, init_std=1.0, gated=True)
     encoder.to(positions.input_device(model))
     text = invent(model, TEXT)
-    longer = padded(model, text, left=True) or text
+    longer: dict[str, Any] = padded(model, text, left=True) or text
     name, trial = type(model).__name__, "gates"
 
     def states(strength: float | None) -> Tensor:
@@ -72,7 +79,7 @@ def prove(model: nn.Module, prefix: Any) -> None:
         found: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output.last_hidden_state[:, -2:].float())
+            found.append(output.last_hidden_state[:, -2:])
 
         encoder.enabled = strength is not None
         with torch.no_grad():
@@ -81,8 +88,8 @@ def prove(model: nn.Module, prefix: Any) -> None:
         with ExitStack() as undo:
             undo.callback(prefix.hooks.holders[0].register_forward_hook(keep).remove)
             positions.run(model, **longer)
-            first = positions.run(model, use_cache=True, **{n: v[:, :-2] for n, v in text.items()})
-            cache = first.past_key_values
+            start: dict[str, Any] = {n: ids[:, :-2] for n, ids in text.items()}
+            cache = positions.run(model, use_cache=True, **start).past_key_values
             positions.run(model, use_cache=True, past_key_values=cache, **cut(text, TEXT - 2))
         return torch.cat([found[0], found[-1]])
 
@@ -94,17 +101,14 @@ def prove(model: nn.Module, prefix: Any) -> None:
         del prefix.encoders[trial]
         for other in on:
             other.enabled = True
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    error, limit = _off(closed, without), 32 * torch.finfo(dtype).eps * float(without.abs().max())
+    error, limit = difference(closed, without), rounding(without)
     if error > limit:
-        what = f"a prefix with closed gates changes it by {error:.1e}, where rounding is {limit:.1e}"
+        what = (
+            f"a prefix with closed gates changes it by {error:.1e}, where rounding is {limit:.1e}"
+        )
         raise ValueError(WHY.format(name=name, what=what))
-    if _off(opened, without) <= 8 * limit:
+    if difference(opened, without) <= 8 * limit:
         raise ValueError(WHY.format(name=name, what="a prefix with open gates changes nothing"))
-
-
-def _off(one: Tensor, other: Tensor) -> float:
-    return float((one - other).abs().max())
 
 
 class _Unlike(Exception):
@@ -125,14 +129,16 @@ class _Notes:
     def __init__(self, holder: nn.Module) -> None:
         from transformers import DynamicCache
 
-        self.cache: Any = DynamicCache(config=holder.config)  # type: ignore[arg-type]
+        cache: Any = DynamicCache(config=holder.config)  # type: ignore[arg-type]
+        self.cache = cache
         self.running: list[_Asked] = []
         self.asked: dict[int, _Asked] = {}  # by layer
         self.values: Tensor | None = None
-        store, self.cache.update = self.cache.update, self._update
-        self.store = store
+        self.store = self.cache.update
+        self.cache.update = self.update
 
-    def _update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """What the cache gives, or the values that it was told to give."""
         if self.values is not None:
             return self.cache.layers[layer_idx].keys, self.values
         self.asked[layer_idx] = self.running[-1]
@@ -225,9 +231,11 @@ def _place(calls: list[_Asked], keys: list[int], notes: _Notes, layer: int) -> P
         [found] = inputs[projection]
         once, twice = _columns_equal(found, base), _columns_equal(found, 2 * base)
         if not bool((once ^ twice).all()):
-            raise _Unlike(f"what {projection} of {name} gets is not the heads' outputs side by side")
+            raise _Unlike(
+                f"what {projection} of {name} gets is not the heads' outputs side by side"
+            )
         heads += twice.long() << bit
-    if heads.unique().tolist() != numbers.tolist():
+    if sorted(set(heads.tolist())) != numbers.tolist():
         raise _Unlike(f"{projection} of {name} does not get the outputs of all heads")
     fixed[projection] = base
     if not bool(_columns_equal(again(2)[1], output).all()):

@@ -1,4 +1,4 @@
-"""Gates on route A: each gated layer's attention runs without its prefix too, and heads are blended.
+"""Gates on route A: attention runs without the prefix too, and its heads are blended.
 
 `gated_attention` goes from attention without a prefix to attention with it, for each head.  Where a
 model looks up no attention, both come from the attention module itself: it runs once for each
@@ -43,12 +43,14 @@ class Runs:
         if not any(self.hidden):
             return x
         slots = x.shape[axis]
-        columns = sum(part.columns for part in self.parts)
-        flags = [torch.full((part.columns,), hide) for part, hide in zip(self.parts, self.hidden)]
-        gone = torch.cat([*flags, torch.zeros(slots - columns, dtype=torch.bool)]).to(x.device)
-        found = gone[None] if self.cache.order is None else gone[all_slots(self.cache.order, slots)]
-        left = slots - sum(p.columns for p, hide in zip(self.parts, self.hidden) if hide)
-        index = torch.argsort(found.long(), dim=1, stable=True)[:, :left]  # compiled as it is
+        sizes = [part.columns for part in self.parts]
+        both = list(zip(sizes, self.hidden, strict=True))
+        flags = [torch.full((size,), hide) for size, hide in both]
+        gone = torch.cat([*flags, torch.zeros(slots - sum(sizes), dtype=torch.bool)]).to(x.device)
+        order = self.cache.order
+        found = gone[None] if order is None else gone[all_slots(order, slots)]
+        left = slots - sum(size for size, hide in both if hide)  # in every row
+        index = torch.argsort(found.long(), dim=1, stable=True)[:, :left]  # traced as it is
         return taken(x, index, axis)
 
 
@@ -146,10 +148,10 @@ class Gates:
             return None
         self._set(None)
         runs.cache.turn = None
-        *joined, out = runs.seen
-        heads = self.place.heads.to(out.device)
+        *joined, alone = runs.seen
+        out, heads = alone, self.place.heads.to(alone.device)
         for gate, whole in zip(gates, joined, strict=True):
-            out = out + gate.to(out.device, out.dtype)[heads] * (whole - out)
+            out = out + gate.to(out.device, out.dtype)[heads] * (whole - alone)
         return (out, *args[1:])
 
     def _set(self, runs: Runs | None) -> None:

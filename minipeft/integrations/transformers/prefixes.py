@@ -135,14 +135,9 @@ class Prefix(nn.Module):
     def rank(self, device: torch.device) -> Tensor:
         """How near to the text each column stands where distance is counted in slots, at most 0.
 
-        A gated prefix stands before all that were there without it, so that it moves none of them.
+        A gated prefix stands before the others, so that it moves none of them.
         """
-        ranks, gated = [], 0
-        for encoder in self.taking_part().values():
-            gated += getattr(encoder, "gated", False)
-            own = -gated if getattr(encoder, "gated", False) else 0
-            ranks.append(torch.full((encoder.prefix_length,), own))
-        return torch.cat(ranks).to(device)
+        return self._tokens(device).long() - 1
 
     def shift(self, batch: int) -> int | Tensor:
         """By how much tokens are numbered higher: a number, or (batch, 1) by row."""

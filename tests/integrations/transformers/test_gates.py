@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 import types
 
 import pytest
@@ -13,11 +14,9 @@ import minipeft as mp
 pytest.importorskip("transformers")
 from benchmarks.models import enable_checkpointing
 from minipeft.io import prefixes
-from tests.integrations.transformers.test_past import build_chatglm
 from tests.prefix_behaviours import GREEDY, Case, difference, random_lora
 
 TOLERANCE = 1e-5  # float32, logits around 1, summed in another order
-EXACT = 1e-12  # float64, the same
 ALIBI = ("BLOOM", "MPT", "Falcon, ALiBi")
 FAMILIES = [*ALIBI, "Falcon, 7B kind", "Falcon, 40B kind", "GPT-J", "CodeGen"]
 T, P = 6, 3
@@ -25,13 +24,11 @@ T, P = 6, 3
 
 def gated(case, name="default", seed=0, length=P):
     """A gated prefix with a gate of its own for each layer and head."""
-    prefix = mp.attach_prefix(
-        case.model, length, name=name, gated=True, init_std=1.0, train_head=False
-    )
+    prefix = mp.attach_prefix(case.model, length, name=name, gated=True, train_head=False)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for gate in prefix.encoders[name].gates:
-            gate.copy_(torch.randn(gate.shape, generator=draw))
+        for parameter in prefix.encoders[name].parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw))
     return prefix
 
 
@@ -57,7 +54,10 @@ def projected(family, module, x):
         return [parts[:4], parts[4:5].expand(4, -1, -1), parts[5:].expand(4, -1, -1)]
     if family == "Falcon, 40B kind":  # two queries, then their key and value
         groups = fused.view(len(x), 2, 4, 8).permute(1, 2, 0, 3)
-        return [groups[:, :2].flatten(0, 1), *(groups[:, i].repeat_interleave(2, 0) for i in (2, 3))]
+        return [
+            groups[:, :2].flatten(0, 1),
+            *(groups[:, i].repeat_interleave(2, 0) for i in (2, 3)),
+        ]
     return list(fused.view(len(x), 4, 3, 8).permute(2, 1, 0, 3))
 
 
@@ -80,82 +80,90 @@ def attended(family, q, k, v, distances, head):
 
 def reference(family, case, layers, mask):
     """A copy of the model whose attention is loops; `layers` has (k, v, gate) for each prefix."""
-    model = copy.deepcopy(case.model)
+    model = copy.deepcopy(case.model).double()
     kind = {"BLOOM": "BloomAttention", "MPT": "MptAttention"}.get(family, "FalconAttention")
     modules = [m for m in model.modules() if type(m).__name__ == kind]
     for module, parts in zip(modules, layers, strict=True):
+        plain = [(k, v) for k, v, gate in parts if gate is None]
 
-        def forward(self, hidden_states, residual=None, *, parts=parts, **_):
-            out = torch.zeros_like(hidden_states)
+        def heads_of(self, x, parts=parts, plain=plain):
+            """What the heads of one row give for its tokens, (tokens, heads * dim)."""
+            moved = sum(k.shape[1] for k, _ in plain)
+            q, k, v = projected(family, self, x)
+            numbers = torch.arange(len(x), dtype=x.dtype)
+            if family not in ALIBI:
+                q, k = rotated(q, numbers + moved), rotated(k, numbers + moved)
+            made = []
+            for t in range(len(x)):
+                for h in range(4):
+                    g = h if len(parts[0][0]) == 4 else 0
+                    keys = torch.cat([*(pk[g] for pk, _ in plain), k[h, : t + 1]])
+                    values = torch.cat([*(pv[g] for _, pv in plain), v[h, : t + 1]])
+                    near = t + moved - torch.arange(len(keys), dtype=x.dtype)
+                    alone = attended(family, q[h, t], keys, values, near, h)
+                    y = alone
+                    for pk, pv, gate in parts:
+                        if gate is not None:  # it stands before the others
+                            far = t + moved + torch.arange(pk.shape[1], 0, -1)
+                            whole = attended(
+                                family, q[h, t], torch.cat([pk[g], keys]),
+                                torch.cat([pv[g], values]), torch.cat([far, near]), h,
+                            )  # fmt: skip
+                            y = y + gate[g] * (whole - alone)
+                    made.append(y)
+            return torch.stack(made).view(len(x), -1)
+
+        def forward(self, hidden_states, residual=None, *, heads_of=heads_of, **_):
+            rows = []
             for row, x in enumerate(hidden_states):
                 real = mask[row].nonzero()[:, 0]
-                q, k, v = projected(family, self, x[real])
-                numbers = torch.arange(len(real), dtype=x.dtype)
-                if family not in ALIBI:
-                    q, k = rotated(q, numbers), rotated(k, numbers)
-                made = []
-                for t in range(len(real)):
-                    blended = []
-                    for h in range(4):
-                        seen = (q[h, t], k[h, : t + 1], v[h, : t + 1], t - numbers[: t + 1])
-                        y = attended(family, *seen, h)
-                        # the first prefix stands next to the text, a later one before it
-                        start = torch.tensor(float(t), dtype=x.dtype)
-                        for pk, pv, gate in parts:
-                            g = h if len(pk) == 4 else 0
-                            far = start + torch.arange(pk.shape[1], 0, -1)
-                            keys, values = torch.cat([pk[g], seen[1]]), torch.cat([pv[g], seen[2]])
-                            whole = attended(
-                                family, q[h, t], keys, values, torch.cat([far, seen[3]]), h
-                            )
-                            y = y + gate[g] * (whole - y)
-                            start = start + pk.shape[1]
-                        blended.append(y)
-                    made.append(torch.cat(blended))
-                out[row] = out[row].index_copy(0, real, torch.stack(made))
-            out = (self.out_proj if family == "MPT" else self.dense)(out)
+                rows.append(torch.zeros_like(x).index_copy(0, real, heads_of(self, x[real])))
+            out = (self.out_proj if family == "MPT" else self.dense)(torch.stack(rows))
             return (out if residual is None else out + residual), None
 
         module.forward = types.MethodType(forward, module)
     return model
 
 
-def of_layers(prefix, names):
-    """Keys, values and gates of each layer, a triple for each of these prefixes."""
-    encoders = [prefix.encoders[name] for name in names]
-    return [[(*e.layer(n), e.gate(n)) for e in encoders] for n in range(len(prefix.kv_shapes))]
+def of_layers(prefix):
+    """Keys, values and gates (None: without) of each layer in float64, for each prefix."""
+    return [
+        [
+            tuple(None if t is None else t.double() for t in (*e.layer(n), e.gate(n)))
+            for e in prefix.encoders.values()
+        ]
+        for n in range(len(prefix.kv_shapes))
+    ]
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("family", FAMILIES[:5])
 def test_gated_heads_and_their_gradients_are_those_of_loops(family, side):
     case, inputs = Case(family), padded(side)
-    case.model.double()
-    plain = Case(family)
-    plain.model.double()
     prefix = gated(case)
-    names = ["default"]
-    if side != "right":
+    if family not in ALIBI:
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         gated(case, name="second", seed=1, length=2)
-        mp.use_adapters(case.model, ["default", "second"])
-        names.append("second")
-    prefix.double()
+    mp.attach_prefix(case.model, 2, name="plain", init_std=1.0, train_head=False)
+    mp.use_adapters(case.model, list(prefix.encoders))
     real = inputs["attention_mask"].bool()
-    weight = torch.randn(97, generator=torch.Generator().manual_seed(4)).double()
+    weight = torch.randn(97, generator=torch.Generator().manual_seed(4))
 
     def measured(model):
         logits = model(**inputs, use_cache=False).logits[real]
-        loss = (logits.softmax(-1) @ weight).square().sum()
+        loss = (logits.softmax(-1) @ weight.to(logits.dtype)).square().sum()
         return logits.detach(), torch.autograd.grad(loss, list(prefix.parameters()))
 
     found, gradients = measured(case.model)
+    alone = Case(family)
     expected, wanted = measured(
-        reference(family, plain, of_layers(prefix, names), inputs["attention_mask"])
+        reference(family, alone, of_layers(prefix), inputs["attention_mask"])
     )
-    torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)
+    assert difference(found, expected) <= TOLERANCE
     for one, other in zip(gradients, wanted, strict=True):
         assert other.abs().max() > 0
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+        # a gradient sums over 100 logits and back: ten times that, of its largest entry
+        assert difference(one, other) <= 10 * TOLERANCE * float(other.abs().max())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,6 +175,8 @@ def test_closed_gates_change_nothing_also_with_dropout_and_beside_another_prefix
                 setattr(module, name, 0.3)
         if isinstance(module, nn.Dropout):
             module.p = 0.3
+
+    case.model.config.hidden_dropout = 0.3
 
     def both():
         torch.manual_seed(11)
@@ -190,7 +200,12 @@ def test_closed_gates_change_nothing_also_with_dropout_and_beside_another_prefix
 def test_generation_rows_and_checkpointing(family):
     case = Case(family)
     prefix = gated(case)
-    gated(case, name="other", seed=1, length=2)
+    if family in ALIBI:
+        with pytest.raises(ValueError, match="a second gated prefix would move 'default'"):
+            mp.attach_prefix(case.model, 2, name="other", gated=True)
+        mp.attach_prefix(case.model, 2, name="other", init_std=1.0)
+    else:
+        gated(case, name="other", seed=1, length=2)
     mp.use_adapters(case.model, rows=["default", "other"])
     together = case.logits()
     for row, name in enumerate(("default", "other")):
@@ -203,7 +218,9 @@ def test_generation_rows_and_checkpointing(family):
     settings = GREEDY | {"attention_mask": mask}
     expected = case.model.generate(case.text, **settings, use_cache=False)
     assert torch.equal(case.model.generate(case.text, **settings), expected)
-    static = {} if family == "MPT" else {"cache_implementation": "static"}  # MPT alone cannot
+    # MPT, and Falcon with ALiBi, take no static cache without a prefix either
+    own = family not in ("MPT", "Falcon, ALiBi")
+    static = {"cache_implementation": "static"} if own else {}
     assert torch.equal(case.model.generate(case.text, **settings, **static), expected)
     beams = [
         case.model.generate(case.text, **settings, num_beams=3, use_cache=c) for c in (True, False)
@@ -224,7 +241,7 @@ def test_generation_rows_and_checkpointing(family):
 
 
 @pytest.mark.parametrize("family", ["BLOOM", "MPT"])
-def test_lora_around_the_projection_copies_files_and_compiling(family, tmp_path):
+def test_lora_around_the_projection_copies_and_files(family, tmp_path):
     logits = []
     for first in ("lora", "prefix"):
         case = Case(family)
@@ -237,9 +254,6 @@ def test_lora_around_the_projection_copies_files_and_compiling(family, tmp_path)
         logits.append(case.logits())
     assert difference(*logits) <= TOLERANCE
     twin = copy.deepcopy(case.model)
-    compiled = torch.compile(case.model, backend="aot_eager")
-    with torch.no_grad():
-        assert difference(compiled(case.text, use_cache=False).logits, logits[1]) <= TOLERANCE
     case.model.minipeft_prefix.remove()
     with torch.no_grad():
         assert difference(twin(case.text).logits, logits[1]) <= TOLERANCE
@@ -267,9 +281,10 @@ def test_an_error_while_lora_comes_leaves_the_projection_hooked_once(monkeypatch
     def fail(model):
         raise MemoryError("no room")
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("minipeft.inject.after_freeze", [fail])
-        mp.inject_lora(case.model, "all-linear", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["minipeft.inject"], "after_freeze", [fail])
+        with pytest.raises(MemoryError):
+            mp.inject_lora(case.model, "all-linear", 2)
     assert torch.equal(case.logits(), expected)
     case.model.minipeft_prefix.remove()
     assert not any(m._forward_pre_hooks for m in case.model.modules())
@@ -312,9 +327,3 @@ def test_attention_whose_heads_cannot_be_blended_is_refused(kind):
     with pytest.raises(ValueError, match=message):
         mp.attach_prefix(case.model, P, gated=True, name="gated")
     assert list(case.model.minipeft_prefix.encoders) == ["default"]
-
-
-def test_layers_that_are_handed_their_past_take_no_gates():
-    model, example = build_chatglm()
-    with pytest.raises(ValueError, match="attach_prefix: .*route 'past'.*without gated=True"):
-        mp.attach_prefix(model, P, gated=True, example=example)

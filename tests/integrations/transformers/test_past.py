@@ -366,7 +366,7 @@ def test_refusals_leave_the_model_as_it_was():
     before = model(IDS).last_hidden_state
     with pytest.raises(ValueError, match=r"attach_prefix: .*pass example="):
         mp.attach_prefix(model, LENGTH)
-    with pytest.raises(ValueError, match="cannot be gated"):
+    with pytest.raises(ValueError, match=r"route 'past'.*without gated=True"):
         mp.attach_prefix(model, LENGTH, gated=True, example={"input_ids": IDS[:1]})
     with pytest.raises(ValueError, match="attach_prompt"):
         mp.attach_prompt(model, LENGTH)
