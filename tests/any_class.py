@@ -32,6 +32,25 @@ SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_star
 SMALL |= {"image_size": 32, "patch_size": 8}
 SMALL |= {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
 LARGEST = 300_000_000  # parameters: 1.2 GB, seconds to fill
+# settings that belong together, or that no default makes small
+SETTINGS: dict[str, dict[str, Any]] = {
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "XmodConfig": {"default_language": "en_XX"},
+    "ReformerConfig": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
+    "EsmcConfig": {"num_key_value_heads": 4},
+    "ZayaConfig": {"num_experts_per_tok": 1},
+    "Mamba2Config": {"head_dim": 16, "n_groups": 1},
+    "BambaConfig": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "GraniteMoeHybridConfig": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention", "mamba"]},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv"]},
+    "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
+    "Gemma4TextConfig": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    "LongcatFlashConfig": {"head_dim": 8, "moe_topk": 2, "zero_expert_num": 2},
+    # longer than the texts: beyond a chunk, a prefix that is always seen is no token
+    "Llama4TextConfig": {"attention_chunk_size": 32},
+    "Zamba2Config": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
+}
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
 
 
@@ -39,22 +58,26 @@ class TooLarge(ValueError):
     """A model that cannot be made small by the names of its sizes."""
 
 
-def small_config(config: str, **settings: Any) -> Any:
-    """A small configuration of this class."""
+def small_config(config: Any, **settings: Any) -> Any:
+    """A small configuration of this class (or of the class of this name), with all its parts."""
     import transformers
 
-    kind = getattr(transformers, config)
+    kind = getattr(transformers, config) if isinstance(config, str) else config
     usual = kind()
     takes = {*usual.to_dict(), *inspect.signature(kind.__init__).parameters}
     sizes = {name: size for name, size in SMALL.items() if name in takes}
     sizes |= {n: WINDOW for n in WINDOWS if n in takes and type(getattr(usual, n, None)) is int}
-    if "qk_rope_head_dim" in takes:  # the size of a head is a sum of two
+    if "qk_rope_head_dim" in takes:  # the size of a head is a sum of two, and heads have own keys
         sizes.pop("head_dim", None)
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     kinds = list(dict.fromkeys(getattr(usual, "layer_types", None) or ()))
     if kinds and {"layer_types", "num_hidden_layers"} <= takes:
         layers = sizes["num_hidden_layers"] = max(sizes["num_hidden_layers"], len(kinds))
         sizes["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
-    return kind(**sizes | settings)
+    for part in kind.sub_configs:  # of a text, of images, of sounds
+        if (own := getattr(usual, part, None)) is not None:
+            sizes[part] = small_config(type(own))
+    return kind(**sizes | SETTINGS.get(kind.__name__, {}) | settings)
 
 
 def build(config: str, model: str, **settings: Any) -> nn.Module:
@@ -66,7 +89,8 @@ def build(config: str, model: str, **settings: Any) -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    kind, small = getattr(transformers, model), small_config(config, **settings)
+    kind = getattr(transformers, model)
+    small = small_config(getattr(kind, "config_class", None) or config, **settings)
     with torch.device("meta"):
         size = sum(p.numel() for p in kind(copy.deepcopy(small)).parameters())
     if size > LARGEST:

@@ -59,10 +59,6 @@ OF_SIGHT_AND_SOUND = (
     Kind("HubertConfig", "HubertModel", SPEECH, wave),
 )
 MAPPINGS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM")
-# their defaults name no small window, or need settings that belong together
-SETTINGS: dict[str, dict[str, Any]] = {
-    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
-}
 
 
 def classes() -> list[Kind]:
@@ -77,7 +73,7 @@ def classes() -> list[Kind]:
             name = names if isinstance(names, str) else names[0]
             config = configuration_auto.CONFIG_MAPPING_NAMES.get(model_type)
             if config is not None:
-                settings = dict(SETTINGS.get(config, {}))
+                settings: dict[str, Any] = {}
                 if mapping == "CAUSAL_LM":  # BERT's kind looks ahead unless it is a decoder
                     settings["is_decoder"] = True
                 found.setdefault(name, Kind(config, name, settings))
