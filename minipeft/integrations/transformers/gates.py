@@ -45,11 +45,11 @@ class Runs:
         slots = x.shape[axis]
         sizes = [part.columns for part in self.parts]
         both = list(zip(sizes, self.hidden, strict=True))
-        flags = [torch.full((size,), hide) for size, hide in both]
-        gone = torch.cat([*flags, torch.zeros(slots - sum(sizes), dtype=torch.bool)]).to(x.device)
+        both.append((slots - sum(sizes), False))  # of tokens
+        gone = torch.cat([torch.full((n,), hide, device=x.device) for n, hide in both])
         order = self.cache.order
         found = gone[None] if order is None else gone[all_slots(order, slots)]
-        left = slots - sum(size for size, hide in both if hide)  # in every row
+        left = sum(n for n, hide in both if not hide)  # in every row
         index = torch.argsort(found.long(), dim=1, stable=True)[:, :left]  # traced as it is
         return taken(x, index, axis)
 
@@ -106,6 +106,7 @@ class Gates:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Run attention for each gated prefix; the module's own run, without them, comes last."""
+        self._set(None)  # where an error left one
         caches = (a for a in (*args, *kwargs.values()) if isinstance(a, PrefixedCache))
         if (cache := next(caches, None)) is None:
             return None

@@ -260,11 +260,17 @@ def _view_cache(given: Arguments, hooks: Hooks, holder: Any, batch: int) -> None
     tokens, mask, order = positions.tokens(given), given["attention_mask"], None
     device, columns = tokens.device, prefix.columns()
     visible = prefix.visible(Query(batch, tokens.shape[1], 0, None, None, device))
-    if mask is None and visible is not None:
+    ordered = hooks.by_slot and prefix.is_ordered()
+    if mask is None and (visible is not None or ordered):
         slots = positions.seen(given) + tokens.shape[1]
         mask = torch.ones(batch, slots, dtype=torch.long, device=device)
     if mask is not None:
         if mask.dim() == 4:
+            if ordered:
+                raise ValueError(
+                    "attention_mask has 4 dimensions, which say who sees whom; a gated prefix "
+                    "beside others needs a 2-D mask where attention counts distance in slots (ALiBi)"
+                )
             mask = put_in_front(mask, visible, columns)
         elif hooks.by_slot:
             if visible is None:

@@ -132,6 +132,10 @@ class Prefix(nn.Module):
         ]
         return torch.cat(counted).to(device)
 
+    def is_ordered(self) -> bool:
+        """Whether columns have different ranks."""
+        return len({getattr(e, "gated", False) for e in self.taking_part().values()}) > 1
+
     def rank(self, device: torch.device) -> Tensor:
         """How near to the text each column stands where distance is counted in slots, at most 0.
 
