@@ -51,6 +51,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Zamba2Config": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }
+ROLES = ("is_decoder", "add_cross_attention")  # that a part has in its model
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
 
 
@@ -76,7 +77,8 @@ def small_config(config: Any, **settings: Any) -> Any:
         sizes["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
     for part in kind.sub_configs:  # of a text, of images, of sounds
         if (own := getattr(usual, part, None)) is not None:
-            sizes[part] = small_config(type(own))
+            roles = {name: True for name in ROLES if getattr(own, name, False)}
+            sizes[part] = small_config(type(own), **roles)
     return kind(**sizes | SETTINGS.get(kind.__name__, {}) | settings)
 
 

@@ -267,6 +267,12 @@ def _checked(module: nn.Module, mask: Tensor | None, tokens: int, owner: Owner) 
         if ATTRIBUTE not in module.__dict__ or not getattr(module, "is_causal", True):
             return None  # every query sees every key, and so the prefix
         raise ValueError(f"{name}: the model gave attention no mask; a prefix needs one")
+    if mask.shape[-1] < columns + tokens and not getattr(module, "is_causal", True):
+        raise ValueError(
+            f"{name} looks ahead, and its mask covers {mask.shape[-1] - columns} of {tokens} keys: "
+            "with a prefix, a text whose tokens look ahead cannot go on from a cache; pass "
+            "use_cache=False (to generate too), or make the model with is_decoder=True"
+        )
     if mask.shape[-1] != columns + tokens:
         raise ValueError(
             f"{name}: the mask covers {mask.shape[-1] - columns} of {tokens} keys (the prefix of "

@@ -269,7 +269,7 @@ def _view_cache(given: Arguments, hooks: Hooks, holder: Any, batch: int) -> None
             if ordered:
                 raise ValueError(
                     "attention_mask has 4 dimensions, which say who sees whom; a gated prefix "
-                    "beside others needs a 2-D mask where attention counts distance in slots (ALiBi)"
+                    "beside others needs a 2-D mask where attention counts distance (ALiBi)"
                 )
             mask = put_in_front(mask, visible, columns)
         elif hooks.by_slot:

@@ -184,7 +184,7 @@ def _ask_layers(trial: Trial) -> list[str]:
         kinds = sorted({type(module).__name__ for _, module in blind})
         raise ValueError(
             f"{', '.join(kinds)} of {type(trial.model).__name__} does not see its prefix in layers "
-            f"{[layer for layer, _ in blind]}: another prefix changes its output for the last "
+            f"{list(dict.fromkeys(layer for layer, _ in blind))}: another prefix changes its output for the last "
             "token by 0.0.  Choose other layers=, or window='like_token', by which a layer sees "
             "a prefix as far as it sees tokens"
         )
