@@ -83,6 +83,7 @@ class Hooks:
             self.handles += feeder.hook()
         if self.route == "cache":
             self.allowed = allow_checkpointing(reach.holders)
+        self.only_distance = False  # of a model with gates: whether all that counts is distance
         self.gates: list[Gates] = []  # of route A, once a prefix has gates
 
     def __getstate__(self) -> dict[str, Any]:
@@ -167,6 +168,8 @@ class _Before:
         if hooks.rule is not None and takes_numbers:
             counted = prefix.shift(batch)
             shift = counted if prefix.position == "shift" else 0
+            if hooks.only_distance:
+                counted = prefix.shift(batch, gated=True)
             if hooks.route == "cache" or prefix.position == "shift" or hooks.rule == "counted":
                 positions.renumber(given, hooks.rule, pad, shift, counted)
         prefix.before_forward(holder, given)

@@ -143,13 +143,19 @@ class Prefix(nn.Module):
         """
         return self._tokens(device).long() - 1
 
-    def shift(self, batch: int) -> int | Tensor:
-        """By how much tokens are numbered higher: a number, or (batch, 1) by row."""
+    def shift(self, batch: int, *, gated: bool = False) -> int | Tensor:
+        """By how much tokens are numbered higher: a number, or (batch, 1) by row.
+
+        `gated` counts the columns of gated prefixes too, which move no token.
+        """
         if self.row_columns is None:
             encoders = self.taking_part().values()
-            return sum(int(e.prefix_length) for e in encoders if not getattr(e, "gated", False))
+            counted = [e for e in encoders if gated or not getattr(e, "gated", False)]
+            return sum(int(encoder.prefix_length) for encoder in counted)
         columns = of_rows(self.row_columns, batch)
-        return (columns & self._tokens(columns.device)).sum(1, keepdim=True)
+        if not gated:
+            columns = columns & self._tokens(columns.device)
+        return columns.sum(1, keepdim=True)
 
     def before_forward(self, holder: nn.Module, given: Any) -> None:
         """Let prompts run: their keys and values come from the model itself."""

@@ -199,6 +199,20 @@ def test_closed_gates_change_nothing_also_with_dropout_and_beside_another_prefix
     assert difference(before[0], before[1]) > 0.1
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "LLaMA", "BERT"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_stays_outside(family, side):
+    """Learned positions are the model's: BERT's move with padding on the left."""
+    if (family, side) == ("BERT", "left"):
+        pytest.skip("without a prefix too")
+    case, inputs = Case(family), padded(side)
+    gated(case)
+    real = inputs["attention_mask"][1].bool()
+    alone = case.logits(text=inputs["input_ids"][1:, real])
+    found = case.logits(text=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    assert difference(found[1:, real], alone) <= TOLERANCE
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_rows_and_checkpointing(family):
     case = Case(family)

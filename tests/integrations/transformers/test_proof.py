@@ -388,7 +388,7 @@ def test_a_text_that_looks_ahead_goes_on_without_a_cache_alone():
     mp.attach_prefix(model, 3, train_head=False)
     ids = torch.tensor([[5, 6, 7, 8]])
     settings = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    with pytest.raises(ValueError, match="BertSelfAttention looks ahead.*pass use_cache=False"):
+    with pytest.raises(ValueError, match=r"BertSelfAttention looks ahead.*pass use_cache=False"):
         model.generate(ids, **settings)
     found = model.generate(ids, **settings, use_cache=False)
     for length in range(4, 7):
