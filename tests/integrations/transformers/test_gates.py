@@ -213,7 +213,7 @@ def test_padding_stays_outside(family, side):
     assert difference(found[1:, real], alone) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "LLaMA"])
 def test_generation_rows_and_checkpointing(family):
     case = Case(family)
     prefix = gated(case)
