@@ -19,8 +19,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
 from minipeft.integrations.transformers import NotProvedWarning, positions  # noqa: E402
 
 HEADS, SIZE, LENGTH, START = 2, 8, 4, 30
-# float32 states of up to 4 through two layers: the same sums, a concatenation apart
-ROUNDING = 2e-6
+# float32 states of up to 8 (four units in the last place) through two layers: the same sums,
+# a concatenation apart
+ROUNDING = 4e-6
 
 
 class Settings(transformers.PreTrainedConfig):
