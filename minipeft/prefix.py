@@ -136,16 +136,23 @@ def pad_mask(mask: Tensor, prefix_length: int) -> Tensor:
 
 
 def gated_attention(
-    alone: Float[Tensor, "b h t dv"], joined: Float[Tensor, "b h t dv"], gate: Tensor
+    alone: Float[Tensor, "b h t dv"],
+    joined: Float[Tensor, "b h t dv"],
+    gate: Tensor,
+    *,
+    others: Float[Tensor, "b h t dv"] | None = None,
 ) -> Float[Tensor, "b h t dv"]:
     """From attention without a prefix towards attention with it: alone + gate * (joined - alone).
 
     With y_x attention to the tokens alone and y_p to the prefix alone, joined attention is
     y_x + w (y_p - y_x), w a weight for each query (fast/prefix.py).  So a gate, one per key/value
     head (g,), makes it y_x + gate * w (y_p - y_x): it multiplies the weight of the prefix.
+
+    Several gated prefixes each add their part: `others` is `alone` with the parts of others.
     """
     gate = gate.to(alone.dtype).reshape(-1).repeat_interleave(alone.shape[1] // gate.numel())
-    return alone + gate[:, None, None] * (joined - alone)
+    start = alone if others is None else others
+    return start + gate[:, None, None] * (joined - alone)
 
 
 def check_tokens(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool) -> None:

@@ -4,6 +4,7 @@ Every size that a configuration names is set by its name, and everything else st
 default.  So a class is one line here, where tests/prefix_families.py spells out each of its sizes.
 """
 
+import copy
 import inspect
 from typing import Any
 
@@ -30,33 +31,73 @@ SMALL: dict[str, Any] = {name: size for size, names in NAMED.items() for name in
 SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 SMALL |= {"image_size": 32, "patch_size": 8}
 SMALL |= {"layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+LARGEST = 300_000_000  # parameters: 1.2 GB, seconds to fill
+# settings that belong together, or that no default makes small
+SETTINGS: dict[str, dict[str, Any]] = {
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "XmodConfig": {"default_language": "en_XX"},
+    "ReformerConfig": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
+    "EsmcConfig": {"num_key_value_heads": 4},
+    "ZayaConfig": {"num_experts_per_tok": 1},
+    "Mamba2Config": {"head_dim": 16, "n_groups": 1},
+    "BambaConfig": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
+    "GraniteMoeHybridConfig": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention", "mamba"]},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv"]},
+    "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
+    "Gemma4TextConfig": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    "LongcatFlashConfig": {"head_dim": 8, "moe_topk": 2, "zero_expert_num": 2},
+    # longer than the texts: beyond a chunk, a prefix that is always seen is no token
+    "Llama4TextConfig": {"attention_chunk_size": 32},
+    "Zamba2Config": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
+}
+ROLES = ("is_decoder", "add_cross_attention")  # that a part has in its model
 WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "local_attention")
 
 
-def small_config(config: str, **settings: Any) -> Any:
-    """A small configuration of this class."""
+class TooLarge(ValueError):
+    """A model that cannot be made small by the names of its sizes."""
+
+
+def small_config(config: Any, **settings: Any) -> Any:
+    """A small configuration of this class (or of the class of this name), with all its parts."""
     import transformers
 
-    kind = getattr(transformers, config)
+    kind = getattr(transformers, config) if isinstance(config, str) else config
     usual = kind()
     takes = {*usual.to_dict(), *inspect.signature(kind.__init__).parameters}
     sizes = {name: size for name, size in SMALL.items() if name in takes}
     sizes |= {n: WINDOW for n in WINDOWS if n in takes and type(getattr(usual, n, None)) is int}
-    if "qk_rope_head_dim" in takes:  # the size of a head is a sum of two
+    if "qk_rope_head_dim" in takes:  # the size of a head is a sum of two, and heads have own keys
         sizes.pop("head_dim", None)
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     kinds = list(dict.fromkeys(getattr(usual, "layer_types", None) or ()))
     if kinds and {"layer_types", "num_hidden_layers"} <= takes:
         layers = sizes["num_hidden_layers"] = max(sizes["num_hidden_layers"], len(kinds))
         sizes["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
-    return kind(**sizes | settings)
+    for part in kind.sub_configs:  # of a text, of images, of sounds
+        if (own := getattr(usual, part, None)) is not None:
+            roles = {name: True for name in ROLES if getattr(own, name, False)}
+            sizes[part] = small_config(type(own), **roles)
+    return kind(**sizes | SETTINGS.get(kind.__name__, {}) | settings)
 
 
 def build(config: str, model: str, **settings: Any) -> nn.Module:
-    """A model whose outputs depend on everything: initial weights, and noise over them."""
+    """A model whose outputs depend on everything: initial weights, and noise over them.
+
+    Raises:
+        TooLarge: it has sizes that no name here makes small.
+    """
     import transformers
 
     torch.manual_seed(0)
-    built: nn.Module = getattr(transformers, model)(small_config(config, **settings))
+    kind = getattr(transformers, model)
+    small = small_config(getattr(kind, "config_class", None) or config, **settings)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in kind(copy.deepcopy(small)).parameters())
+    if size > LARGEST:
+        raise TooLarge(f"{size / 1e6:,.0f} million parameters are left")
+    built: nn.Module = kind(small)
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() > 1 else 0.02))

@@ -19,6 +19,7 @@ from tests.any_class import VOCABULARY, build, image, mel, wave
 
 P, T, PAD = 5, 14, 4  # prefix positions, tokens of text, padding
 FAULTS = ("silent", "late", "bare")
+NOT_SMALL = "not made small"
 # float32: the matrix of 27 families has at most 2.1e-6 over logits of size 1 to 3; these models are
 # of more kinds (experts, latent attention), whose sums are longer
 ROUNDING = 2e-5
@@ -58,10 +59,6 @@ OF_SIGHT_AND_SOUND = (
     Kind("HubertConfig", "HubertModel", SPEECH, wave),
 )
 MAPPINGS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "MASKED_LM")
-# their defaults name no small window, or need settings that belong together
-SETTINGS: dict[str, dict[str, Any]] = {
-    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
-}
 
 
 def classes() -> list[Kind]:
@@ -76,15 +73,15 @@ def classes() -> list[Kind]:
             name = names if isinstance(names, str) else names[0]
             config = configuration_auto.CONFIG_MAPPING_NAMES.get(model_type)
             if config is not None:
-                settings = dict(SETTINGS.get(config, {}))
+                settings: dict[str, Any] = {}
                 if mapping == "CAUSAL_LM":  # BERT's kind looks ahead unless it is a decoder
                     settings["is_decoder"] = True
                 found.setdefault(name, Kind(config, name, settings))
     return [*found.values(), *OF_SIGHT_AND_SOUND]
 
 
-def audit(kind: Kind) -> Finding | None:
-    """What attach_prefix does with this class; None if the class cannot be made small and run."""
+def audit(kind: Kind) -> Finding:
+    """What attach_prefix does with this class, or why the class cannot be made small and run."""
     try:
         settings = dict(kind.settings)
         if "is_decoder" in settings and not _takes(kind.config, "is_decoder"):
@@ -92,8 +89,8 @@ def audit(kind: Kind) -> Finding | None:
         model = build(kind.config, kind.model, **settings)
         case = Case(model, None if kind.example is None else kind.example())
         case.without = case.run()
-    except Exception:
-        return None
+    except Exception as error:
+        return Finding(NOT_SMALL, f"{type(error).__name__}: {' '.join(str(error).split())}", {})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:

@@ -420,16 +420,11 @@ def switched_off(family: str) -> float:
 
 
 @torch.no_grad()
-def gated(family: str) -> float | None:
+def gated(family: str) -> float:
     """A gated prefix as it starts against no prefix."""
     case = Case(family)
     before = case.logits()
-    try:
-        case.attach(tokens=False, gated=True)
-    except ValueError as error:
-        if "reached through its cache" not in str(error):
-            raise
-        return None
+    case.attach(tokens=False, gated=True)
     return difference(case.logits(), before)
 
 

@@ -11,7 +11,7 @@ from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.protocol import is_adapter
 from minipeft.adapters.targets import NEW_HEADS
 from minipeft.inject import freeze, restoring, tell
-from minipeft.integrations.transformers import attention, positions, probe, proof
+from minipeft.integrations.transformers import attention, gate_search, positions, probe, proof
 from minipeft.integrations.transformers.prefixes import NAME, Prefix, check_key
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.integrations.transformers.trial import as_before
@@ -87,6 +87,8 @@ def attach(
         if isinstance(encoder, RunPrompt):
             with probe.errors_of(caller), as_before(model):
                 proof.prove_prompt(model, prefix)
+        if getattr(encoder, "gated", False):
+            _prepare_gates(caller, model, prefix, undo)
         with probe.errors_of(caller):
             encoder.to(positions.input_device(model)).train(model.training)
         heads = _heads(caller, model, prefix, train_head)
@@ -115,6 +117,30 @@ def attach(
         prefix.doubts += [doubt for doubt in doubts if doubt not in prefix.doubts]
     proof.warn(caller, model, doubts)
     return prefix
+
+
+def _prepare_gates(caller: str, model: nn.Module, prefix: Prefix, undo: ExitStack) -> None:
+    """Make the model ready for a prefix with gates, or raise ValueError."""
+    hooks = prefix.hooks
+    if prefix.route != "attention":
+        undo.callback(hooks.take_gates, hooks.gates)
+        with probe.errors_of(caller), as_before(model):
+            hooks.take_gates(gate_search.find(model, prefix))
+            gate_search.prove(model, prefix)
+    if hooks.rule is not None:
+        with probe.errors_of(caller), as_before(model):
+            hooks.only_distance = _by_distance(prefix)
+
+
+def _by_distance(prefix: Prefix) -> bool:
+    """Whether the model, without any prefix, sees only how far apart two tokens are."""
+    on = [encoder for encoder in prefix.encoders.values() if encoder.enabled]
+    prefix.enabled = False
+    try:
+        return positions.only_distance(prefix.hooks.holders[0])
+    finally:
+        for encoder in on:
+            encoder.enabled = True
 
 
 def _refuse_inner(caller: str, model: nn.Module) -> None:

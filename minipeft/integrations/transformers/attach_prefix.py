@@ -54,12 +54,15 @@ def attach_prefix(
     `position` "shift" numbers tokens from prefix_length on, as if the prefix were tokens (the
     convention of P-tuning v2 and PEFT); "none" numbers them from 0, so that an encoder keeps the
     full length of its position table.  None: "shift" for decoders, "none" for the others.  A gated
-    prefix shifts no token: it starts as if there were no prefix.  `window` "always": layers with a
-    sliding window see the prefix from everywhere; "like_token": as if it were tokens.  `locations`
-    chooses among an encoder-decoder's "encoder", "decoder" and "cross" (attention of the decoder to
-    the encoder's output); unless given, all that can be reached (`Prefix.report()` names what is
-    left out, as LongT5's encoder).  `layers` chooses layers by the numbers that the model gives
-    them; a model of which only some layers have attention (hybrids) needs it.
+    prefix shifts no token: it starts as if there were no prefix.  Where models are reached through
+    their cache, attention runs once more for each gated prefix (gates.py).
+
+    `window` "always": layers with a sliding window see the prefix from everywhere; "like_token": as
+    if it were tokens.  `locations` chooses among an encoder-decoder's "encoder", "decoder" and
+    "cross" (attention of the decoder to the encoder's output); unless given, all that can be
+    reached (`Prefix.report()` names what is left out, as LongT5's encoder).  `layers` chooses
+    layers by the numbers that the model gives them; a model of which only some layers have
+    attention (hybrids) needs it.
 
     Before the prefix stays, the model is tried on a few tokens (proof.py).  `example` is what such
     a trial cannot make up, as the keyword arguments of one forward: images, sounds, ids with
@@ -106,11 +109,6 @@ def attach_prefix(
             )
         if any(encoder is other for other in prefix.encoders.values()):
             raise ValueError("attach_prefix: the model has this encoder already; copy.deepcopy it")
-        if encoder.gated and prefix.route != "attention":
-            raise ValueError(
-                f"attach_prefix: {type(model).__name__} is reached through its cache (route "
-                f"{prefix.route!r}), where a prefix cannot be gated"
-            )
         return encoder
 
     prefix = attach(

@@ -209,13 +209,13 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
 
         parts = found.layer(module.__dict__[ATTRIBUTE][1])
         plain = [part.gate is None for part in parts]
-        out, *rest = with_parts(plain)
+        alone, *rest = with_parts(plain)
+        alone = out = alone.transpose(1, 2)  # (batch, heads, queries, dim)
         for number, part in enumerate(parts):
             if part.gate is not None:
                 whole = with_parts([p or i == number for i, p in enumerate(plain)])[0]
-                heads = (out.transpose(1, 2), whole.transpose(1, 2))  # (batch, heads, queries, dim)
-                out = gated_attention(*heads, part.gate).transpose(1, 2)
-        return (out, *rest)
+                out = gated_attention(alone, whole.transpose(1, 2), part.gate, others=out)
+        return (out.transpose(1, 2), *rest)
 
     AttentionInterface.register(known, attend)
     AttentionMaskInterface.register(known, mask)
@@ -267,6 +267,12 @@ def _checked(module: nn.Module, mask: Tensor | None, tokens: int, owner: Owner) 
         if ATTRIBUTE not in module.__dict__ or not getattr(module, "is_causal", True):
             return None  # every query sees every key, and so the prefix
         raise ValueError(f"{name}: the model gave attention no mask; a prefix needs one")
+    if mask.shape[-1] < columns + tokens and not getattr(module, "is_causal", True):
+        raise ValueError(
+            f"{name} looks ahead, and its mask covers {mask.shape[-1] - columns} of {tokens} keys: "
+            "with a prefix, a text whose tokens look ahead cannot go on from a cache; pass "
+            "use_cache=False (to generate too), or make the model with is_decoder=True"
+        )
     if mask.shape[-1] != columns + tokens:
         raise ValueError(
             f"{name}: the mask covers {mask.shape[-1] - columns} of {tokens} keys (the prefix of "

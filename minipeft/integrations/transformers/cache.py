@@ -6,13 +6,24 @@ cache (nowhere, if there is none) and returns all of them with the prefix in fro
 cache holds real tokens only.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from minipeft.integrations.transformers.attention import SWITCHED, Owner, joined
+from minipeft.integrations.transformers.attention import SWITCHED, Owner, Part, joined
 from minipeft.integrations.transformers.masks import reorder
 from minipeft.prefix import with_prefix
+
+
+class Turn(Protocol):
+    """One of the runs of an attention module over some of the prefixes."""
+
+    parts: list[Part]
+    tokens: tuple[Tensor, Tensor] | None  # the layer's keys and values, once they are stored
+
+    def cut(self, x: Tensor, axis: int) -> Tensor:
+        """x without the slots of prefixes that take no part in this run."""
+        ...
 
 
 class PrefixedCache:
@@ -26,6 +37,7 @@ class PrefixedCache:
     def __init__(self, owner: Owner, inner: Any, order: Tensor | None) -> None:
         self.owner, self.inner, self.order = owner, inner, order
         self.names = owner.names()
+        self.turn: Turn | None = None  # of a layer with gates (gates.py)
 
     def update(
         self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -33,11 +45,19 @@ class PrefixedCache:
         """Store the new keys and values; all of the layer, with the prefix in front."""
         if self.owner.names() != self.names:
             raise ValueError(SWITCHED)
-        if self.inner is not None:
+        turn = self.turn
+        if turn is not None and turn.tokens is not None:  # they are in the cache already
+            k, v = turn.tokens
+        elif self.inner is not None:
             k, v = self.inner.update(k, v, layer_idx, *args, **kwargs)
-        k, v, _ = with_prefix(k, v, *joined(self.owner.layer(layer_idx)))
+        parts = self.owner.layer(layer_idx) if turn is None else turn.parts
+        if turn is not None:
+            turn.tokens = (k, v)
+        k, v, _ = with_prefix(k, v, *joined(parts))
         if self.order is not None:
             k, v = reorder(k, self.order), reorder(v, self.order)
+        if turn is not None:
+            k, v = turn.cut(k, 2), turn.cut(v, 2)
         return k, v
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:

@@ -22,6 +22,7 @@ On a model that has a prefix, until Prefix.remove
     config._attn_implementation_internal            names the attention above; own name put back
     _minipeft_prefix, _minipeft_held                on attention (owner, layer), on holders
     forward hooks of attention modules              route C (past.py)
+    forward hooks of attention and its projection   route A, once a prefix has gates (gates.py)
     _can_checkpoint_with_cache                      route A: checkpointed layers keep the cache
     minipeft_prefix                                 the submodule with the encoders
 On a model that has any adapter, until the last is removed
@@ -45,6 +46,7 @@ from torch import Tensor, nn
 
 from minipeft.integrations.transformers import attention, positions
 from minipeft.integrations.transformers.cache import PrefixedCache
+from minipeft.integrations.transformers.gates import Gates
 from minipeft.integrations.transformers.masks import Query, before_tokens, put_in_front
 from minipeft.integrations.transformers.past import Feeder
 from minipeft.integrations.transformers.positions import Arguments, names_of
@@ -81,6 +83,8 @@ class Hooks:
             self.handles += feeder.hook()
         if self.route == "cache":
             self.allowed = allow_checkpointing(reach.holders)
+        self.only_distance = False  # of a model with gates: whether all that counts is distance
+        self.gates: list[Gates] = []  # of route A, once a prefix has gates
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "number": None}
@@ -89,6 +93,7 @@ class Hooks:
         """Take the hooks off; the configs name what they named before."""
         for handle in self.handles:
             handle.remove()
+        self.take_gates([])
         for module in self.modules:
             module.__dict__.pop(attention.ATTRIBUTE, None)
         for holder in self.holders:
@@ -102,6 +107,14 @@ class Hooks:
                 config._attn_implementation_internal = own
                 if own != current:
                     attention.forget(current)
+
+    def take_gates(self, gates: list[Gates]) -> None:
+        """Let these layers blend their heads by gates, and no others."""
+        for old in self.gates:
+            old.remove()
+        for new in gates:
+            new.hook()
+        self.gates = gates
 
     def name_attention(self) -> None:
         """Let the configs name the attention with the prefix, over the one that they name now.
@@ -155,6 +168,8 @@ class _Before:
         if hooks.rule is not None and takes_numbers:
             counted = prefix.shift(batch)
             shift = counted if prefix.position == "shift" else 0
+            if hooks.only_distance:
+                counted = prefix.shift(batch, gated=True)
             if hooks.route == "cache" or prefix.position == "shift" or hooks.rule == "counted":
                 positions.renumber(given, hooks.rule, pad, shift, counted)
         prefix.before_forward(holder, given)
@@ -248,16 +263,22 @@ def _view_cache(given: Arguments, hooks: Hooks, holder: Any, batch: int) -> None
     tokens, mask, order = positions.tokens(given), given["attention_mask"], None
     device, columns = tokens.device, prefix.columns()
     visible = prefix.visible(Query(batch, tokens.shape[1], 0, None, None, device))
-    if mask is None and visible is not None:
+    ordered = hooks.by_slot and prefix.is_ordered()
+    if mask is None and (visible is not None or ordered):
         slots = positions.seen(given) + tokens.shape[1]
         mask = torch.ones(batch, slots, dtype=torch.long, device=device)
     if mask is not None:
         if mask.dim() == 4:
+            if ordered:
+                raise ValueError(
+                    "attention_mask has 4 dimensions, which say who sees whom; a gated prefix "
+                    "beside others needs a 2-D mask where attention counts distance (ALiBi)"
+                )
             mask = put_in_front(mask, visible, columns)
         elif hooks.by_slot:
             if visible is None:
                 visible = torch.ones(batch, 1, 1, columns, dtype=torch.bool, device=device)
-            mask, order = before_tokens(mask, visible[:, 0, 0])
+            mask, order = before_tokens(mask, visible[:, 0, 0], prefix.rank(device))
         elif visible is None:
             mask = F.pad(mask, (columns, 0), value=1)
         else:

@@ -95,28 +95,50 @@ def put_in_front(mask: Any, visible: Tensor | None, columns: int) -> Any:
 
 
 def before_tokens(
-    mask: Tensor, visible: Bool[Tensor, "batch columns"]
+    mask: Tensor, visible: Bool[Tensor, "batch columns"], rank: Int[Tensor, " columns"]
 ) -> tuple[Tensor, Int[Tensor, "batch slots"]]:
     """Move a row's prefix right before its first token, behind padding and hidden columns.
 
-    For attention that counts distance in slots (ALiBi).  Returns the mask (batch, columns + slots)
-    and the order in which to take the keys, which come as [prefix columns, slots].
+    For attention that counts distance in slots (ALiBi).  Columns of a higher `rank` (at most 0)
+    stand nearer to the text.  Returns the mask (batch, columns + slots) and the order in which to
+    take the keys, which come as [prefix columns, slots].
     """
     whole = torch.cat([visible.to(mask.device, mask.dtype), mask], dim=1)
     columns = visible.shape[1]
     leading = mask.bool().long().cumsum(1) == 0  # left padding
-    rank = torch.full_like(whole, 2, dtype=torch.long)  # 0: hidden, 1: prefix, 2: text
-    rank[:, :columns] = visible.long()
-    rank[:, columns:][leading] = 0
-    order = torch.argsort(rank, dim=1, stable=True)
+    hidden = -columns - 1
+    place = torch.full_like(whole, 1, dtype=torch.long)  # of text
+    place[:, :columns] = torch.where(visible, rank, hidden).to(mask.device)
+    place[:, columns:][leading] = hidden
+    order = torch.argsort(place, dim=1, stable=True)
     return whole.gather(1, order), order
+
+
+def all_slots(order: Int[Tensor, "batch slots"], slots: int) -> Int[Tensor, "batch slots2"]:
+    """The order with the slots behind it: a static cache has some that no mask covers yet."""
+    if order.shape[1] == slots:
+        return order
+    more = torch.arange(order.shape[1], slots, device=order.device)
+    return torch.cat([order, more.expand(len(order), -1)], 1)
 
 
 def reorder(x: Tensor, order: Int[Tensor, "batch slots"]) -> Tensor:
     """Keys or values (batch, heads, slots', dim) with their first slots in this order."""
-    tail = x.shape[2] - order.shape[1]
-    if tail > 0:  # a static cache has slots that no mask covers yet
-        more = torch.arange(order.shape[1], x.shape[2], device=order.device)
-        order = torch.cat([order, more.expand(len(order), -1)], 1)
-    index = order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.gather(2, index)
+    return taken(x, all_slots(order, x.shape[2]), 2)
+
+
+def taken(x: Tensor, index: Int[Tensor, "rows slots"], axis: int) -> Tensor:
+    """The entries of x along an axis whose numbers are in `index`, for each row of the batch.
+
+    The first axis of x has the rows of `index`, one for all of them, or several (heads, say) to
+    each; one row of `index` is for all of x.
+    """
+    if len(index) == 1:
+        return x.index_select(axis, index[0])
+    if len(x) == 1:
+        x = x.expand(len(index), *x.shape[1:])
+    sizes = [1] * x.dim()
+    sizes[0], sizes[axis] = len(x), index.shape[1]
+    chosen = index.repeat_interleave(len(x) // len(index), 0).view(sizes)
+    return x.gather(axis, chosen.expand(*(n if i != axis % x.dim() else -1
+                                          for i, n in enumerate(x.shape))))  # fmt: skip

@@ -228,6 +228,19 @@ def matter(base: nn.Module) -> bool:
     return not torch.equal(*(_last(run(base, input_ids=ids, position_ids=p)) for p in (near, far)))
 
 
+def only_distance(base: nn.Module) -> bool:
+    """Whether numbering all tokens higher by the same keeps the output, up to rounding."""
+    if "position_ids" not in names_of(base):
+        return False
+    ids, _ = _with_padding(base)
+    one, other = (
+        _last(run(base, input_ids=ids, position_ids=torch.arange(3, device=ids.device)[None] + by))
+        for by in (0, 4)
+    )
+    limit = 32 * torch.finfo(one.dtype).eps * float(one.abs().max())
+    return float((one - other).abs().max()) <= limit
+
+
 def is_causal(base: nn.Module) -> bool:
     """Whether the first token's output is independent of the second token.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, give_name
-from minipeft.inject import put, restoring, tell
+from minipeft.inject import after_swap, put, restoring, tell
 from minipeft.integrations.transformers import probe
 from minipeft.integrations.transformers.attention import Part
 from minipeft.integrations.transformers.hooks import Hooks
@@ -132,13 +132,30 @@ class Prefix(nn.Module):
         ]
         return torch.cat(counted).to(device)
 
-    def shift(self, batch: int) -> int | Tensor:
-        """By how much tokens are numbered higher: a number, or (batch, 1) by row."""
+    def is_ordered(self) -> bool:
+        """Whether columns have different ranks."""
+        return len({getattr(e, "gated", False) for e in self.taking_part().values()}) > 1
+
+    def rank(self, device: torch.device) -> Tensor:
+        """How near to the text each column stands where distance is counted in slots, at most 0.
+
+        A gated prefix stands before the others, so that it moves none of them.
+        """
+        return self._tokens(device).long() - 1
+
+    def shift(self, batch: int, *, gated: bool = False) -> int | Tensor:
+        """By how much tokens are numbered higher: a number, or (batch, 1) by row.
+
+        `gated` counts the columns of gated prefixes too, which move no token.
+        """
         if self.row_columns is None:
             encoders = self.taking_part().values()
-            return sum(int(e.prefix_length) for e in encoders if not getattr(e, "gated", False))
+            counted = [e for e in encoders if gated or not getattr(e, "gated", False)]
+            return sum(int(encoder.prefix_length) for encoder in counted)
         columns = of_rows(self.row_columns, batch)
-        return (columns & self._tokens(columns.device)).sum(1, keepdim=True)
+        if not gated:
+            columns = columns & self._tokens(columns.device)
+        return columns.sum(1, keepdim=True)
 
     def before_forward(self, holder: nn.Module, given: Any) -> None:
         """Let prompts run: their keys and values come from the model itself."""
@@ -309,3 +326,13 @@ class Prefix(nn.Module):
         if self.left_out:
             where += f", left_out={list(self.left_out)}"
         return f"position={self.position!r}, window={self.window!r}, route={self.route!r}, {where}"
+
+
+def _follow(model: nn.Module) -> None:
+    """Modules of the model were swapped: gates are hooked to those that are there now."""
+    for part in model.modules():
+        for gates in part.hooks.gates if isinstance(part, Prefix) else ():
+            gates.follow()
+
+
+after_swap.append(_follow)

@@ -251,14 +251,16 @@ def _through_attention(model: Any, tokens: dict[str, Tensor]) -> Reach:
         calls = _of_one_model(model, calls)
     modules = {id(call.module) for call in calls}
     locations = [_location(model, call) for call in calls]
+    if len(modules) < len(calls):
+        raise _NotReached(
+            f"{name} called attention {len(calls)} times from {len(modules)} modules on one token, "
+            "so that its layers share modules, and nothing says which layer a call is of; "
+            "inject_lora trains such a model"
+        )
     kinds = {type(call.module) for call in calls}
     all_of_kind = sum(type(module) in kinds for module in model.modules())
     layers = getattr(text, "num_hidden_layers", None)
-    if (
-        len(modules) != len(calls)
-        or len(calls) != all_of_kind
-        or locations.count("cross") not in (0, locations.count("decoder"))
-    ):
+    if len(calls) != all_of_kind or locations.count("cross") not in (0, locations.count("decoder")):
         raise _NotReached(
             f"{name} called attention {len(calls)} times from {len(modules)} modules on one "
             f"token; expected one call from each of {all_of_kind} modules for its {layers} layers"

@@ -182,9 +182,10 @@ def _ask_layers(trial: Trial) -> list[str]:
     blind, doubts = blind_layers(trial)
     if blind:
         kinds = sorted({type(module).__name__ for _, module in blind})
+        layers = list(dict.fromkeys(layer for layer, _ in blind))
         raise ValueError(
             f"{', '.join(kinds)} of {type(trial.model).__name__} does not see its prefix in layers "
-            f"{[layer for layer, _ in blind]}: another prefix changes its output for the last "
+            f"{layers}: another prefix changes its output for the last "
             "token by 0.0.  Choose other layers=, or window='like_token', by which a layer sees "
             "a prefix as far as it sees tokens"
         )

@@ -50,8 +50,7 @@ class Trial:
         prefix.encoders[NAME] = self.encoder
         self.with_prefix = self.run(self.rest, on=True)
         self.without = self.run(self.rest, on=False)
-        eps = torch.finfo(self.without.dtype).eps
-        self.rounding = 32 * eps * float(self.without.abs().max())
+        self.rounding = rounding(self.without)
         self._noise: float | None = None
 
     def run(self, inputs: dict[str, Any], *, on: bool) -> Tensor:
@@ -123,6 +122,15 @@ class Trial:
             yield found
         finally:
             handle.remove()
+
+
+def rounding(states: Tensor) -> float:
+    """The most by which sums in another order move such states.
+
+    At least that of float32: models in float64 make their softmax in it (BLOOM, MPT).
+    """
+    eps = max(torch.finfo(states.dtype).eps, torch.finfo(torch.float32).eps)
+    return 32 * eps * float(states.abs().max())
 
 
 def pairs_of(prefix: Prefix, seen: probe.Reach) -> list[Any]:

@@ -134,8 +134,6 @@ def _load(model: nn.Module, directory: Path, name: str, example: dict[str, Any] 
                 f"{directory}: made for layers of (kv_heads, key_dim, value_dim) "
                 f"{_few(config['kv_shapes'])} of a {config['model']}; this model has {_few(found)}"
             )
-        if config.get("gated") and prefix.route != "attention":
-            raise ValueError(f"{where}: a gated prefix; {type(model).__name__} takes none")
         return _encoder(config, tensors, prefix.kv_shapes, where)
 
     locations = (

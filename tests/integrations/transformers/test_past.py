@@ -19,8 +19,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
 from minipeft.integrations.transformers import NotProvedWarning, positions  # noqa: E402
 
 HEADS, SIZE, LENGTH, START = 2, 8, 4, 30
-# float32 states of up to 4 through two layers: the same sums, a concatenation apart
-ROUNDING = 2e-6
+# float32 states of up to 8 (four units in the last place) through two layers: the same sums,
+# a concatenation apart
+ROUNDING = 4e-6
 
 
 class Settings(transformers.PreTrainedConfig):
@@ -366,7 +367,7 @@ def test_refusals_leave_the_model_as_it_was():
     before = model(IDS).last_hidden_state
     with pytest.raises(ValueError, match=r"attach_prefix: .*pass example="):
         mp.attach_prefix(model, LENGTH)
-    with pytest.raises(ValueError, match="cannot be gated"):
+    with pytest.raises(ValueError, match=r"route 'past'.*without gated=True"):
         mp.attach_prefix(model, LENGTH, gated=True, example={"input_ids": IDS[:1]})
     with pytest.raises(ValueError, match="attach_prompt"):
         mp.attach_prompt(model, LENGTH)

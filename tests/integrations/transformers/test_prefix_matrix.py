@@ -35,9 +35,16 @@ from tests.prefix_behaviours import BEHAVIOURS, Case
 from tests.prefix_families import FAMILIES
 for family in FAMILIES:
     print(family, BEHAVIOURS["compiled"](family), sep="; ")
-for family in ("LLaMA", "BERT", "BLOOM", "T5"):
+for family, gated in (("LLaMA", 0), ("BERT", 0), ("BLOOM", 0), ("T5", 0), ("BLOOM", 1)):
     case = Case(family)
-    case.attach()
+    prefix = case.attach(tokens=not gated, gated=bool(gated))
+    if gated:
+        with torch.no_grad():
+            for gate in prefix.encoder.gates:
+                gate.normal_()
+        case.model.config.use_cache = False
+        logits = torch.compile(case.model, backend="aot_eager")(**case.inputs()).logits
+        print("gated", float((logits - case.logits()).abs().max()), sep="; ")
     case.model.config.use_cache = False
     torch._dynamo.reset()
     with torch.no_grad():
@@ -46,7 +53,7 @@ for family in ("LLaMA", "BERT", "BLOOM", "T5"):
 """
     )
     rows = [line.split("; ") for line in printed.splitlines() if "; " in line]
-    assert len(rows) == len(FAMILIES) + 4
+    assert len(rows) == len(FAMILIES) + 6
     for name, value in rows:
         assert float(value) <= (1.0 if name == "graphs" else 1e-5), (name, value)
 

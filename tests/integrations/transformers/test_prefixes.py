@@ -319,7 +319,6 @@ def test_a_large_mlp_is_warned_of_with_its_size():
         ("LLaMA", {"window": "sometimes"}, "window='sometimes'"),
         ("LLaMA", {"position": "left"}, "position='left'"),
         ("LLaMA", {"locations": ["cross"]}, "locations="),
-        ("Falcon, 7B kind", {"gated": True}, "cannot be gated"),
         ("GPT-2", {"prefix_length": 64}, "position table of"),
         ("CodeGen", {"prefix_length": 64}, "position table of"),
         ("LLaMA", {"frozen": P}, "frozen=5"),

@@ -372,3 +372,25 @@ def test_what_has_no_prefix_is_named():
     prefix = mp.attach_prefix(model, 4, locations=["decoder"], layers=[1])
     assert set(prefix.left_out) == {"encoder", "cross", "layer 0"}
     assert "not asked: whether tokens" in prefix.report()
+
+
+def test_a_model_whose_layers_share_a_module_is_told_what_trains_it():
+    model = build("AlbertConfig", "AlbertForMaskedLM")
+    with pytest.raises(
+        ValueError, match=r"3 times from 1 modules.*inject_lora trains such a model"
+    ):
+        mp.attach_prefix(model, 3)
+    mp.inject_lora(model, "all-linear", 2)
+
+
+def test_a_text_that_looks_ahead_goes_on_without_a_cache_alone():
+    model = build("BertConfig", "BertLMHeadModel", is_decoder=False)
+    mp.attach_prefix(model, 3, train_head=False)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    settings = {"max_new_tokens": 3, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(ValueError, match=r"BertSelfAttention looks ahead.*pass use_cache=False"):
+        model.generate(ids, **settings)
+    found = model.generate(ids, **settings, use_cache=False)
+    for length in range(4, 7):
+        following = model(found[:, :length]).logits[0, -1].argmax()
+        assert found[0, length] == following

@@ -478,7 +478,6 @@ def test_gathered_values_are_what_is_written(kind, tmp_path):
     [
         ("GPT-2", lambda m: mp.attach_prompt(m, P), "BERT", "is not a decoder"),
         ("GPT-2", lambda m: mp.attach_prompt(m, P), "T5", "is not a decoder"),
-        ("GPT-2", lambda m: mp.attach_prefix(m, P, gated=True), "CodeGen", "takes none"),
     ],
 )
 def test_files_are_refused_where_attaching_would_be(made_on, attach, family, message, tmp_path):
