@@ -94,8 +94,8 @@ class LoRABank(ByRow):
             for name, size in (("a", shape.in_features), ("b", shape.out_features)):
                 none = torch.zeros(capacity, 0, size, dtype=dtype, device=device)
                 self.register_buffer(name, none, persistent=False)
+            self._allocate()
         self.take_over()
-        self._allocate()
 
     def _allocate(self) -> None:
         """Zeros for every slot, where there are none."""

@@ -61,13 +61,11 @@ class ByRow(Wrapper):
     def _renew(self) -> None:
         if self.groups is None:
             return
-        if self.training:
-            self.drop_copies()
-            self._ready = False
-        else:
-            with torch.inference_mode(False), torch.no_grad():
-                self._ready = self.copy_layers()
-            self._copied, self._doubt = self.groups.versions(), False
+        with torch.inference_mode(False), torch.no_grad():  # changed in place later, in any mode
+            if self.training:
+                self.drop_copies()
+            self._ready = not self.training and self.copy_layers()
+        self._copied, self._doubt = self.groups.versions(), False
 
     def train(self, mode: bool = True) -> "ByRow":
         """Set the mode; leaving training copies what was trained."""
