@@ -48,7 +48,8 @@ class Pending:
         if any(own is not None and not own.same_as(groups) for own in waiting):
             raise RuntimeError(
                 "use_adapters(rows=): the rows were changed after a forward, before checkpointing "
-                "computed it again in backward; call backward first, then use_adapters"
+                "computed it again in backward; call backward first, then use_adapters (and let go "
+                "of a loss that needs no backward)"
             )
 
     def note(self, groups: RowGroups, made: Tensor) -> None:
