@@ -21,7 +21,7 @@ from benchmarks.models import load_model, load_tokenizer
 
 torch.manual_seed(0)
 STEPS, SIZE, LENGTH = 3, 1, 64  # rows of each adapter in a step, and their tokens
-SWEEP = {f"rank{rank}-rate{rate:g}": (rank, rate)
+SWEEP = {f"rank{rank}-rate{rate:.0e}": (rank, rate)
          for rank in (4, 16) for rate in (1e-4, 3e-4, 1e-3, 3e-3)}  # fmt: skip
 
 

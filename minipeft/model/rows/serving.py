@@ -86,7 +86,9 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
             "for all rows, and other layers differ by row; bake the prompt, or serve them in two "
             "batches"
         )
-    if (mixing := what_mixes(model)) and any(place.trains for place in places.values()):
+    _check_prefixes(owners, used)
+    trains = any(place.trains for place in places.values()) or bool(owners and model.training)
+    if (mixing := what_mixes(model)) and trains:
         raise ValueError(f"use_adapters(rows=): {mixing}")
     groups = {name: _grouped(model, name, place, wanted) for name, place in places.items()}
     layers = _layers(model, names, places, len(wanted))
@@ -164,6 +166,18 @@ def _no_batch(plain: nn.Module, tables: set[int] | None) -> str | None:
         "it is not the table of the tokens (get_input_embeddings), and numbers of positions or "
         "distances need not have a row for each of the batch"
     )
+
+
+def _check_prefixes(owners: Iterable[Any], used: list[str]) -> None:
+    """Raise ValueError if a prefix that rows use holds NaN or Inf: all rows share its columns."""
+    for owner in owners:
+        for name, encoder in owner.encoders.items():
+            values = [p for p in encoder.parameters() if name in used and not p.is_meta]
+            if not finite(*values):
+                raise ValueError(
+                    f"use_adapters: {name!r} is a prefix that holds NaN or Inf, which would reach "
+                    "the rows of others; remove it first"
+                )
 
 
 def _grouped(model: nn.Module, name: str, place: Place, wanted: Wanted) -> RowGroups:

@@ -192,6 +192,22 @@ def test_a_forward_without_a_backward_is_forgotten():
     assert worst(found, in_one_pass(two_lora, ROWS)) <= EXACT
 
 
+def test_a_prefix_that_diverged_is_refused():
+    """The keys of all prefixes are shared; a mask does not hide NaN from a softmax."""
+    model = two_prefixes()
+    rows = ["deep", "default", "fr", None]
+    mp.use_adapters(model, rows=rows)
+    before = model(input_ids=IDS).logits
+    kept = {key: p.clone() for key, p in mp.adapter_state_dict(model, name="default").items()}
+    with torch.no_grad():
+        next(mp.adapter_parameters(model, name="default"))[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="'default' is a prefix that holds NaN or Inf"):
+        mp.use_adapters(model, rows=rows[::-1])
+    mp.load_adapter_state_dict(model, kept, name="default")
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    mp.use_adapters(model, rows=["deep", "fr", None, "deep"])
+
+
 def test_a_balance_loss_over_all_rows_is_refused():
     config = transformers.MixtralConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
