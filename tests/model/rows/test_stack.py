@@ -17,7 +17,16 @@ from minipeft.layers.trained import TrainedModule
 from minipeft.lora import LowRank
 from minipeft.model.rows import RowStack
 from minipeft.model.rows.stack import why_not
-from tests.row_kinds import IDS, KINDS, by_hand, embedding, linear, on_a_convolution, randomize
+from tests.row_kinds import (
+    IDS,
+    KINDS,
+    by_hand,
+    embedding,
+    linear,
+    on_a_convolution,
+    randomize,
+    three,
+)
 
 ROWS = ["fr", None, "default", ["fr", "de"], "de", None]
 OTHERS = [None, "de", ["default", "fr"], "fr", None, "default"]
