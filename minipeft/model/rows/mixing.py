@@ -26,13 +26,13 @@ def what_mixes(model: nn.Module) -> str:
             return (
                 f"{name or 'the model'}'s config.output_router_logits asks for a balance loss over "
                 "all rows, so that each adapter would train on the rows of others; set it to False "
-                "(a router's loss can be taken for each adapter's rows)"
+                "and call use_adapters again (add a balance loss for each adapter's own rows)"
             )
         if id(module) not in own and "running_mean" in module._buffers and _mixes(module):
             return (
                 f"{name!r} ({type(module).__name__}) takes statistics over all rows of the batch, "
-                "so that adapters which train side by side would act on each other; let it use "
-                "running statistics (eval mode), or train the adapters one after the other"
+                "so that adapters which train side by side would act on each other; freeze it, if "
+                "it keeps running statistics, or train the adapters one after the other"
             )
     return ""
 

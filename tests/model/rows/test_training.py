@@ -1,6 +1,7 @@
 """Several adapters trained in one pass: every gradient as in a run of the adapter's own."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -444,6 +445,10 @@ def test_statistics_over_the_batch_are_refused_in_training():
     mp.use_adapters(frozen.train(), rows=rows)
     y = frozen(x)
     assert torch.equal(frozen(torch.stack([x[0], x[0]]))[0], y[0])
+    mp.use_adapters(frozen, ["default", "fr"])
+    frozen[1].requires_grad_(True)  # it trains by itself, and would follow the batch
+    with pytest.raises(ValueError, match="freeze it, if it keeps running statistics"):
+        mp.use_adapters(frozen.train(), rows=rows)
     for kind in (nn.LayerNorm(8), nn.GroupNorm(2, 8), nn.InstanceNorm1d(8), nn.Identity()):
         model = nn.Sequential(nn.Linear(8, 8), kind)
         mp.inject_lora(model, ["0"], 2)
@@ -540,3 +545,42 @@ def test_dora_over_codes_of_4_bits_makes_no_dense_weight(monkeypatch):
     mp.use_adapters(model.train(), rows=["fr", "default", "de", "de", "fr", None])
     monkeypatch.setattr(DoRALinear, "exact_below", lambda *_: pytest.fail("a dense weight"))
     model[0](x).sum().backward()
+
+
+def test_layers_that_write_in_place_follow():
+    """Results are new tensors, also where all rows use the same adapter or none."""
+    model, x = double("linear")
+    model[1] = nn.ReLU(inplace=True)
+    for rows in (ROWS, ["fr"] * 6, [None] * 5 + ["de"]):
+        expected, _ = runs_of_their_own(model, x, rows)
+        model.zero_grad()
+        mp.use_adapters(model, rows=rows)
+        own_means(model(x), rows).backward()
+        assert worst(gradients(model), expected) <= EXACT
+        mp.use_adapters(model, "fr")
+
+
+@pytest.mark.parametrize("kind", ["linear", "NF4", "linear, DoRA", "embedding"])
+def test_torch_func_sees_the_same_gradients(kind):
+    model, x = double(kind)
+    mp.use_adapters(model, rows=ROWS)
+    own_means(model(x), ROWS).backward()
+    named_ = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(parameters):
+        return own_means(torch.func.functional_call(model, parameters, (x,)), ROWS)
+
+    found = torch.func.grad(loss)({n: p.detach() for n, p in named_.items()})
+    for name, parameter in named_.items():
+        # float64; DoRA's layers lie in no module's tree, and read their parameters there
+        torch.testing.assert_close(found[name], parameter.grad, rtol=EXACT, atol=1e-14)
+
+
+def test_a_pickled_model_trains_on():
+    model, x = double("LoRA and DoRA")
+    mp.use_adapters(model, rows=ROWS)
+    own_means(model(x), ROWS).backward()
+    again = pickle.loads(pickle.dumps(model))
+    again.zero_grad()
+    own_means(again(x), ROWS).backward()
+    assert worst(gradients(again), gradients(model)) == 0
