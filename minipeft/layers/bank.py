@@ -108,7 +108,8 @@ class LoRABank(ByRow):
 
     def drop_copies(self) -> None:
         """Free the factors."""
-        self.a, self.b = self.a[:, :0].clone(), self.b[:, :0].clone()
+        if self.a.shape[1]:
+            self.a, self.b = self.a[:, :0].clone(), self.b[:, :0].clone()
 
     def copy_layers(self) -> bool:
         """Load the layers' factors; False where one holds NaN or Inf, which would reach all."""

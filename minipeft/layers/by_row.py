@@ -65,7 +65,7 @@ class ByRow(Wrapper):
             if self.training:
                 self.drop_copies()
             self._ready = not self.training and self.copy_layers()
-        self._copied, self._doubt = self.groups.versions(), False
+        self._copied, self._doubt = self.groups.versions() if self._ready else [], False
 
     def train(self, mode: bool = True) -> "ByRow":
         """Set the mode; leaving training copies what was trained."""
@@ -86,7 +86,7 @@ class ByRow(Wrapper):
             self.refuse_training()
             return False
         learns = torch.is_grad_enabled() and (self.training or self.groups.trains())
-        if learns and self.mixing:
+        if learns and self.training and self.mixing:
             raise ValueError(f"use_adapters(rows=): {self.mixing}")
         if learns and not self.training:  # then they may have changed when the next call comes
             self._doubt = True
