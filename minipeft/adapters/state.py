@@ -83,7 +83,9 @@ def _without_banks(place: str, banks: list[str]) -> str:
 def adapter_parameters(model: nn.Module, *, name: str | None = None) -> Iterator[nn.Parameter]:
     """The parameters that adapters own, or the adapter called `name`: what an optimiser gets.
 
-    Each comes once, also one that two layers share (copies of tied modules).
+    Each comes once, also one that two layers share (copies of tied modules).  For adapters that
+    train side by side, a group for each: [{"params": list(adapter_parameters(model, name=name)),
+    "lr": rate} for name, rate in rates.items()].
     """
     found, _ = named_tensors("adapter_parameters", model, name)
     yield from {id(parameter): parameter for parameter in found.values()}.values()

@@ -16,8 +16,10 @@ A subclass says two things; the rest is here:
 `forward` calls `on_top`, and so do batches whose rows use different adapters, whatever `enabled`
 says (model/rows/stack.py).  A layer whose rows need numbers of their own returns them from
 `lengths()`, a tuple of tensors (channels,); `on_top` then gets them by row after `strength`, with
-the axes of `out`.  A layer that has a forward of its own asks `strength_now` how strongly it acts,
-and `call_merged` computes while it is merged.
+the axes of `out`.  Such a layer may have `on_top_now(out, x, strength)` besides, for rows that
+train: what it makes of `out` with the numbers of this moment, on top of its `base`.  A layer that
+has a forward of its own asks `strength_now` how strongly it acts, and `call_merged` computes while
+it is merged.
 """
 
 import copy

@@ -11,6 +11,9 @@ Lower ranks are padded with zeros.  Costs grow with the number of adapters that 
 how many a batch uses, and stay below the base's while capacity * rank is below its sizes.  On a GPU
 a kernel of kernels/ multiplies each row by the factors of its own adapters alone.  Choosing
 other rows, strengths or factors changes tensors in place: a compiled model stays compiled.
+
+These are copies, for inference.  In training the layers compute themselves (row_groups.py), and the
+copies are freed until then.
 """
 
 from typing import Any
@@ -61,7 +64,7 @@ class LoRABank(ByRow):
     `a` (capacity, rank, in_features) and `b` (capacity, rank, out_features) are buffers that no
     state dict holds, zero at first; `load` fills a slot.  `gate` as in ByRow, with a column for
     each slot; banks of a model may share one tensor.  Rows whose gate is 0 equal the base bit for
-    bit, whatever else is loaded.  For inference: training raises.
+    bit, whatever else is loaded.  A bank that was made by hand has no layers: training it raises.
 
     Raises:
         TypeError, ValueError: as LoRALinear; capacity or rank below 1.
@@ -89,9 +92,43 @@ class LoRABank(ByRow):
             self.capacity, self.rank = capacity, rank
             self.in_features, self.out_features, self.transposed = shape
             for name, size in (("a", shape.in_features), ("b", shape.out_features)):
-                zeros = torch.zeros(capacity, rank, size, dtype=dtype, device=device)
-                self.register_buffer(name, zeros, persistent=False)
+                none = torch.zeros(capacity, 0, size, dtype=dtype, device=device)
+                self.register_buffer(name, none, persistent=False)
+            self._allocate()
         self.take_over()
+
+    def _allocate(self) -> None:
+        """Zeros for every slot, where there are none."""
+        for name in ("a", "b"):
+            old = self._buffers[name]
+            assert old is not None
+            if old.shape[1] < self.rank:
+                shape = (self.capacity, self.rank, old.shape[2])
+                setattr(self, name, torch.zeros(shape, dtype=old.dtype, device=old.device))
+
+    def drop_copies(self) -> None:
+        """Free the factors."""
+        if self.a.shape[1]:
+            self.a, self.b = self.a[:, :0].clone(), self.b[:, :0].clone()
+
+    def copy_layers(self) -> bool:
+        """Load the layers' factors; False where one holds NaN or Inf, which would reach all."""
+        assert self.groups is not None
+        self._allocate()
+        own = dict(zip(self.slots, self.groups.placed, strict=True))
+        for slot in range(self.capacity):
+            self.clear(slot)
+            if slot in own:
+                a, b = own[slot].layer.factors()
+                b = b * own[slot].strength
+                if not finite(a, b):
+                    return False
+                self._put(slot, a, b)
+        return True
+
+    def _put(self, slot: int, a: Tensor, b: Tensor) -> None:
+        self.a[slot, : len(a)] = a.to(self.a.dtype)
+        self.b[slot, : len(a)] = b.T.to(self.b.dtype)
 
     def load(self, slot: int, a: Float[Tensor, "r inner"], b: Float[Tensor, "outer r"]) -> None:
         """Copy the factors of one adapter into a slot, padded with zeros to the bank's rank.
@@ -113,8 +150,7 @@ class LoRABank(ByRow):
             raise ValueError("LoRABank: the factors hold NaN or Inf; look for a diverged adapter")
         with torch.no_grad():
             self.clear(slot)
-            self.a[slot, :rank] = a.to(self.a.dtype)
-            self.b[slot, :rank] = b.T.to(self.b.dtype)
+            self._put(slot, a, b)
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -122,8 +158,10 @@ class LoRABank(ByRow):
         self.b[slot].zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        self.refuse_training()
+        asks = self.asks_layers()
         out: Tensor = innermost(self)(x)
+        if asks:
+            return self.ask_layers(out, x, self.rows_of_each(x))
         if (strength := self.strength_now()) is None:
             return out
         gate = self.gate

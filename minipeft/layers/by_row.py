@@ -2,7 +2,9 @@
 
 A gate (rows, adapters) says which row uses which adapter.  It is one tensor for the whole model,
 changed in place to serve other rows.  There are two kinds: bank.py joins the factors of linear
-layers into one product; stack.py asks one layer after the other, of any kind.
+layers into one product; stack.py asks one layer after the other, of any kind.  Both compute so in
+inference, from copies of what they need; where gradients are wanted, the layers themselves compute
+(row_groups.py).
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost
 from minipeft.adapters.wrapper import Wrapper
+from minipeft.layers.pending import Pending
+from minipeft.layers.row_groups import RowGroups
 
 Row = str | None | Sequence[str]  # an adapter, none, or several that add up
 
@@ -22,23 +26,95 @@ class ByRow(Wrapper):
 
     `gate` (rows, capacity) has a 1 where a row uses an adapter; (1, capacity) is for all rows
     alike.  In a batch of n times as many rows, each row of the gate stands for n rows side by side,
-    as `generate` has beams.  For inference: training raises.
+    as `generate` has beams.  `groups` are the layers by row, None for a layer that serves copies
+    alone.
     """
 
     nameless = True  # it is no adapter of its own
     gate: Tensor
+    groups: RowGroups | None = None
+    slots: list[int]
+    mixing = ""  # what mixes rows while the model trains (model/rows/mixing.py)
 
     def __init__(self, base: nn.Module, gate: Tensor) -> None:
         super().__init__(base)
         # not a buffer: it is shared by all layers of a model, and casting one would part them
         self.gate = gate
+        self.slots = []
+        self._ready = True  # whether the copies are of the layers' present values
+        self._copied: list[Any] = []  # the versions of what was copied
+        self._doubt = False  # whether a backward may have come since
+        self._pending = Pending()
+
+    def follow(self, groups: RowGroups, slots: list[int], mixing: str) -> None:
+        """Serve these rows from now on; `slots` are the columns of the gate by layer."""
+        self.groups, self.slots, self.mixing = groups, slots, mixing
+        self._renew()
+
+    def copy_layers(self) -> bool:
+        """Copy what inference needs of the layers' present values; False: it must ask them."""
+        return True
+
+    def drop_copies(self) -> None:
+        """Free what `copy_layers` made: the layers train."""
+
+    def _renew(self) -> None:
+        if self.groups is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():  # changed in place later, in any mode
+            if self.training:
+                self.drop_copies()
+            self._ready = not self.training and self.copy_layers()
+        self._copied, self._doubt = self.groups.versions() if self._ready else [], False
+
+    def train(self, mode: bool = True) -> "ByRow":
+        """Set the mode; leaving training copies what was trained."""
+        super().train(mode)
+        if self.groups is not None:
+            self.groups.train(mode)
+            self._renew()
+        return self
+
+    def asks_layers(self) -> bool:
+        """Whether the layers themselves compute in this call: it trains, or they changed since.
+
+        Raises:
+            RuntimeError: it trains, and there are no layers to train.
+            ValueError: it trains, and something in the model mixes rows.
+        """
+        if self.groups is None:
+            self.refuse_training()
+            return False
+        learns = torch.is_grad_enabled() and (self.training or self.groups.trains())
+        if learns and self.training and self.mixing:
+            raise ValueError(f"use_adapters(rows=): {self.mixing}")
+        if learns and not self.training:  # then they may have changed when the next call comes
+            self._doubt = True
+        elif self._doubt and self._ready:
+            self._doubt, self._ready = False, self._copied == self.groups.versions()
+        # while training under no_grad too: that is the first pass of checkpointing
+        return learns or self.training or not self._ready
+
+    def ask_layers(self, out: Tensor, x: Tensor, each: int) -> Tensor:
+        """The base's output with what each row's own layers add.
+
+        Raises:
+            RuntimeError: checkpointing computes it again, and the rows were changed since.
+        """
+        assert self.groups is not None
+        if not self._enabled:
+            return out
+        self._pending.check(self.groups)
+        made = self.groups(out, x, each)
+        self._pending.note(self.groups, made)
+        return made
 
     def refuse_training(self) -> None:
-        """Raise RuntimeError if this call would train."""
+        """Raise RuntimeError if this call would train copies."""
         if self.training and torch.is_grad_enabled():
             raise RuntimeError(
-                f"{type(self).__name__}: rows of a batch use different adapters, which is for "
-                "inference; call minipeft.use_adapters(model, names) to train, or model.eval()"
+                f"{type(self).__name__}: it serves copies of factors, which do not train; call "
+                "model.eval(), or let minipeft.use_adapters(model, rows=) put it over their layers"
             )
 
     def rows_of_each(self, x: Tensor, least_axes: int = 2) -> int:

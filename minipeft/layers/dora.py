@@ -111,10 +111,8 @@ class DoRA(LowRank):
         if self.merged_module is not None and self._enabled:
             return self.call_merged(x)
         out: Tensor = self.base(x)
-        if (strength := self.strength_now()) is None:
-            return out
-        made = self.scaled(out, x, strength, length_ratio(self.magnitude, self.norms(strength)))
-        return torch.where(strength == 0, out, made) if isinstance(strength, Tensor) else made
+        strength = self.strength_now()
+        return out if strength is None else self.on_top_now(out, x, strength)
 
     def strength_now(self) -> float | Tensor | None:
         """As of every layer; a scale of 0 is off too: no length is set then."""
@@ -124,6 +122,13 @@ class DoRA(LowRank):
     def scaled(self, out: Tensor, x: Tensor, strength: float | Tensor, ratio: Tensor) -> Tensor:
         """ratio (out + branch), but the bias in `out` as it is; `ratio` is m / |V|."""
         return (super().on_top(out, x, strength) * ratio).to(out.dtype)  # type: ignore[misc]
+
+    def on_top_now(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:
+        """The output of the layers below and the branch, at the lengths that they have now."""
+        if not isinstance(strength, Tensor) and not strength:
+            return out
+        made = self.scaled(out, x, strength, length_ratio(self.magnitude, self.norms(strength)))
+        return torch.where(strength == 0, out, made) if isinstance(strength, Tensor) else made
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor, *lengths: Tensor) -> Tensor:
         """The output of the layers below and the branch, at the lengths that are given."""

@@ -164,7 +164,7 @@ class TrainedModule(Unscaled, Wrapper):
         Raises:
             TypeError: it returns no tensor of the base's shape.
         """
-        made = self.copy(x)
+        made = self._call(self.copy, innermost(self), (x,), {})
         if not isinstance(made, Tensor) or made.shape != out.shape:
             raise TypeError(f"TrainedModule: {type(self.copy).__name__} returns more than a tensor")
         return made

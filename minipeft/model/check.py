@@ -4,6 +4,7 @@ from torch import nn
 
 from minipeft.adapters.protocol import Adapter
 from minipeft.adapters.state import require_adapters
+from minipeft.layers.by_row import ByRow
 from minipeft.model.buffers import changed_buffers, complaint
 
 
@@ -22,10 +23,18 @@ def _reason(model: nn.Module, adapter: Adapter) -> str:
     )
 
 
+def _used_by_rows(model: nn.Module) -> tuple[set[int], set[int]]:
+    """ids of the layers that rows may use, and of those that some row uses."""
+    groups = [m.groups for m in model.modules() if isinstance(m, ByRow) and m.groups is not None]
+    all_of_them = {id(placed.layer) for own in groups for placed in own.placed}
+    return all_of_them, {id(layer) for own in groups for layer in own.used()}
+
+
 def check_gradients(model: nn.Module) -> int:
     """Raise unless, after a backward, every parameter that should learn has a gradient.
 
-    Those are the trainable parameters of the adapters that are on.  Call it once after the first
+    Those are the trainable parameters of the adapters that are on; where rows of a batch use
+    different ones, of those that a row uses.  Call it once after the first
     `loss.backward()`.  Returns how many parameters have a gradient.  One of zeros counts: lora_a's
     is zero as long as lora_b is.
 
@@ -46,7 +55,11 @@ def check_gradients(model: nn.Module) -> int:
             "check_gradients: no adapter parameter is trainable; set requires_grad on "
             "minipeft.adapter_parameters(model)"
         )
-    trainable = {n: (a, p) for n, (a, p) in trainable.items() if a.enabled}
+    by_row, used = _used_by_rows(model)
+    trainable = {
+        n: (a, p) for n, (a, p) in trainable.items()
+        if (id(a) in used if id(a) in by_row else a.enabled)
+    }  # fmt: skip
     if not trainable:
         raise ValueError(
             "check_gradients: every adapter that trains is off; see use_adapters and "

@@ -5,7 +5,8 @@
     attach_prefix(model, 8, name="poet")                 or a prefix
     use_adapters(model, "fr")                            only this one; or a list of names
     replace_adapter(model, "fr", other)                  other factors; nothing is compiled again
-    use_adapters(model, rows=["fr", None, "default"])    one for each row of a batch (rows/)
+    use_adapters(model, rows=["fr", None, "default"])    one for each row of a batch (rows/), in
+                                                         training too
 
 Which adapters are on and which are trained are separate things: `requires_grad` stays as it is.
 """
@@ -40,14 +41,20 @@ def use_adapters(
     or leave it out of the optimiser, if weight decay must not move it.
 
     `rows` has an entry for each row of the batches to come: a name, None for no adapter, or a list
-    of names that add up.  Rows are for inference, and hold until `names` are given.  Another call
-    with as many rows compiles nothing again, and takes over what was trained since.  Returns the
-    names of the modules that are on.
+    of names that add up.  Rows hold until `names` are given.  Another call with as many rows
+    compiles nothing again in inference; a compiled training step compiles once for other rows.
+    Returns the names of the modules that are on.
+
+    Rows also train, each its own adapters, as in a run of their own if the loss is a sum of each
+    adapter's own mean.  An adapter without a row gets no gradient (None); a prefix that other rows
+    use, zeros.  Rows of one adapter side by side are not copied.  After training, `eval()` or
+    another call here takes over what was trained.  Strengths are those at the call.
 
     Raises:
         ValueError: no such adapter, a merged model, neither or both of names and rows; with rows,
             an adapter with layers that cannot tell them apart (experts, nn.MultiheadAttention,
-            tables of positions).  Nothing has changed then.
+            tables of positions), or in training something that mixes rows (statistics of the
+            batch, a router's balance loss).  Nothing has changed then.
     """
     if (names is None) == (rows is None):
         raise ValueError("use_adapters: expected names, or rows=, and not both")

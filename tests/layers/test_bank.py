@@ -18,6 +18,13 @@ from minipeft.layers.bank import add_rows
 ROWS = ["fr", None, "default", ["fr", "de"], "de", None]
 
 
+@pytest.fixture(autouse=True)
+def _inference():
+    """With gradients the layers themselves compute (model/rows/test_training.py)."""
+    with torch.no_grad():
+        yield
+
+
 def randomize(model):
     for key, parameter in model.named_parameters():
         if key.rpartition(".")[2] in ("lora_a", "lora_b"):
@@ -92,7 +99,8 @@ def test_one_layer_equals_a_float64_loop():
     for slot, (a, b) in enumerate(factors):
         bank.load(slot, a, b)
     bank.gate = torch.tensor([[1.0, 0, 0], [0, 0.5, 0], [0, 0, 1], [2, -1, 0]])
-    y, grad = bank(x), torch.randn(4, 2, 7)
+    with torch.enable_grad():
+        y, grad = bank(x), torch.randn(4, 2, 7)
     (dx,) = torch.autograd.grad(y, x, grad)
     for row in range(4):
         weight = base.weight.double()
@@ -226,14 +234,15 @@ def test_the_plain_module_is_called_with_its_hooks():
     assert calls == [1]
 
 
-def test_training_raises_and_evaluation_with_gradients_does_not():
-    model, x = make().train(), torch.randn(6, 64, requires_grad=True)
-    mp.use_adapters(model, rows=ROWS)
-    with pytest.raises(RuntimeError, match="for inference"):
-        model(x)
-    with torch.no_grad():
-        model(x)
-    model.eval()(x).sum().backward()
+def test_a_bank_by_hand_does_not_train_and_passes_gradients_on():
+    x = torch.randn(3, 8, requires_grad=True)
+    bank = LoRABank(nn.Linear(8, 4), 2, 3).train()
+    with torch.enable_grad():
+        with pytest.raises(RuntimeError, match="copies of factors, which do not train"):
+            bank(x)
+        with torch.no_grad():
+            bank(x)
+        bank.eval()(x).sum().backward()
     assert x.grad is not None
 
 
@@ -469,6 +478,7 @@ def like_a_launch(out, x, a, b, gate):
     return torch.tensor(made.tolist())
 
 
+@torch.enable_grad()
 def test_kernels_are_asked_only_where_nobody_follows(monkeypatch):
     layer = LoRABank(nn.Linear(16, 8), 2, 4, gate=torch.tensor([[1.0, 0], [0, 1]])).eval()
     for slot in range(2):

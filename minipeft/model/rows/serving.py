@@ -3,8 +3,7 @@
 First a plan is made and checked, then the model is changed in one go.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,10 @@ from minipeft.inject import restoring, swap, swap_shared
 from minipeft.layers.bank import LoRABank, finite
 from minipeft.layers.by_row import ByRow, Row
 from minipeft.layers.fused import LoRAFusedLinear
+from minipeft.layers.row_groups import Placed, RowGroups
 from minipeft.lora import LoRALinear
-from minipeft.model.rows.stack import Lengths, RowStack, why_not
+from minipeft.model.rows.mixing import what_mixes
+from minipeft.model.rows.stack import RowStack, why_not
 
 Wanted = list[tuple[str, ...]]  # for each row the adapters it uses
 _JOINED = (LoRALinear, LoRAFusedLinear)  # two factors, whose product is all that they add
@@ -29,7 +30,7 @@ class Place(NamedTuple):
     """What rows may use over one module: adapter names and layers, the innermost first."""
 
     layers: list[tuple[str, Any]]
-    stack: list[Adapter]  # these, and others, which are off
+    trains: bool  # whether the module on top is in training mode
 
     @property
     def joined(self) -> bool:
@@ -85,15 +86,20 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
             "for all rows, and other layers differ by row; bake the prompt, or serve them in two "
             "batches"
         )
-    lengths = {name: _lengths(place, wanted) for name, place in places.items()}
+    _check_prefixes(owners, used)
+    trains = any(place.trains for place in places.values()) or bool(owners and model.training)
+    if (mixing := what_mixes(model)) and trains:
+        raise ValueError(f"use_adapters(rows=): {mixing}")
+    groups = {name: _grouped(model, name, place, wanted) for name, place in places.items()}
     layers = _layers(model, names, places, len(wanted))
+    for name, layer in layers.items():
+        slots = [names.index(own) for own, _ in places[name].layers]
+        layer.follow(groups[name], slots, mixing)
     for owner in owners:
         owner.serve_rows(wanted)
     with torch.no_grad():
         for layer in list(layers.values())[:1]:
             layer.gate.copy_(torch.tensor([[float(n in row) for n in names] for row in wanted]))
-        for name, place in places.items():
-            _fill(layers[name], place, names, wanted, lengths[name])
     found = [place for name in used for place in everything[name]]
     return list(dict.fromkeys([*places, *found]))
 
@@ -126,8 +132,10 @@ def _places(
             continue
         if not place:
             raise ValueError("use_adapters: the model is itself an adapter layer; put it in one")
-        places[place] = Place(found, stack)
-        for name, layer in found if places[place].joined else []:
+        trains = model.get_submodule(place).training
+        places[place] = Place(found, trains)
+        # in training each adapter computes for its own rows
+        for name, layer in found if places[place].joined and not trains else []:
             if not finite(layer.factors()[0], layer.factors()[1] * (layer.scaling * layer.scale)):
                 raise ValueError(
                     f"use_adapters: {name!r} holds NaN or Inf over {place!r}, which would reach "
@@ -160,38 +168,25 @@ def _no_batch(plain: nn.Module, tables: set[int] | None) -> str | None:
     )
 
 
-@contextmanager
-def _on(stack: list[Adapter], names: Iterable[int]) -> Iterator[None]:
-    """Within this context these layers of a stack are on, by their ids, and no others."""
-    chosen, before = set(names), [(layer, layer.enabled) for layer in stack]
-    try:
-        for layer in stack:
-            layer.enabled = id(layer) in chosen
-        yield
-    finally:
-        for layer, enabled in before:
-            layer.enabled = enabled
+def _check_prefixes(owners: Iterable[Any], used: list[str]) -> None:
+    """Raise ValueError if a prefix that rows use holds NaN or Inf: all rows share its columns."""
+    for owner in owners:
+        for name, encoder in owner.encoders.items():
+            values = [p for p in encoder.parameters() if name in used and not p.is_meta]
+            if not finite(*values):
+                raise ValueError(
+                    f"use_adapters: {name!r} is a prefix that holds NaN or Inf, which would reach "
+                    "the rows of others; remove it first"
+                )
 
 
-def _lengths(place: Place, wanted: Wanted) -> list[Lengths]:
-    """For each layer that has `lengths`, the lengths of each row: the layers below change them."""
-    found: list[Lengths] = []
-    for number, (name, layer) in enumerate(place.layers):
-        if not callable(getattr(type(layer), "lengths", None)):
-            found.append(())
-            continue
-        below = place.layers[: number + 1]
-        made: dict[tuple[str, ...], Lengths] = {}
-        each: list[Lengths] = []
-        for row in wanted:
-            # a row without this layer never reads its lengths: any will do
-            on = tuple(n for n, _ in below if n in row) if name in row else (name,)
-            if on not in made:
-                with _on(place.stack, [id(x) for n, x in below if n in on]), torch.no_grad():
-                    made[on] = layer.lengths()
-            each.append(made[on])
-        found.append(tuple(torch.stack(values) for values in zip(*each, strict=True)))
-    return found
+def _grouped(model: nn.Module, name: str, place: Place, wanted: Wanted) -> RowGroups:
+    placed = [Placed(own, layer, float(getattr(layer, "full_strength", layer.scale)))
+              for own, layer in place.layers]  # fmt: skip
+    groups = RowGroups(innermost(model.get_submodule(name)), placed, wanted)
+    if not place.trains and not place.joined:
+        groups.note_lengths()
+    return groups
 
 
 def _layers(
@@ -231,31 +226,16 @@ def _fits(layer: ByRow, place: Place, names: list[str]) -> bool:
 
 
 def _made(top: nn.Module, place: Place, names: list[str], gate: Tensor) -> ByRow:
+    slots = [names.index(name) for name, _ in place.layers]
     if not place.joined:
-        layers = [layer for _, layer in place.layers]
-        return RowStack(top, layers, [names.index(name) for name, _ in place.layers], gate)
+        return RowStack(top, [layer for _, layer in place.layers], slots, gate)
     dtype = torch.float32
     for _, layer in place.layers:
         dtype = torch.promote_types(dtype, layer.lora_a.dtype)
-    return LoRABank(top, len(names), place.rank, gate=gate, dtype=dtype)
-
-
-def _fill(
-    layer: ByRow, place: Place, names: list[str], wanted: Wanted, lengths: list[Lengths]
-) -> None:
-    if isinstance(layer, RowStack):
-        using = [[i for i, row in enumerate(wanted) if name in row] for name, _ in place.layers]
-        strengths = [float(getattr(x, "full_strength", x.scale)) for _, x in place.layers]
-        layer.serve(using, strengths, lengths)
-        return
-    assert isinstance(layer, LoRABank)
-    own = dict(place.layers)
-    for slot, name in enumerate(names):
-        if name in own:
-            a, b = own[name].factors()
-            layer.load(slot, a, b * own[name].full_strength)
-        else:
-            layer.clear(slot)
+    bank = LoRABank(top, len(names), place.rank, gate=gate, dtype=dtype)
+    if place.trains:
+        bank.drop_copies()
+    return bank
 
 
 def stop_rows(model: nn.Module) -> None:

@@ -6,7 +6,8 @@
 
 A row that uses no adapter keeps the base's numbers bit for bit, and no number of one adapter
 reaches the rows of another.  Compiled code computes each layer for all rows and chooses with the
-gate, so that other rows compile nothing again.
+gate, so that other rows compile nothing again.  That is inference; while gradients are wanted each
+layer computes with the numbers it has now, for its own rows (layers/row_groups.py).
 """
 
 from collections.abc import Sequence
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 from minipeft.adapters.protocol import innermost
 from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.by_row import ByRow
+from minipeft.layers.row_groups import Lengths
 from minipeft.layers.trained import spatial_axes
-
-Lengths = tuple[Tensor, ...]  # each (rows, channels); empty for a layer that has none
 
 
 def why_not(layer: object) -> str | None:
@@ -69,25 +69,28 @@ class RowStack(ByRow):
             self.compiled_strengths = [torch.zeros((), device="cpu") for _ in layers]
         self.train(base.training)
 
-    def serve(
-        self, using: Sequence[list[int]], strengths: Sequence[float], lengths: Sequence[Lengths]
-    ) -> None:
+    def copy_layers(self) -> bool:
         """Take over, for each layer, the rows that use it, its strength and its lengths by row."""
-        self.using, self.strengths = list(using), list(strengths)
-        with torch.inference_mode(False), torch.no_grad():
-            for tensor, strength in zip(self.compiled_strengths, strengths, strict=True):
-                tensor.fill_(strength)
-            for i, new in enumerate(lengths):
-                if len(self.lengths[i]) == len(new):
-                    for old, value in zip(self.lengths[i], new, strict=True):
-                        old.copy_(value)
-                else:
-                    self.lengths[i] = tuple(value.clone() for value in new)
+        groups = self.groups
+        assert groups is not None
+        self.using = [groups.using(number) for number in range(len(self.layers))]
+        self.strengths = [own.strength for own in groups.placed]
+        for tensor, strength in zip(self.compiled_strengths, self.strengths, strict=True):
+            tensor.fill_(strength)
+        for i, new in enumerate(groups.lengths()):
+            if [t.shape for t in self.lengths[i]] == [t.shape for t in new]:
+                for old, value in zip(self.lengths[i], new, strict=True):
+                    old.copy_(value)
+            else:
+                self.lengths[i] = tuple(value.clone() for value in new)
+        return True
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
-        self.refuse_training()
+        asks = self.asks_layers()
         out: Tensor = innermost(self)(x, *others, **named)
-        if (strength := self.strength_now()) is None:
+        strength = self.strength_now()
+        off = not self._enabled if asks else strength is None
+        if off:
             return out
         if others or named or not isinstance(out, Tensor) or not isinstance(x, Tensor):
             raise TypeError(
@@ -101,6 +104,8 @@ class RowStack(ByRow):
                 f"{type(self).__name__}: {type(innermost(self)).__name__} makes {tuple(out.shape)} "
                 f"of {tuple(x.shape)}; with another first axis its rows cannot be told apart"
             )
+        if asks:
+            return self.ask_layers(out, x, each)
         for number in range(len(self.layers)):
             if isinstance(strength, Tensor):  # compiled
                 out = self._chosen_by_gate(number, out, x, each)
