@@ -44,6 +44,11 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--prefix-length", type=positive, default=16, help="of P-tuning v2")
     job.add_argument("--learning-rate", type=float, default=None, help="default: each method's own")
     job.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    job.add_argument(
+        "--chunked-loss",
+        action="store_true",
+        help="torch's linear_cross_entropy (2.13): less memory, more time; float32",
+    )
     job.add_argument("--threads", type=positive, default=None)
     job.add_argument("--seed", type=int, default=0)
     job.add_argument("--output", type=Path, default=RESULTS)

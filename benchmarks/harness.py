@@ -223,10 +223,17 @@ def options_from(arguments: Any) -> Result:
     methods = arguments.methods or [
         name for name, method in METHODS.items() if arguments.peers or not method.is_peer
     ]
+    dtype = training_dtype(arguments.dtype, arguments.device)
+    if arguments.chunked_loss and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        raise ValueError(f"--chunked-loss needs torch 2.13; this is {torch.__version__}")
+    if arguments.chunked_loss and dtype != torch.float32:
+        raise ValueError(
+            f"--chunked-loss rounds the loss to the model's dtype, {dtype}; add --dtype fp32"
+        )
     return {
         "sizes": sizes,
         "methods": methods,
-        "dtype": str(training_dtype(arguments.dtype, arguments.device)).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "device": arguments.device,
         "batch": arguments.batch,
         "length": arguments.length,
@@ -238,6 +245,7 @@ def options_from(arguments: Any) -> Result:
         "prefix_length": arguments.prefix_length,
         "learning_rate": arguments.learning_rate,
         "checkpointing": arguments.checkpointing,
+        "chunked_loss": arguments.chunked_loss,
         "threads": arguments.threads,
         "seed": arguments.seed,
     }

@@ -67,11 +67,15 @@ def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
     return inner.model, inner.lm_head
 
 
-def loss_of(model: Any, batch: Batches) -> Tensor:
+CHUNK = 256  # rows of logits at a time
+
+
+def loss_of(model: Any, batch: Batches, *, chunked: bool = False) -> Tensor:
     """Mean cross-entropy of the next token where it is learnt.
 
     Logits are computed for those positions only: over a vocabulary of 49,152 they would take more
-    memory than everything that the methods differ in.
+    memory than everything that the methods differ in.  `chunked` lets torch compute them and their
+    gradients a few rows at a time; the loss has then the dtype of the model.
     """
     decoder, head = decoder_and_head(model)
     hidden = decoder(
@@ -79,7 +83,11 @@ def loss_of(model: Any, batch: Batches) -> Tensor:
     ).last_hidden_state
     targets = batch.labels[:, 1:]
     learnt = targets != IGNORED
-    return F.cross_entropy(head(hidden[:, :-1][learnt]).float(), targets[learnt])
+    rows, own = hidden[:, :-1][learnt], targets[learnt]
+    if chunked:
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
+        return F.linear_cross_entropy(rows, head.weight, own, options=options)
+    return F.cross_entropy(head(rows).float(), own)
 
 
 def validation_loss(model: Any, batches: Batches, batch_size: int) -> float:
@@ -144,7 +152,7 @@ def train(model: Any, batches: Batches, config: dict[str, Any]) -> tuple[list[fl
     for step in range(config["steps"]):
         batch = batches.rows(step * size, (step + 1) * size)
         start = time.perf_counter()
-        loss = loss_of(model, batch)
+        loss = loss_of(model, batch, chunked=config["chunked_loss"])
         loss.backward()
         if step == 0:
             paused = time.perf_counter()

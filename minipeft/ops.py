@@ -133,6 +133,7 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _always(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
@@ -140,7 +141,7 @@ def _always(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
 
 
 def _on_gpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    return device.type == "cuda" and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return device.type == "cuda" and dtype in _KERNEL_DTYPES
 
 
 def _few_rows_on_gpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
@@ -152,7 +153,7 @@ def _on_cpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) ->
 
 
 def _in_numba(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    return device.type == "cpu" and dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return device.type == "cpu" and dtype in _KERNEL_DTYPES
 
 
 def _numba(operator: str, module: str, function: str) -> Implementation:
@@ -299,22 +300,13 @@ def allowed(row: Implementation, setting: Kernels) -> bool:
 
 @functools.cache
 def load(row: Implementation) -> Callable[..., Any] | str:
-    """The row's function, or why there is none.
-
-    A package that is not installed is no news; one that is broken is worth a warning.
-    """
+    """The row's function, or why there is none; with a warning if its package is broken."""
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(row.module), row.function)
     except ModuleNotFoundError as error:
         return f"{type(error).__name__}: {error}"
     except Exception as error:  # whatever a broken package raises: the next row does without it
         why = f"{type(error).__name__}: {str(error).strip()}"
-        _warn_of(row.name, why)
+        warnings.warn(f"minipeft goes without {row.name}: {why}", stacklevel=2)  # shown once
         return why
     return function
-
-
-@functools.cache
-def _warn_of(name: str, why: str) -> None:
-    """Warn, once for each cause, that rows of this name compute nothing."""
-    warnings.warn(f"minipeft goes without {name}: {why}", stacklevel=4)

@@ -4,6 +4,7 @@ The reference is the dense model with every 4-bit weight decoded by whoever made
 bitsandbytes' own function for its files, `quantize_nf4` and `dequantize_nf4` for ours.
 """
 
+import copy
 import gc
 import warnings
 from collections.abc import Callable, Mapping
@@ -45,7 +46,11 @@ def decoded_by_bitsandbytes(model: nn.Module) -> dict[str, Tensor]:
     for name, module in model.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             weight: Any = module.weight
-            dense = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+            # as one row: on AVX-512 bitsandbytes 0.50 takes wrong scales in rows of part blocks
+            state = copy.copy(weight.quant_state)
+            shape, state.shape = state.shape, (1, state.shape.numel())
+            flat = bitsandbytes.functional.dequantize_4bit(weight.data, state)
+            dense = flat.reshape(shape)
             conv1d = module.source_cls.__name__ == "Conv1D"
             coded[f"{name}.weight"] = dense.T if conv1d else dense
     for name, value in model.state_dict().items():

@@ -279,7 +279,7 @@ import minipeft as mp
 
 layer = torch.nn.Linear(64, 48)
 with warnings.catch_warnings(record=True) as seen:
-    warnings.simplefilter("always")
+    warnings.simplefilter("default")
     made = mp.NF4Linear.from_linear(layer)
     y = made(torch.ones(2, 64))
 with mp.use_kernels("plain"):

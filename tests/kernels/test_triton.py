@@ -113,7 +113,7 @@ print(minipeft.backend("cpu")["dequantize_nf4"])
     error, cuda, cpu = plain_python(script, TRITON_INTERPRET="0").strip().splitlines()
     assert "the weight is on cpu" in error and "TRITON_INTERPRET=1" in error
     assert cuda == "triton"
-    assert cpu == "pytorch (not triton: not for torch.bfloat16 (4096, 4096) on cpu)"
+    assert "(not triton: not for torch.bfloat16 (4096, 4096) on cpu" in cpu
 
 
 def test_without_triton_the_table_says_so(plain_python):
