@@ -1,6 +1,7 @@
 """Loops for CPUs against the plain functions: equal bits, for every shape, dtype and place."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,9 +21,11 @@ from tests.strategies import DTYPES, SHAPES, weights
 
 pytest.importorskip("numba")
 from numba import njit
+from numba.core.dispatcher import Dispatcher
 
-from minipeft_kernels.cpu import decode, encode, product, rounding, threads
+from minipeft_kernels.cpu import compiled, decode, encode, one_row, product, rounding, threads
 
+LOOPS = (compiled, decode, encode, one_row, rounding, threads)
 BLOCKS = st.sampled_from([32, 64, 256, 4096])
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -52,6 +55,45 @@ def packed(n, block_size, seed, *, doubled, own_values, rare=False):
         return Packed(codes, absmax, block_size, codebook=values)
     state = double_quant.encode(absmax.clamp(max=1e30).nan_to_num(), 256)
     return Packed(codes, state[0], block_size, state[1], state[2], values)
+
+
+def test_every_compiled_function_has_a_name_of_its_own():
+    """Cached machine code is linked by names: functions of one name are taken for each other."""
+    found = {}
+    for module in LOOPS:
+        for value in vars(module).values():
+            if isinstance(value, Dispatcher):
+                function = value.py_func
+                found[f"{function.__module__}.{function.__qualname__}"] = function
+                others = [cell.cell_contents for cell in function.__closure__ or ()]
+                own = [other for other in others if isinstance(other, Dispatcher)]
+                assert all("<" not in other.py_func.__qualname__ for other in own)
+    functions = {v.py_func for m in LOOPS for v in vars(m).values() if isinstance(v, Dispatcher)}
+    assert len(found) == len(functions) >= 15
+    assert not any("<" in name for name in found)
+
+
+def test_code_in_the_cache_is_that_of_all_sources(tmp_path, plain_python):
+    """A loop in an unchanged file is compiled again when a helper in another file has changed."""
+    package = tmp_path / "minipeft_kernels"
+    shutil.copytree(
+        Path(decode.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__")
+    )  # the script's folder is searched first
+    script = """
+import torch, minipeft as mp
+from minipeft_kernels.cpu import one_row
+print(one_row.__file__)
+layer = mp.NF4Linear.from_linear(torch.nn.Linear(64, 64, bias=False))
+print(float(one_row.linear(layer.weight[:1], layer.state(), 64).sum()))
+"""
+    first, before = plain_python(script).split()
+    assert first.startswith(str(tmp_path))
+    helper = package / "cpu" / "decode.py"
+    text = helper.read_text()
+    changed = text.replace("pairs[i] = pairs_of_byte[codes[i]]", "pairs[i] = pairs_of_byte[0]")
+    assert changed != text
+    helper.write_text(changed)
+    assert plain_python(script).split()[1] != before
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

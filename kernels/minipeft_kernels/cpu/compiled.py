@@ -12,14 +12,16 @@ Rules that a loop must keep to be fast:
     no branch inside                  LLVM makes compares of vectors from counts
     no fast-math, but for sums        numba then fuses and reorders nothing: bits are exact
 
-numba looks at a loop's own file to see whether its cache is old.  After a change in this file empty
-the cache: `rm kernels/minipeft_kernels/cpu/__pycache__/*.nb?`.
+Helper functions have names of their own, and are no lambdas: machine code from the cache is linked
+by the names of functions, and two with one name can be taken for each other.
 """
 
 import ctypes
 import functools
+import hashlib
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -46,6 +48,13 @@ def arguments_of(names: str) -> tuple[Any, Any]:
 
 
 @functools.cache
+def _version() -> str:
+    """A name for the sources of all loops: numba's cache asks about a loop's own file alone."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]
+
+
+@functools.cache
 def _warn_of_no_cache() -> None:
     warnings.warn(
         "minipeft: numba finds no folder for its cache, so each process compiles the loops for "
@@ -62,6 +71,7 @@ def compiled(*parameters: Any) -> Callable[[Callable[..., None]], Any]:
     """
 
     def compile_(loop: Callable[..., None]) -> Any:
+        loop.__qualname__ += f"_{_version()}"  # names the files in the cache
         make = cfunc(types.void(*parameters), cache=True, error_model="numpy")
         try:
             return make(loop)

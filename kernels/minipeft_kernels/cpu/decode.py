@@ -59,11 +59,30 @@ def scale_of(a, block):
     return np.float32(np.float32(value * group) + array(a.offset, 1, types.float32)[0])
 
 
-def _writer(number: Any, convert: Any) -> Any:
+@njit(inline="always")
+def _same(x):
+    return x
+
+
+@njit(inline="always")
+def _bfloat16(x):
+    return np.uint16(rounded_to_bfloat16(x))
+
+
+@njit(inline="always")
+def _as_bfloat16(x):
+    return from_bits(np.uint32(rounded_to_bfloat16(x) << np.uint32(16)))
+
+
+@njit(inline="always")
+def _as_float16(x):
+    return from_float16(rounded_to_float16(x))
+
+
+def _writer(name: str, number: Any, convert: Any) -> Any:
     """The loop that multiplies blocks by their scales and writes `convert` of the products."""
     width = number.bitwidth // 8
 
-    @njit
     def write(values, scales, block_size, count, out):
         for first in range(0, count, block_size):
             size = min(block_size, count - first)
@@ -72,16 +91,15 @@ def _writer(number: Any, convert: Any) -> Any:
             for i in range(size):
                 y[i] = convert(x[i] * scale)
 
-    return write
+    write.__name__ = write.__qualname__ = name  # see compiled.py: names are what is linked
+    return njit(write)
 
 
-_write_float32 = _writer(types.float32, njit(lambda x: x))
-_write_bfloat16 = _writer(types.uint16, njit(lambda x: np.uint16(rounded_to_bfloat16(x))))
-_write_float16 = _writer(types.uint16, rounded_to_float16)
-_write_as_bfloat16 = _writer(
-    types.float32, njit(lambda x: from_bits(np.uint32(rounded_to_bfloat16(x) << np.uint32(16))))
-)
-_write_as_float16 = _writer(types.float32, njit(lambda x: from_float16(rounded_to_float16(x))))
+_write_float32 = _writer("_write_float32", types.float32, _same)
+_write_bfloat16 = _writer("_write_bfloat16", types.uint16, _bfloat16)
+_write_float16 = _writer("_write_float16", types.uint16, rounded_to_float16)
+_write_as_bfloat16 = _writer("_write_as_bfloat16", types.float32, _as_bfloat16)
+_write_as_float16 = _writer("_write_as_float16", types.float32, _as_float16)
 
 
 @njit
