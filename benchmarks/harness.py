@@ -28,16 +28,28 @@ TIMED_STEPS = 3  # of the later rounds; the first is not counted
 PARAMETERS = 134.5e6  # of SmolLM2-135M, for the estimate
 
 
+# each limits one library to less than the processor has
+LIMITS = (
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "NUMBA_CPU_NAME",
+    "NUMBA_CPU_FEATURES",
+)  # fmt: skip
+
+
 def hardware() -> dict[str, Any]:
-    """What the figures depend on: processor, cores, memory, accelerator."""
+    """What the figures depend on: processor and its level, cores, memory, accelerator.
+
+    `cpu_capability` is what ATen uses; `cpu_amx` whether there are AMX tiles, which oneDNN uses for
+    bfloat16; `cpu_limits` the variables that keep libraries from using what there is.
+    """
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = names[0].split(":", 1)[1].strip() if names else name
     found: dict[str, Any] = {"processor": name, "cores": os.cpu_count()}
-    capability = torch.backends.cpu.get_cpu_capability()
-    found["cpu_capability"] = capability
+    found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
+    found["cpu_amx"] = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
+    found["cpu_limits"] = {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
     try:
         import psutil
 
@@ -52,7 +64,7 @@ def hardware() -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of everything whose version can change a figure."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("minipeft", "torch", "transformers", "peft", "bitsandbytes", "numpy"):
+    for package in ("minipeft", "torch", "transformers", "peft", "bitsandbytes", "numpy", "numba"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -79,7 +79,10 @@ def caption(data: Result) -> str:
         rank += f", prefix {options['prefix_length']}"
     processor = machine["processor"]
     if capability := machine.get("cpu_capability"):
-        processor += f" ({capability})"
+        limits = machine.get("cpu_limits") or {}
+        amx = ", AMX" if machine.get("cpu_amx") and not limits else ""
+        limited = "".join(f", {name}={value}" for name, value in limits.items())
+        processor += f" ({capability}{amx}{limited})"
     where = machine.get("gpu") if options["device"] == "cuda" else processor
     return (
         f"{model}, {options['dtype']}, {options['steps']} steps of {options['batch']} x "

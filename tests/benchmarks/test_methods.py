@@ -113,6 +113,28 @@ def test_a_chunked_loss_that_cannot_be_is_refused(words, why, monkeypatch):
         harness.options_from(given)
 
 
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({"cpu_capability": "AVX2"}, "CPU (AVX2), 2 threads"),
+        ({"cpu_capability": "AVX512", "cpu_amx": True, "cpu_limits": {}}, "CPU (AVX512, AMX), 2"),
+        (
+            {
+                "cpu_capability": "AVX2",
+                "cpu_amx": True,
+                "cpu_limits": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+            },
+            "CPU (AVX2, ONEDNN_MAX_CPU_ISA=AVX2), 2",
+        ),
+    ],
+)
+def test_the_table_says_the_level_of_the_cpu(found, said):
+    given = main.parser().parse_args(["methods", "--dtype", "fp32", "--threads", "2"])
+    data = {"options": harness.options_from(given), "hardware": {"processor": "CPU", **found}}
+    assert said in report.caption(data)
+    assert {"cpu_capability", "cpu_amx", "cpu_limits"} <= harness.hardware().keys()
+
+
 def test_a_method_and_its_peer_must_train_as_many_parameters():
     runs = [
         {"method": "lora", "round": 0, "trainable_parameters": 5, "step_seconds": [1.0]},
