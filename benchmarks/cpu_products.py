@@ -39,7 +39,8 @@ def bits(rounds: int) -> list[Line]:
         wrong = {"decodes": 0, "encodes": 0}
         for case in range(2000):
             torch.manual_seed(case)
-            n, size = int(torch.randint(1, 6000, ())), 2 ** int(torch.randint(5, 13, ()))
+            most = 6000 if case % 25 else 300_000  # of these some are work for several threads
+            n, size = int(torch.randint(1, most, ())), 2 ** int(torch.randint(5, 13, ()))
             w = (torch.randn(n) * 2.0 ** torch.randint(-30, 15, (n,))).to(dtype)
             w[torch.rand(n) < 0.1] = 0
             if case % 7 == 0:

@@ -34,7 +34,11 @@ def _encoding_table(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _pair_table(values: Tensor) -> Tensor:
-    """For each byte the two float32 values it stands for, as one int64 each: 256 entries."""
+    """For each byte the two float32 values it stands for, as one int64 each: 256 entries.
+
+    There may be fewer than sixteen values (integers of 4 bits: fifteen).
+    """
+    values = torch.nn.functional.pad(values, (0, 16 - len(values)))
     high, low = values.repeat_interleave(16), values.repeat(16)
     return torch.stack([high, low], dim=1).view(torch.int64).flatten()
 

@@ -76,8 +76,24 @@ def panel_rows(features: int, inside: torch.dtype, device: torch.device) -> int:
 
 
 def fits(x: Tensor, in_features: int, out_features: int) -> bool:
-    """Whether the whole weight is one panel.  The product has then the bits of the plain one."""
+    """Whether the whole weight is one panel.
+
+    The product has then the bits of the plain one, where the CPU multiplies this dtype.
+    """
     return out_features <= panel_rows(in_features, _dtype_inside(x), x.device)
+
+
+def checked(bias: Tensor | None, x: Tensor, out_features: int) -> Tensor | None:
+    """The bias, one number for each output.
+
+    Raises:
+        RuntimeError: it has not the dtype of x, as everywhere in torch.
+    """
+    if bias is None:
+        return None
+    if bias.dtype != x.dtype:
+        raise RuntimeError(f"expected a bias of {x.dtype}, got {bias.dtype}")
+    return bias.expand(out_features)
 
 
 def linear(
@@ -90,6 +106,7 @@ def linear(
     rows = min(panel_rows(in_features, inside, x.device), out_features)
     room = _buffer(rows * in_features, inside, x.device)
     buffer, columns = room.view(rows, in_features), in_features // weight.block_size
+    bias = checked(bias, x, out_features)
     wide_bias = None if bias is None else products.cast(bias, inside)
     if rows == out_features:
         decode_panel(buffer, weight, (rows, 0, rows), (0, columns), x.dtype)

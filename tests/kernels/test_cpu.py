@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minipeft as mp
-from minipeft import double_quant, nf4
+from minipeft import double_quant, nf4, qlora
 from minipeft.adapters import products
 from minipeft.fast import panels
 from minipeft.ops import Packed
@@ -175,7 +175,11 @@ def test_refuses_what_is_not_finite_where_the_plain_function_does(shape, seed, p
     assert said[0] == said[1]
 
 
-@given(st.integers(0, 3000), SEEDS, st.sampled_from([1, 7, 256, 4096, 5000]))
+@given(
+    st.one_of(st.integers(0, 3000), st.just(70_001)),
+    SEEDS,
+    st.sampled_from([1, 7, 256, 4096, 5000]),
+)
 def test_encodes_scales_as_the_plain_function(n, seed, block_size):
     random = torch.Generator().manual_seed(seed)
     absmax = torch.rand(n, generator=random) * 10.0 ** (seed % 78 - 40)
@@ -185,6 +189,90 @@ def test_encodes_scales_as_the_plain_function(n, seed, block_size):
         absmax[:2] = torch.tensor([3.4e38, -3.4e38])  # less their mean: infinite
     expected = double_quant.encode(absmax, block_size)
     assert all(map(same, encode.quantize_absmax(absmax, block_size), expected))
+
+
+def test_float16_is_read_and_written_also_where_subnormal_numbers_count_as_zero():
+    w = (torch.randn(64, 64) * 2e-5).half()  # most are subnormal in float16, none in float32
+    expected = nf4.encode(w, 64)
+    assert torch.set_flush_denormal(True)
+    try:
+        assert all(map(same, encode.quantize(w, 64), expected))
+    finally:
+        torch.set_flush_denormal(False)
+
+
+NOT_THERE = """
+import torch, minipeft as mp
+from minipeft.ops import Packed
+x, codes = torch.ones(3, 64), torch.zeros(32, dtype=torch.uint8)
+layer = mp.NF4Linear(64, 64, device="meta")
+real = mp.NF4Linear.from_linear(torch.nn.Linear(64, 64)).state()
+calls = (
+    lambda: layer(x), lambda: layer(x[:1]), lambda: layer(x.clone().requires_grad_()),
+    lambda: mp.dequantize_nf4(codes, torch.ones(1, device="meta"), (64,)),
+    lambda: mp.qlora.decode(real._replace(scale=real.scale.to("meta")), [64, 64], torch.float32),
+)
+for call in calls:
+    try:
+        call()
+    except RuntimeError as error:
+        print("RuntimeError", error)
+"""
+
+
+def test_tensors_on_another_device_are_an_error_and_no_crash(plain_python):
+    """In a process of its own: what is read from there would end it."""
+    said = plain_python(NOT_THERE).splitlines()
+    assert len(said) == 5
+    assert all("on the CPU, found one on meta" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda w: w._replace(absmax=w.absmax.long()), "of torch.uint8; got 32 of torch.int64"),
+        (lambda w: w._replace(packed=w.packed[:-1]), "take 1024 numbers"),
+        (lambda w: w._replace(absmax=w.absmax[:-1]), "take 32 numbers"),
+        (lambda w: w._replace(scale=w.scale.double()), "got 1 of torch.float64"),
+        (lambda w: w._replace(offset=w.offset.repeat(2)), "take 1 numbers of torch.float32; got 2"),
+    ],
+)
+def test_a_weight_that_is_not_what_loops_read_is_refused(change, why):
+    x, dy, weight, bias = operands(64, 32, 3, torch.float32)
+    flat = weight._replace(packed=weight.packed.flatten(), absmax=weight.absmax.flatten())
+    wrong = change(flat)
+    for call in (
+        lambda: product.linear(x, wrong, bias, 32), lambda: product.linear(x[:1], wrong, None, 32),
+        lambda: product.input_gradient(dy, wrong, 64),
+        lambda: decode.dequantize(wrong, [32, 64], torch.float32),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=why):
+            call()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_bias_is_that_of_the_plain_function(kernels, monkeypatch):
+    monkeypatch.setattr(panels, "PANEL_BYTES", 2**12)
+    x, _, weight, bias = operands(64, 96, 70, torch.float32)
+    with mp.use_kernels(kernels):
+        for rows in (1, 70):
+            with pytest.raises(RuntimeError, match=r"expected a bias of torch\.float32"):
+                qlora.multiply(x[:rows], weight, bias.double(), 96)
+            wide = qlora.multiply(x[:rows], weight, bias[:1], 96)
+            # the same sums, with one number added
+            assert torch.equal(wide, qlora.multiply(x[:rows], weight, bias[:1].repeat(96), 96))
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_codebook_of_fifteen_values(kernels):
+    values = mp.codebooks.int_codebook(4)
+    assert len(values) == 15
+    codes = torch.randint(15, (64, 64), dtype=torch.uint8)
+    weight = Packed(codes[:, ::2] << 4 | codes[:, 1::2], torch.rand(64), 64,
+                    codebook=torch.tensor(values))  # fmt: skip
+    expected = double_quant.decode_weights(weight, [64, 64], torch.float32)
+    with mp.use_kernels(kernels):
+        assert same(qlora.decode(weight, [64, 64], torch.float32), expected)
 
 
 def operands(in_features, out_features, rows, dtype, *, doubled=True):
@@ -248,20 +336,37 @@ def layer_and_result():
 
 
 def test_eight_threads_of_python():
+    """Each decodes, and multiplies in several panels: its buffer is its own."""
     layer, expected = layer_and_result()
-    wrong, rounds = [], 20
+    layers = [mp.NF4Linear.from_linear(torch.nn.Linear(512, 4096)) for _ in range(2)]
+    x = torch.randn(70, 512, requires_grad=True)
 
-    def work():
+    def run(layer):
+        y = layer(x)
+        return y.detach(), torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+    whole = [run(other) for other in layers]
+    wrong, rounds = [], 10
+
+    def work(number):
         for _ in range(rounds):
-            if not same(layer.dequantize(torch.float32), expected):
-                wrong.append(1)
+            found = (layer.dequantize(torch.float32), *run(layers[number % 2]))
+            if not all(map(same, found, (expected, *whole[number % 2]))):
+                wrong.append(number)
 
-    workers = [threading.Thread(target=work) for _ in range(8)]
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+def test_the_threads_are_torchs_own_where_its_library_is_gnus():
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or "libgomp" not in maps.read_text():
+        pytest.skip("torch has another OpenMP library here")
+    assert threads._parallel is not None
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -88,9 +88,14 @@ def address_of(tensor: Tensor | None) -> int:
     """Where a tensor's numbers begin; 0 for None.
 
     A tensor that was left behind by a transform of torch.func has no memory itself.
+
+    Raises:
+        RuntimeError: the tensor is not on the CPU.
     """
     if tensor is None:
         return 0
+    if not tensor.is_cpu:
+        raise RuntimeError(f"expected all tensors on the CPU, found one on {tensor.device}")
     at: int = torch._C._functorch.unwrap_if_dead(tensor).data_ptr()
     return at
 

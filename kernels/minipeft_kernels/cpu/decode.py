@@ -33,6 +33,9 @@ Arguments, RECORD = arguments_of(
     "pairs packed out absmax scale offset dynamic"
 )
 
+SCALES_IN_GROUP = 256  # written out: the cache knows of changes in this folder alone
+assert SCALES_IN_GROUP == ABSMAX_BLOCK_SIZE
+
 # what is written: a dtype, or float32 numbers that are rounded to one (products.py: `is_slow`)
 FLOAT32, BFLOAT16, FLOAT16, AS_BFLOAT16, AS_FLOAT16 = range(5)
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -55,7 +58,7 @@ def scale_of(a, block):
         return array(a.absmax + 4 * block, 1, types.float32)[0]
     code = array(a.absmax + block, 1, types.uint8)[0]
     value = array(a.dynamic + 4 * np.int64(code), 1, types.float32)[0]
-    group = array(a.scale + 4 * (block // ABSMAX_BLOCK_SIZE), 1, types.float32)[0]
+    group = array(a.scale + 4 * (block // SCALES_IN_GROUP), 1, types.float32)[0]
     return np.float32(np.float32(value * group) + array(a.offset, 1, types.float32)[0])
 
 
@@ -136,8 +139,22 @@ def _decode(address: Any, piece: Any, scratch: Any) -> None:
             write_rounded(kind, scratch, scales, size, count, out + 4 * place)
 
 
-def contiguous(weight: Packed) -> Packed:
-    """The same weight, in tensors whose memory has no gaps."""
+def checked(weight: Packed, count: int) -> Packed:
+    """The same weight, in tensors whose memory has no gaps.
+
+    Raises:
+        RuntimeError: a tensor has not the dtype or the size that `count` weights take.
+    """
+    doubled, blocks = weight.scale is not None, -(-count // weight.block_size)
+    kinds = (torch.uint8, torch.uint8 if doubled else torch.float32, torch.float32, torch.float32)
+    sizes = ((count + 1) // 2, blocks, -(-blocks // SCALES_IN_GROUP), 1)
+    given = (weight.packed, weight.absmax, weight.scale, weight.offset)
+    for tensor, kind, size in zip(given, kinds, sizes, strict=True):
+        if tensor is not None and (tensor.dtype != kind or tensor.numel() != size):
+            raise RuntimeError(
+                f"{count} weights in blocks of {weight.block_size} take {size} numbers of {kind}; "
+                f"got {tensor.numel()} of {tensor.dtype}"
+            )
     values: Any = [v.contiguous() if isinstance(v, Tensor) else v for v in weight]
     return Packed(*values)
 
@@ -165,7 +182,7 @@ def decode_into(
     The weight is a matrix of as many rows as the first number in `rows` says; of these the rows
     from the second up to the third are wanted, and of each the blocks from `columns[0]` up to
     `columns[1]`.  By default the weight is one row, and all of it is wanted.  `weight` must be
-    `contiguous`.  `kind` rounds float32 numbers to another dtype (ROUNDED).
+    `checked`.  `kind` rounds float32 numbers to another dtype (ROUNDED).
     """
     count, first_row, last_row = rows
     size, n_blocks = weight.block_size, weight.absmax.numel()
@@ -190,5 +207,5 @@ def decode_into(
 def dequantize(weight: Packed, shape: list[int], dtype: torch.dtype) -> Tensor:
     """The operator dequantize_nf4."""
     out = torch.empty(shape, dtype=dtype)
-    decode_into(out, contiguous(weight))
+    decode_into(out, checked(weight, out.numel()))
     return out

@@ -10,7 +10,7 @@ from torch import Tensor
 from minipeft.fast import panels
 from minipeft.ops import Packed
 from minipeft_kernels.cpu import one_row
-from minipeft_kernels.cpu.decode import ROUNDED, contiguous, decode_into
+from minipeft_kernels.cpu.decode import ROUNDED, checked, decode_into
 
 
 def _decode_panel(
@@ -30,7 +30,10 @@ def _is_one_row(x: Tensor, in_features: int, out_features: int, weight: Packed) 
 
 def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) -> Tensor:
     """The operator nf4_linear."""
-    weight = contiguous(weight)
+    weight, bias = (
+        checked(weight, out_features * x.shape[-1]),
+        panels.checked(bias, x, out_features),
+    )
     if not _is_one_row(x, x.shape[-1], out_features, weight):
         return panels.linear(x, weight, bias, out_features, _decode_panel)
     out = one_row.linear(x, weight, out_features)
@@ -41,7 +44,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None, out_features: int) ->
 
 def input_gradient(dy: Tensor, weight: Packed, in_features: int) -> Tensor:
     """The operator nf4_linear_input_gradient."""
-    weight = contiguous(weight)
+    weight = checked(weight, dy.shape[-1] * in_features)
     if not _is_one_row(dy, in_features, dy.shape[-1], weight):
         return panels.input_gradient(dy, weight, in_features, _decode_panel)
     out = one_row.input_gradient(dy, weight, in_features)

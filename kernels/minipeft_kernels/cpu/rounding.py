@@ -10,7 +10,7 @@ from numba import njit
 
 from minipeft_kernels.cpu.compiled import from_bits, to_bits
 
-_TWO_TO_112 = np.float32(2.0**112)
+_SMALLEST = np.float32(2.0**-14)  # the smallest normal float16
 
 
 @njit(inline="always")
@@ -46,7 +46,10 @@ def from_float16(half):
     bits = np.uint32(half)
     size = np.uint32(np.uint32(bits & np.uint32(0x7FFF)) << np.uint32(13))
     sign = np.uint32(np.uint32(bits & np.uint32(0x8000)) << np.uint32(16))
-    near = to_bits(np.float32(from_bits(size) * _TWO_TO_112))
+    # its steps of 2**-24 are the last place of numbers from 2**-14: no float32 here is subnormal
+    steps = np.float32(from_bits(np.uint32(size | np.uint32(0x38800000))) - _SMALLEST)
+    is_subnormal = size < np.uint32(0x0400 << 13)
+    near = to_bits(steps) if is_subnormal else np.uint32(size + np.uint32(112 << 23))
     is_rare = size >= np.uint32(0x7C00 << 13)  # infinite, or no number
     near = np.uint32(size | np.uint32(0x7F800000)) if is_rare else near
     return from_bits(np.uint32(near | sign))

@@ -9,7 +9,9 @@ loop to the very threads that have just multiplied.  Where torch has no such lib
 Windows), a pool of Python's threads does it: C functions called through ctypes hold no lock.
 
 numba's own threads (`parallel=True`) load a second OpenMP library beside torch's, or end the
-process when two threads of Python call; a forked process must not use them.
+process when two threads of Python call.  After a fork the child has none of torch's threads, and
+waits for them for ever, in our loops as in torch's own: it must call torch.set_num_threads(1), as
+workers of DataLoader do.
 """
 
 import ctypes
@@ -67,8 +69,10 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 def run(loop: Any, arguments: Any, weights: int) -> None:
     """Run all pieces of a loop, which has this many weights to work on."""
     arguments.loop, place = loop.address, ctypes.addressof(arguments)
-    threads = 1 if weights <= ALONE else min(torch.get_num_threads(), arguments.pieces)
-    if threads <= 1:
+    threads = (
+        torch.get_num_threads()
+    )  # all: the library ends threads that a smaller team leaves out
+    if threads <= 1 or weights <= ALONE or arguments.pieces <= 1:
         _alone(place)
     elif _parallel is not None:
         _parallel(_work.address, place, threads, 0)

@@ -173,6 +173,9 @@ class _Before:
             if hooks.route == "cache" or prefix.position == "shift" or hooks.rule == "counted":
                 positions.renumber(given, hooks.rule, pad, shift, counted)
         prefix.before_forward(holder, given)
+        if not torch.compiler.is_compiling():
+            for gates in hooks.gates:
+                gates.come_last()
         positions.check_table(given, hooks.rule, pad, hooks.rows[self.index], prefix.position)
         if hooks.route == "attention":
             if "encoder_attention_mask" in hooks.names[self.index]:

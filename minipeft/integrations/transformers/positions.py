@@ -229,16 +229,21 @@ def matter(base: nn.Module) -> bool:
 
 
 def only_distance(base: nn.Module) -> bool:
-    """Whether numbering all tokens higher by the same keeps the output, up to rounding."""
+    """Whether the model sees distances between tokens alone, and not their numbers.
+
+    All tokens are numbered higher by the same, which must change far less than other distances do:
+    in 16 bits a model with rotary attention rounds other angles, and one with a table of positions
+    may have neighbours there that are nearly equal.
+    """
     if "position_ids" not in names_of(base):
         return False
     ids, _ = _with_padding(base)
-    one, other = (
-        _last(run(base, input_ids=ids, position_ids=torch.arange(3, device=ids.device)[None] + by))
-        for by in (0, 4)
+    most = min(64, int(getattr(base.config, "max_position_embeddings", None) or 64))
+    near, higher, apart = (
+        _last(run(base, input_ids=ids, position_ids=torch.tensor([numbers], device=ids.device)))
+        for numbers in ([0, 1, 2], [most - 3, most - 2, most - 1], [0, most // 4, most // 2])
     )
-    limit = 32 * torch.finfo(one.dtype).eps * float(one.abs().max())
-    return float((one - other).abs().max()) <= limit
+    return float((near - higher).float().norm()) <= 0.5 * float((near - apart).float().norm())
 
 
 def is_causal(base: nn.Module) -> bool:

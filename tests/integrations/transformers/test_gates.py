@@ -13,6 +13,7 @@ import minipeft as mp
 
 pytest.importorskip("transformers")
 from benchmarks.models import enable_checkpointing
+from minipeft.integrations.transformers import positions
 from minipeft.io import prefixes
 from tests.prefix_behaviours import GREEDY, Case, difference, random_lora
 
@@ -30,6 +31,11 @@ def gated(case, name="default", seed=0, length=P):
         for parameter in prefix.encoders[name].parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw))
     return prefix
+
+
+def decoder_of(model):
+    """The transformer without its head."""
+    return getattr(model, model.base_model_prefix)
 
 
 def padded(side):
@@ -211,6 +217,51 @@ def test_padding_stays_outside(family, side):
     alone = case.logits(text=inputs["input_ids"][1:, real])
     found = case.logits(text=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     assert difference(found[1:, real], alone) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_the_model_sees_of_positions_is_found_in_every_dtype(dtype):
+    """In 16 bits rotary attention rounds; a trained table has neighbours that are nearly equal."""
+    for family in ("LLaMA", "GPT-J"):
+        assert positions.only_distance(decoder_of(Case(family).model).to(dtype))
+    model = decoder_of(Case("GPT-2").model)
+    assert not positions.only_distance(model.to(dtype))
+    table, angle = model.wpe.weight, torch.linspace(0, 2, len(model.wpe.weight))[:, None]
+    with torch.no_grad():
+        drawn = torch.randn(2, table.shape[1])
+        table.copy_(drawn[0] * angle.cos() + drawn[1] * angle.sin())
+    assert not positions.only_distance(model)
+
+
+def test_closed_gates_change_nothing_in_bfloat16_under_padding():
+    case = Case("GPT-2")
+    model, ids = case.model.bfloat16(), torch.randint(3, 97, (1, 24))
+    mask = (torch.arange(24) >= 16)[None].long()
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask).logits
+        mp.attach_prefix(model, P, gated=True)
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, before)
+
+
+@pytest.mark.parametrize("family", ["BLOOM", "GPT-J", "Falcon, 7B kind"])
+def test_a_hook_on_attention_acts_in_every_run_whenever_it_came(family):
+    case = Case(family)
+    prefix = gated(case)
+    attention = prefix.hooks.gates[0].place.module
+
+    def change(module, args, kwargs):
+        name = "hidden_states"
+        if name in kwargs:
+            return args, {**kwargs, name: kwargs[name] + 1}
+        return (args[0] + 1, *args[1:]), kwargs
+
+    found = []
+    for first in (True, False):
+        handle = attention.register_forward_pre_hook(change, prepend=first, with_kwargs=True)
+        found.append(case.logits())
+        handle.remove()
+    assert torch.equal(*found)
+    assert difference(found[0], case.logits()) > 1e-3
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "LLaMA"])
