@@ -42,8 +42,6 @@ class ByRow(Wrapper):
         self.gate = gate
         self.slots = []
         self._ready = True  # whether the copies are of the layers' present values
-        self._copied: list[Any] = []  # the versions of what was copied
-        self._doubt = False  # whether a backward may have come since
         self._pending = Pending()
 
     def follow(self, groups: RowGroups, slots: list[int], mixing: str) -> None:
@@ -65,7 +63,6 @@ class ByRow(Wrapper):
             if self.training:
                 self.drop_copies()
             self._ready = not self.training and self.copy_layers()
-        self._copied, self._doubt = self.groups.versions() if self._ready else [], False
 
     def train(self, mode: bool = True) -> "ByRow":
         """Set the mode; leaving training copies what was trained."""
@@ -76,7 +73,10 @@ class ByRow(Wrapper):
         return self
 
     def asks_layers(self) -> bool:
-        """Whether the layers themselves compute in this call: it trains, or they changed since.
+        """Whether the layers themselves compute in this call: it trains, or copies may be stale.
+
+        They may be once a call had gradients, until the mode is set or rows are chosen again:
+        an optimiser need not leave a trace in what it changes.
 
         Raises:
             RuntimeError: it trains, and there are no layers to train.
@@ -88,10 +88,8 @@ class ByRow(Wrapper):
         learns = torch.is_grad_enabled() and (self.training or self.groups.trains())
         if learns and self.training and self.mixing:
             raise ValueError(f"use_adapters(rows=): {self.mixing}")
-        if learns and not self.training:  # then they may have changed when the next call comes
-            self._doubt = True
-        elif self._doubt and self._ready:
-            self._doubt, self._ready = False, self._copied == self.groups.versions()
+        if learns:
+            self._ready = False
         # while training under no_grad too: that is the first pass of checkpointing
         return learns or self.training or not self._ready
 

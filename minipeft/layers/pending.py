@@ -2,13 +2,15 @@
 
 Nothing that checkpointing keeps says which adapters the rows used, so other rows would give wrong
 gradients without a word.  Each result therefore gets a hook that holds a note of its rows, until
-its backward has come or its graph is gone.
+its backward has come or its graph is gone.  The notes belong to the innermost module: the layers
+over it may be replaced in between, by those of other rows, or by none while names are used.
 """
 
 import weakref
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minipeft.layers.row_groups import RowGroups
 
@@ -25,7 +27,10 @@ class _Note:
 
 
 class Pending:
-    """The forwards of one layer whose backward may still come."""
+    """The forwards over one module whose backward may still come.
+
+    While no rows are served it is a hook of that module, until nothing can come any more.
+    """
 
     def __init__(self) -> None:
         self._notes: weakref.WeakSet[_Note] = weakref.WeakSet()
@@ -34,20 +39,24 @@ class Pending:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return (Pending, ())  # a copy has had no forward
 
-    def check(self, groups: RowGroups) -> None:
+    def _waiting(self) -> list[RowGroups]:
+        return [note.groups for note in self._notes if note.groups is not None]
+
+    def check(self, groups: RowGroups | None) -> None:
         """Before a call: where it computes again, raise RuntimeError if its rows were others.
 
-        Re-entrant checkpointing runs its forward without a graph: there the latest forward counts.
+        Re-entrant checkpointing runs its forward without a graph, so that nothing waits: there the
+        latest forward counts.  None stands for names.
         """
         if torch.compiler.is_compiling():  # checkpointing is part of the graph
             return
         if torch._C._current_graph_task_id() == -1:  # not within a backward
             self._latest = groups
             return
-        waiting = [note.groups for note in self._notes] + [self._latest]
-        if any(own is not None and not own.same_as(groups) for own in waiting):
+        then = self._waiting() or ([self._latest] if self._latest is not None else [])
+        if any(groups is None or not own.same_as(groups) for own in then):
             raise RuntimeError(
-                "use_adapters(rows=): the rows were changed after a forward, before checkpointing "
+                "use_adapters: the rows were changed after a forward, before checkpointing "
                 "computed it again in backward; call backward first, then use_adapters (and let go "
                 "of a loss that needs no backward)"
             )
@@ -62,3 +71,28 @@ class Pending:
         note = _Note(groups)
         self._notes.add(note)
         made.register_hook(note.done)  # type: ignore[no-untyped-call]
+
+    def watch(self, plain: nn.Module) -> None:
+        """Check the calls of the module itself: no layer over it serves rows any more."""
+        if self._latest is not None or self._waiting():
+            plain.register_forward_pre_hook(self)
+
+    def __call__(self, plain: nn.Module, _: Any) -> None:
+        """The hook; a new forward after which nothing waits takes it off."""
+        self.check(None)
+        if self._latest is None and not self._waiting():
+            _take_off(plain)
+
+
+def pending_of(plain: nn.Module) -> Pending:
+    """The notes that watch this module, which do so no more; or none yet."""
+    return _take_off(plain) or Pending()
+
+
+def _take_off(plain: nn.Module) -> Pending | None:
+    hooks = plain._forward_pre_hooks
+    for key, hook in list(hooks.items()):
+        if isinstance(hook, Pending):
+            del hooks[key]
+            return hook
+    return None

@@ -112,14 +112,6 @@ class RowGroups:
             p.requires_grad for layer in self.used() for p in layer.adapter_parameters().values()
         )
 
-    def versions(self) -> list[Any]:
-        """What changes whenever a parameter is changed in place or replaced."""
-        found = [p for own in self.placed for p in own.layer.adapter_parameters().values()]
-        try:
-            return [(id(p), p._version) for p in found]
-        except RuntimeError:  # inference tensors count no changes
-            return [object()]
-
     def same_as(self, other: "RowGroups") -> bool:
         """Whether each row goes through the same layers at the same strength."""
         mine, its = ([[(n, s) for n, _, s in chain] for chain in groups.chains]
