@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost
 from minipeft.adapters.wrapper import Wrapper
-from minipeft.layers.pending import Pending
+from minipeft.layers.pending import Pending, pending_of
 from minipeft.layers.row_groups import RowGroups
 
 Row = str | None | Sequence[str]  # an adapter, none, or several that add up
@@ -42,12 +42,17 @@ class ByRow(Wrapper):
         self.gate = gate
         self.slots = []
         self._ready = True  # whether the copies are of the layers' present values
-        self._pending = Pending()
+        # the notes of the layer that was there before are still those of this module
+        self._pending: Pending = pending_of(innermost(base))
 
     def follow(self, groups: RowGroups, slots: list[int], mixing: str) -> None:
         """Serve these rows from now on; `slots` are the columns of the gate by layer."""
         self.groups, self.slots, self.mixing = groups, slots, mixing
         self._renew()
+
+    def taken_off(self) -> None:
+        """No rows are served: let the module itself refuse to compute theirs again."""
+        self._pending.watch(innermost(self))
 
     def copy_layers(self) -> bool:
         """Copy what inference needs of the layers' present values; False: it must ask them."""

@@ -16,14 +16,23 @@ from minipeft.layers.row_groups import RowGroups
 
 
 class _Note:
-    """The rows of one forward."""
+    """The rows of one forward, and which backward has come."""
 
     def __init__(self, groups: RowGroups) -> None:
-        self.groups: RowGroups | None = groups
+        self.groups, self.backward = groups, -1
 
     def done(self, _: Tensor) -> None:
-        """Its backward is here."""
-        self.groups = None
+        """Its backward is here; in it, the forward may still be computed again."""
+        self.backward = _backward()
+
+    def waits(self) -> bool:
+        return self.backward in (-1, _backward())
+
+
+def _backward() -> int:
+    """The number of the backward that this call is in; -1 outside."""
+    number: int = torch._C._current_graph_task_id()
+    return number
 
 
 class Pending:
@@ -40,17 +49,17 @@ class Pending:
         return (Pending, ())  # a copy has had no forward
 
     def _waiting(self) -> list[RowGroups]:
-        return [note.groups for note in self._notes if note.groups is not None]
+        return [note.groups for note in self._notes if note.waits()]
 
     def check(self, groups: RowGroups | None) -> None:
         """Before a call: where it computes again, raise RuntimeError if its rows were others.
 
         Re-entrant checkpointing runs its forward without a graph, so that nothing waits: there the
-        latest forward counts.  None stands for names.
+        latest forward counts, one under no_grad too.  None stands for names.
         """
         if torch.compiler.is_compiling():  # checkpointing is part of the graph
             return
-        if torch._C._current_graph_task_id() == -1:  # not within a backward
+        if _backward() == -1:  # not within a backward
             self._latest = groups
             return
         then = self._waiting() or ([self._latest] if self._latest is not None else [])
@@ -66,7 +75,7 @@ class Pending:
         if torch.compiler.is_compiling() or not made.requires_grad:
             return
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(made)
-        if wrapped or torch._C._current_graph_task_id() != -1:
+        if wrapped or _backward() != -1:
             return
         note = _Note(groups)
         self._notes.add(note)
@@ -74,7 +83,8 @@ class Pending:
 
     def watch(self, plain: nn.Module) -> None:
         """Check the calls of the module itself: no layer over it serves rows any more."""
-        if self._latest is not None or self._waiting():
+        waits = self._latest is not None or bool(self._waiting())
+        if waits and self not in plain._forward_pre_hooks.values():
             plain.register_forward_pre_hook(self)
 
     def __call__(self, plain: nn.Module, _: Any) -> None:

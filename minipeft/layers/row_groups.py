@@ -114,7 +114,7 @@ class RowGroups:
 
     def same_as(self, other: "RowGroups") -> bool:
         """Whether each row goes through the same layers at the same strength."""
-        mine, its = ([[(n, s) for n, _, s in chain] for chain in groups.chains]
+        mine, its = ([[(groups.placed[n].layer, s) for n, _, s in chain] for chain in groups.chains]
                      for groups in (self, other))  # fmt: skip
         return self.of_row == other.of_row and mine == its
 

@@ -212,9 +212,10 @@ def _layers(
 
 def _take_off(model: nn.Module) -> None:
     """Put back what banks and stacks lie over."""
-    swap(model, {
-        n: m.base for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, ByRow)
-    })  # fmt: skip
+    found = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, ByRow)}
+    swap(model, {name: layer.base for name, layer in found.items()})
+    for layer in found.values():
+        layer.taken_off()
 
 
 def _fits(layer: ByRow, place: Place, names: list[str]) -> bool:
