@@ -46,6 +46,10 @@ def has_lengths(layer: object) -> bool:
     return callable(getattr(type(layer), "lengths", None))
 
 
+# of a view: where it lies, and how strongly it acts on rows
+_ITS_OWN = {"_modules", "_enabled", "_scale", "scaling", "strength"}
+
+
 def over(layer: Any, below: nn.Module) -> Any:
     """The layer as it is with `below` for its base: on, and with the same parameters.
 
@@ -56,6 +60,14 @@ def over(layer: Any, below: nn.Module) -> Any:
     with torch.inference_mode(False):  # compiled code reads it
         vars(view)["strength"] = torch.tensor(float(layer.full_strength), device="cpu")
     return view
+
+
+def refresh(view: Any, layer: Any) -> None:
+    """Give a view what the layer's attributes are now, such as its mode and its dropout."""
+    there = vars(view)
+    for name, value in vars(layer).items():
+        if name not in _ITS_OWN and (name not in there or there[name] is not value):
+            setattr(view, name, value)
 
 
 def as_if_alone(plain: nn.Module, layers: Sequence[Any]) -> list[Any]:
@@ -170,7 +182,9 @@ class RowGroups:
         return torch.cat(outs)
 
     def _through(self, chain: list[Link], out: Tensor, x: Tensor) -> Tensor:
-        for _, layer, strength in chain:
+        for number, layer, strength in chain:
+            if layer is not self.placed[number].layer:  # a view
+                refresh(layer, self.placed[number].layer)
             now = getattr(layer, "on_top_now", None)
             if now is None:
                 after = (1,) * self.spatial

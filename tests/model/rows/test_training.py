@@ -214,6 +214,30 @@ def test_a_sweep_in_one_optimiser_is_the_single_runs(kind):
             torch.testing.assert_close(y[2 * i :][:2], alone, rtol=1e-6, atol=1e-7)  # the same
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_a_layers_mode_and_dropout_are_those_of_now(dora):
+    """Set on the layer itself, after `use_adapters`."""
+    model, x = linear(dora=dora, dropout=0.5)
+    model.double().train()
+    x = x.double()
+    mp.use_adapters(model, rows=ROWS)
+    drops = lambda: not torch.equal(model(x), model(x))  # noqa: E731
+    layers = [layer for layer in model.modules() if isinstance(layer, mp.LoRALinear)]
+    assert drops()
+    for layer in layers:
+        layer.training = False
+    assert not drops()
+    for layer in layers:
+        layer.training = True
+    assert drops()
+    for layer in layers:
+        layer.dropout = 0.0
+    expected, _ = runs_of_their_own(model, x, ROWS)
+    assert not drops()
+    own_means(model(x), ROWS).backward()
+    assert worst(gradients(model), expected) <= EXACT
+
+
 def test_an_adapter_without_a_row_has_no_gradient_and_does_not_move():
     model, x = double("linear")
     rows = ["fr", "fr", None, "fr", "fr", "fr"]
