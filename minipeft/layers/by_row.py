@@ -45,36 +45,50 @@ class ByRow(Wrapper):
         # the notes of the layer that was there before are still those of this module
         self._pending: Pending = pending_of(innermost(base))
 
-    def follow(self, groups: RowGroups, slots: list[int], mixing: str) -> None:
-        """Serve these rows from now on; `slots` are the columns of the gate by layer."""
+    def copies(self, groups: RowGroups, slots: list[int]) -> Any:
+        """What inference needs of the layers' present values; None: it must ask them.
+
+        Changes nothing.
+        """
+        return True
+
+    def take(self, copies: Any) -> None:
+        """Serve what `copies` returned."""
+
+    def drop_copies(self) -> None:
+        """Free the copies: the layers train."""
+
+    def follow(self, groups: RowGroups, slots: list[int], mixing: str, copies: Any = None) -> None:
+        """Serve these rows from now on; `slots` are the columns of the gate by layer.
+
+        `copies` are those of these rows, for a layer that does not train.
+        """
         self.groups, self.slots, self.mixing = groups, slots, mixing
-        self._renew()
+        self._serve(copies)
+
+    def _serve(self, copies: Any) -> None:
+        with torch.inference_mode(False), torch.no_grad():  # changed in place later, in any mode
+            if self.training:
+                self.drop_copies()
+            elif copies is not None:
+                self.take(copies)
+        self._ready = not self.training and copies is not None
+
+    def copies_now(self, groups: RowGroups, slots: list[int]) -> Any:
+        """`copies`, unless the layers train: those compute themselves."""
+        with torch.inference_mode(False), torch.no_grad():
+            return None if self.training else self.copies(groups, slots)
 
     def taken_off(self) -> None:
         """No rows are served: let the module itself refuse to compute theirs again."""
         self._pending.watch(innermost(self))
-
-    def copy_layers(self) -> bool:
-        """Copy what inference needs of the layers' present values; False: it must ask them."""
-        return True
-
-    def drop_copies(self) -> None:
-        """Free what `copy_layers` made: the layers train."""
-
-    def _renew(self) -> None:
-        if self.groups is None:
-            return
-        with torch.inference_mode(False), torch.no_grad():  # changed in place later, in any mode
-            if self.training:
-                self.drop_copies()
-            self._ready = not self.training and self.copy_layers()
 
     def train(self, mode: bool = True) -> "ByRow":
         """Set the mode; leaving training copies what was trained."""
         super().train(mode)
         if self.groups is not None:
             self.groups.train(mode)
-            self._renew()
+            self._serve(self.copies_now(self.groups, self.slots))
         return self
 
     def asks_layers(self) -> bool:

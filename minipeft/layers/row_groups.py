@@ -98,7 +98,6 @@ class RowGroups:
         self.chains = [self._chain(used) for used in numbers]
         self.runs = [(group, len([*run])) for group, run in itertools.groupby(self.of_row)]
         self.spatial = spatial_axes(plain)
-        self._noted: list[Lengths] | None = None
 
     def _chain(self, used: tuple[int, ...]) -> list[Link]:
         layers = [self.placed[i].layer for i in used]
@@ -137,16 +136,9 @@ class RowGroups:
                 if layer is not self.placed[number].layer:
                     layer.train(mode)
 
-    def note_lengths(self) -> None:
-        """Compute the lengths of all layers now, for those who ask next."""
-        self._noted = [self._lengths(number) for number in range(len(self.placed))]
-
     def lengths(self) -> list[Lengths]:
-        """The lengths of each layer: those that were noted, once, or the present ones."""
-        found, self._noted = self._noted, None
-        if found is None:
-            found = [self._lengths(number) for number in range(len(self.placed))]
-        return found
+        """The present lengths of each layer."""
+        return [self._lengths(number) for number in range(len(self.placed))]
 
     def _lengths(self, number: int) -> Lengths:
         """The present lengths of one layer by row, (rows, channels) each.
