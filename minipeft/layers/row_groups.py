@@ -57,6 +57,7 @@ def over(layer: Any, below: nn.Module) -> Any:
     """
     view = layer.__new__(type(layer))
     vars(view).update(vars(layer), _modules={**layer._modules, "base": below}, _enabled=True)
+    vars(view)["keeps_norms"] = False  # an optimiser need not leave a trace in what it changes
     with torch.inference_mode(False):  # compiled code reads it
         vars(view)["strength"] = torch.tensor(float(layer.full_strength), device="cpu")
     return view

@@ -338,7 +338,7 @@ def test_what_was_trained_is_served(kind, mode):
 
 
 @pytest.mark.parametrize("how", ["fused", "data"])
-@pytest.mark.parametrize("kind", ["linear", "embedding"])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "linear, DoRA"])
 def test_changes_that_leave_no_trace_are_served(kind, how):
     """In eval mode, also after a call between backward and the step."""
     model, x = double(kind)
