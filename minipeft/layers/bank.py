@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from minipeft import ops
 from minipeft.adapters.protocol import innermost
 from minipeft.layers.by_row import ByRow
+from minipeft.layers.row_groups import RowGroups
 from minipeft.lora import add_lora, checked_linear
 
 
@@ -111,20 +112,23 @@ class LoRABank(ByRow):
         if self.a.shape[1]:
             self.a, self.b = self.a[:, :0].clone(), self.b[:, :0].clone()
 
-    def copy_layers(self) -> bool:
-        """Load the layers' factors; False where one holds NaN or Inf, which would reach all."""
-        assert self.groups is not None
+    def copies(
+        self, groups: RowGroups, slots: list[int]
+    ) -> list[tuple[int, Tensor, Tensor]] | None:
+        """Slots and factors; None where one holds NaN or Inf, which would reach all rows."""
+        found = []
+        for slot, own in zip(slots, groups.placed, strict=True):
+            a, b = own.layer.factors()
+            found.append((slot, a, b * own.strength))
+        return found if all(finite(a, b) for _, a, b in found) else None
+
+    def take(self, copies: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Load the factors, and nothing into other slots."""
         self._allocate()
-        own = dict(zip(self.slots, self.groups.placed, strict=True))
         for slot in range(self.capacity):
             self.clear(slot)
-            if slot in own:
-                a, b = own[slot].layer.factors()
-                b = b * own[slot].strength
-                if not finite(a, b):
-                    return False
-                self._put(slot, a, b)
-        return True
+        for slot, a, b in copies:
+            self._put(slot, a, b)
 
     def _put(self, slot: int, a: Tensor, b: Tensor) -> None:
         self.a[slot, : len(a)] = a.to(self.a.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost
 from minipeft.adapters.wrapper import Wrapper
-from minipeft.layers.pending import Pending
+from minipeft.layers.pending import Pending, pending_of
 from minipeft.layers.row_groups import RowGroups
 
 Row = str | None | Sequence[str]  # an adapter, none, or several that add up
@@ -42,41 +42,60 @@ class ByRow(Wrapper):
         self.gate = gate
         self.slots = []
         self._ready = True  # whether the copies are of the layers' present values
-        self._copied: list[Any] = []  # the versions of what was copied
-        self._doubt = False  # whether a backward may have come since
-        self._pending = Pending()
+        # the notes of the layer that was there before are still those of this module
+        self._pending: Pending = pending_of(innermost(base))
 
-    def follow(self, groups: RowGroups, slots: list[int], mixing: str) -> None:
-        """Serve these rows from now on; `slots` are the columns of the gate by layer."""
-        self.groups, self.slots, self.mixing = groups, slots, mixing
-        self._renew()
+    def copies(self, groups: RowGroups, slots: list[int]) -> Any:
+        """What inference needs of the layers' present values; None: it must ask them.
 
-    def copy_layers(self) -> bool:
-        """Copy what inference needs of the layers' present values; False: it must ask them."""
+        Changes nothing.
+        """
         return True
 
-    def drop_copies(self) -> None:
-        """Free what `copy_layers` made: the layers train."""
+    def take(self, copies: Any) -> None:
+        """Serve what `copies` returned."""
 
-    def _renew(self) -> None:
-        if self.groups is None:
-            return
+    def drop_copies(self) -> None:
+        """Free the copies: the layers train."""
+
+    def follow(self, groups: RowGroups, slots: list[int], mixing: str, copies: Any = None) -> None:
+        """Serve these rows from now on; `slots` are the columns of the gate by layer.
+
+        `copies` are those of these rows, for a layer that does not train.
+        """
+        self.groups, self.slots, self.mixing = groups, slots, mixing
+        self._serve(copies)
+
+    def _serve(self, copies: Any) -> None:
         with torch.inference_mode(False), torch.no_grad():  # changed in place later, in any mode
             if self.training:
                 self.drop_copies()
-            self._ready = not self.training and self.copy_layers()
-        self._copied, self._doubt = self.groups.versions() if self._ready else [], False
+            elif copies is not None:
+                self.take(copies)
+        self._ready = not self.training and copies is not None
+
+    def copies_now(self, groups: RowGroups, slots: list[int]) -> Any:
+        """`copies`, unless the layers train: those compute themselves."""
+        with torch.inference_mode(False), torch.no_grad():
+            return None if self.training else self.copies(groups, slots)
+
+    def taken_off(self) -> None:
+        """No rows are served: let the module itself refuse to compute theirs again."""
+        self._pending.watch(innermost(self))
 
     def train(self, mode: bool = True) -> "ByRow":
         """Set the mode; leaving training copies what was trained."""
         super().train(mode)
         if self.groups is not None:
             self.groups.train(mode)
-            self._renew()
+            self._serve(self.copies_now(self.groups, self.slots))
         return self
 
     def asks_layers(self) -> bool:
-        """Whether the layers themselves compute in this call: it trains, or they changed since.
+        """Whether the layers themselves compute in this call: it trains, or copies may be stale.
+
+        They may be once a call had gradients, until the mode is set or rows are chosen again:
+        an optimiser need not leave a trace in what it changes.
 
         Raises:
             RuntimeError: it trains, and there are no layers to train.
@@ -88,10 +107,8 @@ class ByRow(Wrapper):
         learns = torch.is_grad_enabled() and (self.training or self.groups.trains())
         if learns and self.training and self.mixing:
             raise ValueError(f"use_adapters(rows=): {self.mixing}")
-        if learns and not self.training:  # then they may have changed when the next call comes
-            self._doubt = True
-        elif self._doubt and self._ready:
-            self._doubt, self._ready = False, self._copied == self.groups.versions()
+        if learns:
+            self._ready = False
         # while training under no_grad too: that is the first pass of checkpointing
         return learns or self.training or not self._ready
 

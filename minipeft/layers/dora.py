@@ -92,6 +92,7 @@ class DoRA(LowRank):
     """
 
     magnitude: nn.Parameter
+    keeps_norms = True  # False: norms are of the moment in eval() too (row_groups.py)
 
     def __init__(
         self,
@@ -221,7 +222,7 @@ class DoRALinear(DoRA, LoRALinear):
             square, product = self._square(weight, dtype), self._product(weight, a)
             return row_norms(square, product, a, b, strength)
 
-        if self.training or self._always_new():
+        if self.training or not self.keeps_norms or self._always_new():
             return make()
         sources = (*self._factor_parameters(), *self.base.parameters())
         kept: Tensor = self._kept_norms.get(make, *sources, number=float(strength))
@@ -274,7 +275,7 @@ class DoRAEmbedding(DoRA, LoRAEmbedding):
         def make() -> tuple[Tensor, Tensor]:
             return self._table_products(a)
 
-        if self.training or self._always_new():
+        if self.training or not self.keeps_norms or self._always_new():
             square, product = make()
         else:
             sources = (*self._factor_parameters(), *innermost(self).parameters())

@@ -46,6 +46,10 @@ def has_lengths(layer: object) -> bool:
     return callable(getattr(type(layer), "lengths", None))
 
 
+# of a view: where it lies, and how strongly it acts on rows
+_ITS_OWN = {"_modules", "_enabled", "_scale", "scaling", "strength"}
+
+
 def over(layer: Any, below: nn.Module) -> Any:
     """The layer as it is with `below` for its base: on, and with the same parameters.
 
@@ -53,9 +57,18 @@ def over(layer: Any, below: nn.Module) -> Any:
     """
     view = layer.__new__(type(layer))
     vars(view).update(vars(layer), _modules={**layer._modules, "base": below}, _enabled=True)
+    vars(view)["keeps_norms"] = False  # an optimiser need not leave a trace in what it changes
     with torch.inference_mode(False):  # compiled code reads it
         vars(view)["strength"] = torch.tensor(float(layer.full_strength), device="cpu")
     return view
+
+
+def refresh(view: Any, layer: Any) -> None:
+    """Give a view what the layer's attributes are now, such as its mode and its dropout."""
+    there = vars(view)
+    for name, value in vars(layer).items():
+        if name not in _ITS_OWN and (name not in there or there[name] is not value):
+            setattr(view, name, value)
 
 
 def as_if_alone(plain: nn.Module, layers: Sequence[Any]) -> list[Any]:
@@ -86,7 +99,6 @@ class RowGroups:
         self.chains = [self._chain(used) for used in numbers]
         self.runs = [(group, len([*run])) for group, run in itertools.groupby(self.of_row)]
         self.spatial = spatial_axes(plain)
-        self._noted: list[Lengths] | None = None
 
     def _chain(self, used: tuple[int, ...]) -> list[Link]:
         layers = [self.placed[i].layer for i in used]
@@ -112,17 +124,9 @@ class RowGroups:
             p.requires_grad for layer in self.used() for p in layer.adapter_parameters().values()
         )
 
-    def versions(self) -> list[Any]:
-        """What changes whenever a parameter is changed in place or replaced."""
-        found = [p for own in self.placed for p in own.layer.adapter_parameters().values()]
-        try:
-            return [(id(p), p._version) for p in found]
-        except RuntimeError:  # inference tensors count no changes
-            return [object()]
-
     def same_as(self, other: "RowGroups") -> bool:
         """Whether each row goes through the same layers at the same strength."""
-        mine, its = ([[(n, s) for n, _, s in chain] for chain in groups.chains]
+        mine, its = ([[(groups.placed[n].layer, s) for n, _, s in chain] for chain in groups.chains]
                      for groups in (self, other))  # fmt: skip
         return self.of_row == other.of_row and mine == its
 
@@ -133,16 +137,9 @@ class RowGroups:
                 if layer is not self.placed[number].layer:
                     layer.train(mode)
 
-    def note_lengths(self) -> None:
-        """Compute the lengths of all layers now, for those who ask next."""
-        self._noted = [self._lengths(number) for number in range(len(self.placed))]
-
     def lengths(self) -> list[Lengths]:
-        """The lengths of each layer: those that were noted, once, or the present ones."""
-        found, self._noted = self._noted, None
-        if found is None:
-            found = [self._lengths(number) for number in range(len(self.placed))]
-        return found
+        """The present lengths of each layer."""
+        return [self._lengths(number) for number in range(len(self.placed))]
 
     def _lengths(self, number: int) -> Lengths:
         """The present lengths of one layer by row, (rows, channels) each.
@@ -178,7 +175,9 @@ class RowGroups:
         return torch.cat(outs)
 
     def _through(self, chain: list[Link], out: Tensor, x: Tensor) -> Tensor:
-        for _, layer, strength in chain:
+        for number, layer, strength in chain:
+            if layer is not self.placed[number].layer:  # a view
+                refresh(layer, self.placed[number].layer)
             now = getattr(layer, "on_top_now", None)
             if now is None:
                 after = (1,) * self.spatial

@@ -45,10 +45,20 @@ def use_adapters(
     compiles nothing again in inference; a compiled training step compiles once for other rows.
     Returns the names of the modules that are on.
 
+    The batch must be axis 0 of what every adapted layer gets.  That is not checked where sizes fit
+    by chance, and rows then use adapters of others.  It is not so in XLNet and
+    nn.TransformerEncoderLayer(batch_first=False), nor in Longformer's attention, which have tokens
+    first, nor in experts that are plain linear layers and get the tokens chosen for them: leave
+    those layers without adapters.
+
     Rows also train, each its own adapters, as in a run of their own if the loss is a sum of each
     adapter's own mean.  An adapter without a row gets no gradient (None); a prefix that other rows
     use, zeros.  Rows of one adapter side by side are not copied.  After training, `eval()` or
-    another call here takes over what was trained.  Strengths are those at the call.
+    another call here takes over what was trained.  Strengths are those at the call, and so is
+    `config.output_router_logits`, which asks for a balance loss.  In eval mode, after a call with
+    gradients, each adapter computes for its own rows until `eval()` or another call here; so
+    evaluate under no_grad.  Under checkpointing, a backward whose rows were changed since its
+    forward raises RuntimeError.
 
     Raises:
         ValueError: no such adapter, a merged model, neither or both of names and rows; with rows,

@@ -92,14 +92,17 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
         raise ValueError(f"use_adapters(rows=): {mixing}")
     groups = {name: _grouped(model, name, place, wanted) for name, place in places.items()}
     layers = _layers(model, names, places, len(wanted))
+    slots = {n: [names.index(own) for own, _ in place.layers] for n, place in places.items()}
+    gate = torch.tensor([[float(n in row) for n in names] for row in wanted])
+    copies = {n: layer.copies_now(groups[n], slots[n]) for n, layer in layers.items()}
+    # all is computed: from here on values are written, which `restoring` would not put back
     for name, layer in layers.items():
-        slots = [names.index(own) for own, _ in places[name].layers]
-        layer.follow(groups[name], slots, mixing)
+        layer.follow(groups[name], slots[name], mixing, copies.pop(name))
     for owner in owners:
         owner.serve_rows(wanted)
     with torch.no_grad():
         for layer in list(layers.values())[:1]:
-            layer.gate.copy_(torch.tensor([[float(n in row) for n in names] for row in wanted]))
+            layer.gate.copy_(gate)
     found = [place for name in used for place in everything[name]]
     return list(dict.fromkeys([*places, *found]))
 
@@ -183,10 +186,7 @@ def _check_prefixes(owners: Iterable[Any], used: list[str]) -> None:
 def _grouped(model: nn.Module, name: str, place: Place, wanted: Wanted) -> RowGroups:
     placed = [Placed(own, layer, float(getattr(layer, "full_strength", layer.scale)))
               for own, layer in place.layers]  # fmt: skip
-    groups = RowGroups(innermost(model.get_submodule(name)), placed, wanted)
-    if not place.trains and not place.joined:
-        groups.note_lengths()
-    return groups
+    return RowGroups(innermost(model.get_submodule(name)), placed, wanted)
 
 
 def _layers(
@@ -212,9 +212,10 @@ def _layers(
 
 def _take_off(model: nn.Module) -> None:
     """Put back what banks and stacks lie over."""
-    swap(model, {
-        n: m.base for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, ByRow)
-    })  # fmt: skip
+    found = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, ByRow)}
+    swap(model, {name: layer.base for name, layer in found.items()})
+    for layer in found.values():
+        layer.taken_off()
 
 
 def _fits(layer: ByRow, place: Place, names: list[str]) -> bool:

@@ -11,7 +11,7 @@ layer computes with the numbers it has now, for its own rows (layers/row_groups.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from minipeft.adapters.protocol import innermost
 from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.by_row import ByRow
-from minipeft.layers.row_groups import Lengths
+from minipeft.layers.row_groups import Lengths, RowGroups
 from minipeft.layers.trained import spatial_axes
 
 
@@ -39,6 +39,14 @@ def why_not(layer: object) -> str | None:
     if defines["forward"] < defines["on_top"]:
         return f"{type(layer).__name__} has a forward of its own, and no on_top of its own"
     return None
+
+
+class _Copies(NamedTuple):
+    """What a stack keeps of its layers, by layer."""
+
+    using: list[list[int]]  # rows of the gate
+    strengths: list[float]
+    lengths: list[Lengths]
 
 
 class RowStack(ByRow):
@@ -69,21 +77,22 @@ class RowStack(ByRow):
             self.compiled_strengths = [torch.zeros((), device="cpu") for _ in layers]
         self.train(base.training)
 
-    def copy_layers(self) -> bool:
-        """Take over, for each layer, the rows that use it, its strength and its lengths by row."""
-        groups = self.groups
-        assert groups is not None
-        self.using = [groups.using(number) for number in range(len(self.layers))]
-        self.strengths = [own.strength for own in groups.placed]
+    def copies(self, groups: RowGroups, slots: list[int]) -> _Copies:
+        """For each layer the rows that use it, its strength and its lengths by row."""
+        using = [groups.using(number) for number in range(len(self.layers))]
+        return _Copies(using, [own.strength for own in groups.placed], groups.lengths())
+
+    def take(self, copies: _Copies) -> None:
+        """Serve these rows; tensors that have the shape already are changed in place."""
+        self.using, self.strengths, lengths = copies
         for tensor, strength in zip(self.compiled_strengths, self.strengths, strict=True):
             tensor.fill_(strength)
-        for i, new in enumerate(groups.lengths()):
+        for i, new in enumerate(lengths):
             if [t.shape for t in self.lengths[i]] == [t.shape for t in new]:
                 for old, value in zip(self.lengths[i], new, strict=True):
                     old.copy_(value)
             else:
-                self.lengths[i] = tuple(value.clone() for value in new)
-        return True
+                self.lengths[i] = new
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         asks = self.asks_layers()

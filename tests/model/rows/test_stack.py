@@ -125,6 +125,30 @@ def test_nan_in_one_adapter_stays_in_its_rows(kind):
         assert x.grad[:3].isfinite().all()
 
 
+@pytest.mark.parametrize("rows", [[["fr", "de"], "de"], ["de", ["fr", "de"]], ["de"]], ids=str)
+@pytest.mark.parametrize("dora", [True, False], ids=["stacks", "banks"])
+def test_a_call_that_fails_half_way_leaves_the_rows_that_were_served(dora, rows, monkeypatch):
+    """As memory runs out at the second layer, when values of the first are there."""
+    model = three(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), ("0", "1"), dora=dora).eval()
+    x = torch.randn(2, 8)
+    mp.use_adapters(model, rows=["fr", ["fr", "de"]])
+    expected, kind = model(x), type(model[0])
+    original, calls = kind.copies, []
+
+    def full(*given):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("full")
+        return original(*given)
+
+    monkeypatch.setattr(kind, "copies", full)
+    mp.scale_adapters(model, 0.5, name="de")
+    with pytest.raises(torch.OutOfMemoryError):
+        mp.use_adapters(model, rows=rows)
+    assert len(calls) == 2
+    assert torch.equal(model(x), expected)
+
+
 def test_magnitudes_and_scales_are_those_at_the_call():
     model, x = linear(dora=True)
     mp.use_adapters(model, rows=ROWS)

@@ -214,6 +214,30 @@ def test_a_sweep_in_one_optimiser_is_the_single_runs(kind):
             torch.testing.assert_close(y[2 * i :][:2], alone, rtol=1e-6, atol=1e-7)  # the same
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_a_layers_mode_and_dropout_are_those_of_now(dora):
+    """Set on the layer itself, after `use_adapters`."""
+    model, x = linear(dora=dora, dropout=0.5)
+    model.double().train()
+    x = x.double()
+    mp.use_adapters(model, rows=ROWS)
+    drops = lambda: not torch.equal(model(x), model(x))  # noqa: E731
+    layers = [layer for layer in model.modules() if isinstance(layer, mp.LoRALinear)]
+    assert drops()
+    for layer in layers:
+        layer.training = False
+    assert not drops()
+    for layer in layers:
+        layer.training = True
+    assert drops()
+    for layer in layers:
+        layer.dropout = 0.0
+    expected, _ = runs_of_their_own(model, x, ROWS)
+    assert not drops()
+    own_means(model(x), ROWS).backward()
+    assert worst(gradients(model), expected) <= EXACT
+
+
 def test_an_adapter_without_a_row_has_no_gradient_and_does_not_move():
     model, x = double("linear")
     rows = ["fr", "fr", None, "fr", "fr", "fr"]
@@ -313,17 +337,45 @@ def test_what_was_trained_is_served(kind, mode):
             )  # fmt: skip
 
 
-def test_a_call_with_gradients_that_changes_nothing_leaves_the_bank_in_use(monkeypatch):
+@pytest.mark.parametrize("how", ["fused", "data"])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "linear, DoRA"])
+def test_changes_that_leave_no_trace_are_served(kind, how):
+    """In eval mode, also after a call between backward and the step."""
+    model, x = double(kind)
+    mp.use_adapters(model.eval(), rows=ROWS)
+    optimizer = torch.optim.AdamW(mp.adapter_parameters(model), lr=0.3, fused=how == "fused")
+    for _ in range(2):
+        own_means(model(x), ROWS).backward()
+        with torch.no_grad():
+            before = model(x)
+        if how == "fused":
+            optimizer.step()
+        else:
+            for parameter in mp.adapter_parameters(model):
+                parameter.data += 0.3
+        with torch.no_grad():
+            served = model(x)
+        assert not torch.allclose(served, before)
+        assert torch.equal(served, model(x))
+        with torch.no_grad():  # float64: one product in the place of several
+            torch.testing.assert_close(model.eval()(x), served, rtol=1e-9, atol=1e-9)
+
+
+def test_after_a_call_with_gradients_the_layers_compute_until_the_mode_is_set(monkeypatch):
     model, x = TRAINED["linear"]()
     mp.use_adapters(model.eval(), rows=ROWS)
     asked = []
     original = LoRABank.ask_layers
     monkeypatch.setattr(LoRABank, "ask_layers", lambda *a: asked.append(1) or original(*a))
-    assert model(x).requires_grad  # an evaluation that forgot no_grad
-    assert len(asked) == 2
-    with torch.no_grad():
-        model(x)
-    assert len(asked) == 2
+    for renew in (model.eval, lambda: mp.use_adapters(model, rows=ROWS)):
+        assert model(x).requires_grad  # an evaluation that forgot no_grad
+        asked.clear()
+        with torch.no_grad():
+            model(x)
+            assert len(asked) == 2
+            renew()
+            model(x)
+        assert len(asked) == 2
     assert isinstance(model[0], LoRABank)
     assert model[0].a.shape == (3, 8, 24)
     assert model.train()[0].a.numel() == 0  # copies are freed while they would be stale

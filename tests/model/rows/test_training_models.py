@@ -7,6 +7,7 @@ import socket
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import minipeft as mp
 from benchmarks.models import enable_checkpointing
@@ -163,6 +164,92 @@ def test_rows_changed_between_forward_and_backward_are_refused(reentrant):
         loss_of(model, IDS).backward()
 
 
+class Checkpointed(nn.Module):
+    """Two layers, each with `fr` and `default`; a whole forward is computed again."""
+
+    def __init__(self, reentrant, **options):
+        super().__init__()
+        self.body, self.reentrant = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), reentrant
+        for name in ("default", "fr"):
+            mp.inject_lora(self.body, ["0", "1"], 2, name=name, **options)
+        randomize(self.body)
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=self.reentrant)
+
+
+PAIRS = ["default", "default", "fr", "fr"]
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("switch", ["fewer rows", "one row", "a name", "a name and rows"])
+def test_no_switch_between_forward_and_backward_goes_unseen(switch, reentrant, options):
+    """Layers are replaced then, or there are none."""
+    model = Checkpointed(reentrant, **options).train()
+    x = torch.randn(4, 3, 8, dtype=torch.float64, requires_grad=True)
+    switches = {
+        "fewer rows": lambda: mp.use_adapters(model, rows=["fr", "default"]),
+        "one row": lambda: mp.use_adapters(model, rows=["fr"]),
+        "a name": lambda: mp.use_adapters(model, "fr"),
+        "a name and rows": lambda: (
+            mp.use_adapters(model, "fr"), mp.use_adapters(model, rows=PAIRS[::-1]),
+        ),
+    }  # fmt: skip
+
+    def too_early():
+        mp.use_adapters(model, rows=PAIRS)
+        loss = model(x)[:2].square().sum()
+        switches[switch]()
+        with pytest.raises(RuntimeError, match="rows were changed after a forward"):
+            loss.backward()
+
+    too_early()
+    gc.collect()  # the traceback holds that loss
+    for _ in range(2):  # after it, both train as ever
+        model.zero_grad()
+        model(x).square().sum().backward()
+        mp.use_adapters(model, ["default", "fr"])
+        model.zero_grad()
+        model(x).square().sum().backward()
+        assert all(p.grad is not None for p in mp.adapter_parameters(model))
+        mp.use_adapters(model, rows=PAIRS)
+    mp.use_adapters(model, "fr")
+    with torch.no_grad():
+        model.eval()(x)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("between", [PAIRS[::-1], ["fr", "default"], "fr"], ids=str)
+def test_another_batch_may_be_looked_at_before_backward(between):
+    """With other rows or names, in training mode, without gradients, and back."""
+    model = Checkpointed(reentrant=False).train()
+    x = torch.randn(4, 3, 8, dtype=torch.float64)
+    mp.use_adapters(model, rows=PAIRS)
+    expected = gradients(model, lambda: model(x)[:2].square().sum())
+    loss = model(x)[:2].square().sum()
+    if isinstance(between, str):
+        mp.use_adapters(model, between)
+    else:
+        mp.use_adapters(model, rows=between)
+    with torch.no_grad():
+        model(x)
+    mp.use_adapters(model, rows=PAIRS)
+    found = gradients(model, lambda: loss)
+    assert found
+    assert worst(found, expected) == 0
+
+
+def test_without_checkpointing_rows_change_before_backward():
+    model = Checkpointed(reentrant=False).train()
+    x = torch.randn(4, 3, 8, dtype=torch.float64)
+    mp.use_adapters(model, rows=PAIRS)
+    expected = gradients(model, lambda: model.body(x).square().sum())
+    loss = model.body(x).square().sum()
+    mp.use_adapters(model, "fr")
+    assert worst(gradients(model, lambda: loss), expected) == 0
+
+
 def test_two_forwards_before_one_backward():
     def twice(model, rows, others):
         mp.use_adapters(model, rows=rows)
@@ -295,6 +382,7 @@ def test_a_compiled_step_has_the_gradients_of_eager_code(plain_python, capsys):
 import json
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch._dynamo.backends.registry import lookup_backend
 import minipeft as mp
 
