@@ -43,11 +43,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "BambaConfig": {"mamba_n_heads": 8, "attn_layer_indices": [1]},
     "GraniteMoeHybridConfig": {"mamba_n_heads": 8, "layer_types": ["mamba", "attention", "mamba"]},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention", "conv"]},
-    "Gemma3nTextConfig": {"num_kv_shared_layers": 0},
-    "Gemma4TextConfig": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    "Gemma3nTextConfig": {"num_kv_shared_layers": 1},
+    # the last layer takes the keys and values of the one before
+    "Gemma4TextConfig": {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 97,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
     "LongcatFlashConfig": {"head_dim": 8, "moe_topk": 2, "zero_expert_num": 2},
-    # longer than the texts: beyond a chunk, a prefix that is always seen is no token
-    "Llama4TextConfig": {"attention_chunk_size": 32},
+    "Llama4TextConfig": {"attention_chunk_size": 7},
     "Zamba2Config": {"layers_block_type": ["mamba", "hybrid", "mamba"]},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
 }

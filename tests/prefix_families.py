@@ -57,6 +57,12 @@ FAMILIES = {
         SIZES | {"head_dim": 16, "sliding_window": 8,
                  "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, 8,
     ),
+    "Llama4, chunks": Family(
+        "decoder", "Llama4TextConfig", "Llama4ForCausalLM",
+        SIZES | {"head_dim": 16, "intermediate_size_mlp": 48, "num_local_experts": 2,
+                 "num_experts_per_tok": 1, "moe_layers": [], "attention_chunk_size": 8,
+                 "no_rope_layers": [1, 0, 1]}, 8,
+    ),
     "GLM": _causal("Glm", SIZES | {"head_dim": 16}),
     "GLM-4": _causal("Glm4", SIZES | {"head_dim": 16}),
     "GPT-2": Family("decoder", "GPT2Config", "GPT2LMHeadModel", GPT),

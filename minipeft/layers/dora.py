@@ -12,11 +12,13 @@ An embedding has a length for each of its columns, over all tokens; a convolutio
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minipeft.adapters.linearity import check_own_weight
 from minipeft.adapters.products import without_autocast
@@ -52,10 +54,23 @@ def length_ratio(magnitude: Tensor, norm: Tensor) -> Tensor:
     return magnitude / norm.where(norm > 0, 1.0)
 
 
+@cache
+def _optimizer_steps() -> list[int]:
+    """Of all optimisers: a fused one changes tensors, and their versions stay the same."""
+    steps = [0]
+
+    def count(*_: Any) -> None:
+        steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return steps
+
+
 class Kept:
     """A tensor that is computed again when one of the tensors it was computed from has changed.
 
-    Seen are other tensors, in-place operations, casts and moves; not what goes through `.data`.
+    Seen are other tensors, in-place operations, casts and moves, and any optimiser's step; not what
+    goes through `.data`.
     """
 
     def __init__(self) -> None:
@@ -64,8 +79,12 @@ class Kept:
 
     def get(self, make: Callable[[], Any], *sources: Tensor, number: float = 1.0) -> Any:
         """What `make` returns, now or since these sources (and this number) are the same."""
+        steps = _optimizer_steps()[0]
         try:
-            now = [(t, t._version, t.data_ptr(), t.dtype, t.device, number) for t in sources]
+            now = [
+                (t, t._version, t.data_ptr(), t.dtype, t.device, number, t.requires_grad and steps)
+                for t in sources
+            ]  # fmt: skip
         except RuntimeError:  # inference tensors count no changes, functorch's have no memory
             return make()
         then = self._sources

@@ -196,6 +196,25 @@ def test_norms_are_kept_in_eval_only(monkeypatch):
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("make", [
+    lambda: DoRALinear(nn.Linear(64, 33), 4), lambda: DoRAEmbedding(nn.Embedding(11, 64), 3),
+])  # fmt: skip
+def test_norms_follow_every_optimizer(make, fused):
+    """In eval mode, with a call without gradients between backward and the step."""
+    first = randomise(make()).eval()
+    x = torch.arange(11) if isinstance(first, DoRAEmbedding) else torch.randn(3, 64)
+    for layer in (first, pickle.loads(pickle.dumps(first))):
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.3, fused=fused)
+        layer(x).square().mean().backward()
+        with torch.no_grad():
+            layer(x)
+            optimizer.step()
+            found = layer(x)
+            assert torch.equal(found, layer.train()(x))
+
+
 def test_dropout_acts_on_the_dense_part_too_as_in_peft():
     layers = pytest.importorskip("peft.tuners.lora.layer")
     from peft import LoraConfig

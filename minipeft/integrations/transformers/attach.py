@@ -228,7 +228,4 @@ def _settled(
             "window='like_token' counts the prefix as tokens before the text, which "
             "only a decoder with position='shift' has"
         )
-    text = model.config.get_text_config()
-    if window == "like_token" and getattr(text, "attention_chunk_size", None):
-        raise ValueError("window='like_token' is not for attention in chunks")
     return position, window or "always"

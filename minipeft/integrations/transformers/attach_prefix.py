@@ -57,12 +57,12 @@ def attach_prefix(
     prefix shifts no token: it starts as if there were no prefix.  Where models are reached through
     their cache, attention runs once more for each gated prefix (gates.py).
 
-    `window` "always": layers with a sliding window see the prefix from everywhere; "like_token": as
-    if it were tokens.  `locations` chooses among an encoder-decoder's "encoder", "decoder" and
-    "cross" (attention of the decoder to the encoder's output); unless given, all that can be
-    reached (`Prefix.report()` names what is left out, as LongT5's encoder).  `layers` chooses
-    layers by the numbers that the model gives them; a model of which only some layers have
-    attention (hybrids) needs it.
+    `window` "always": layers with a sliding window, or that attend within chunks, see the prefix
+    from everywhere; "like_token": as if it were tokens.  `locations` chooses among an
+    encoder-decoder's "encoder", "decoder" and "cross" (attention of the decoder to the encoder's
+    output); unless given, all that can be reached (`Prefix.report()` names what is left out, as
+    LongT5's encoder).  `layers` chooses layers by the numbers that the model gives them; a model of
+    which only some layers have attention (hybrids) needs it.
 
     Before the prefix stays, the model is tried on a few tokens (proof.py).  `example` is what such
     a trial cannot make up, as the keyword arguments of one forward: images, sounds, ids with

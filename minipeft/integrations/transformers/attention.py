@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minipeft.integrations.transformers.masks import Query, put_in_front
+from minipeft.integrations.transformers.masks import Query, moved, put_in_front
 from minipeft.prefix import KVShape, gated_attention, with_prefix
 
 MARK = re.compile(r"minipeft(\d+)_")
@@ -63,6 +63,10 @@ class Owner(Protocol):
 
     def visible(self, query: Query) -> Tensor | None:
         """Which columns each query sees, (batch, 1, 1 or queries, columns); None: all."""
+        ...
+
+    def as_tokens(self, query: Query) -> Tensor | None:
+        """By how much each row's tokens count as further, (batch,); None: where they are."""
         ...
 
 
@@ -110,16 +114,24 @@ class Call(NamedTuple):
         return KVShape(self.k.shape[1], self.k.shape[3], self.v.shape[3])
 
 
-_calls: ContextVar[tuple[list[Call], bool] | None] = ContextVar("calls", default=None)
+class Calls(list[Call]):
+    """Calls in their order, and the windows (or chunks) of the masks that were built for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.windows: list[int | None] = []
+
+
+_calls: ContextVar[tuple[Calls, bool] | None] = ContextVar("calls", default=None)
 
 
 @contextmanager
-def recording(*, graph: bool = False) -> Iterator[list[Call]]:
+def recording(*, graph: bool = False) -> Iterator[Calls]:
     """Collect the calls of registered implementations within this context, in their order.
 
     `graph`: gradients flow through their keys and values.
     """
-    calls: list[Call] = []
+    calls = Calls()
     token = _calls.set((calls, graph))
     try:
         yield calls
@@ -166,12 +178,17 @@ def register(name: str, owner: nn.Module | None, number: int | None = None) -> s
     reference: Callable[[], Any] = (lambda: None) if owner is None else weakref.ref(owner)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and (seen := _calls.get()) is not None:
+            seen[0].windows.append(kwargs.get("local_size"))
         found: Owner | None = reference()
         if found is None or not found.is_on():
             return build_mask(*args, **kwargs)
         kwargs["allow_is_causal_skip"] = kwargs["allow_is_bidirectional_skip"] = False
+        query = Query.of(kwargs)
+        if (before := found.as_tokens(query)) is not None:
+            kwargs["mask_function"] = moved(kwargs["mask_function"], before)
         built = build_mask(*args, **kwargs)
-        covered = put_in_front(built, found.visible(Query.of(kwargs)), found.columns())
+        covered = put_in_front(built, found.visible(query), found.columns())
         return stamped(covered, found)
 
     def attend(

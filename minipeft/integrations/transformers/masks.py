@@ -9,7 +9,7 @@ All rows share the keys and values of all prefixes; only the mask differs.  So r
 prefixes of different lengths, several, or none, and another choice compiles nothing again.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from minipeft.prefix import pad_mask
+
+MaskFunction = Callable[[Any, Any, Any, Any], Any]  # of batch, head, query and key, as numbers
 
 
 class Query(NamedTuple):
@@ -26,16 +28,19 @@ class Query(NamedTuple):
     length: int
     offset: Any  # slots before the first query: a number, or a tensor where the cache is static
     mask: Tensor | None  # (batch, slots): True where there is a token and no padding
-    window: int | None  # of sliding-window attention
+    window: int | None  # of sliding-window attention, or the size of chunks
     device: torch.device
+    chunked: bool = False  # attention within chunks of this size: a text's first, second, ...
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "Query":
         """From the keyword arguments that transformers gives a mask function."""
+        window = arguments.get("local_size")
+        chunk = getattr(arguments.get("config"), "attention_chunk_size", None)
         return cls(
             arguments["batch_size"], arguments["q_length"], arguments.get("q_offset", 0),
-            arguments.get("attention_mask"), arguments.get("local_size"),
-            torch.device(arguments.get("device", "cpu")),
+            arguments.get("attention_mask"), window, torch.device(arguments.get("device", "cpu")),
+            window is not None and window == chunk,
         )  # fmt: skip
 
     def token_index(self) -> Int[Tensor, "batch queries"]:
@@ -63,17 +68,27 @@ def of_rows(rows: Bool[Tensor, "rows columns"], batch: int) -> Bool[Tensor, "bat
 
 
 def within_window(
-    visible: Bool[Tensor, "batch columns"], token_index: Int[Tensor, "batch queries"], window: int
-) -> Bool[Tensor, "batch queries columns"]:
+    visible: Bool[Tensor, "batch columns"], token_index: Int[Tensor, "batch queries"], window: int,
+    *, chunked: bool = False,
+) -> Bool[Tensor, "batch queries columns"]:  # fmt: skip
     """The columns that a sliding window reaches, as if the prefix were tokens.
 
     A row's visible columns are its first tokens, one after the other; a query sees the last
-    `window` tokens up to itself.
+    `window` tokens up to itself, or, `chunked`, those of its own `window` tokens.
     """
-    position = visible.long().cumsum(1) - 1
-    query = token_index + visible.sum(1, keepdim=True)
-    near = query[:, :, None] - position[:, None, :] < window
+    position = (visible.long().cumsum(1) - 1)[:, None, :]
+    query = (token_index + visible.sum(1, keepdim=True))[:, :, None]
+    near = query // window == position // window if chunked else query - position < window
     return near & visible[:, None, :]
+
+
+def moved(mask_function: MaskFunction, by: Int[Tensor, " batch"]) -> MaskFunction:
+    """Who sees whom, if each row's tokens stood `by` slots further."""
+
+    def inner(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        return mask_function(batch, head, query + by[batch], key + by[batch])
+
+    return inner
 
 
 def put_in_front(mask: Any, visible: Tensor | None, columns: int) -> Any:

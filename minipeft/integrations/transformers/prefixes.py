@@ -109,17 +109,23 @@ class Prefix(nn.Module):
     def visible(self, query: Query) -> Tensor | None:
         """Which columns each query sees, (batch, 1, 1 or queries, columns); None: all."""
         window = query.window if self.window == "like_token" else None
-        if self.row_columns is not None:
-            seen = of_rows(self.row_columns.to(query.device), query.batch)
-        elif window is not None:
-            seen = torch.ones(query.batch, self.columns(), dtype=torch.bool, device=query.device)
-        else:
-            return None
         if window is None:
-            return seen[:, None, None]
-        tokens = self._tokens(seen.device)
-        near = within_window(seen & tokens, query.token_index(), window)
+            return None if self.row_columns is None else self._of_rows(query)[:, None, None]
+        seen, tokens = self._of_rows(query), self._tokens(query.device)
+        near = within_window(seen & tokens, query.token_index(), window, chunked=query.chunked)
         return (near | (seen & ~tokens)[:, None])[:, None]
+
+    def as_tokens(self, query: Query) -> Tensor | None:
+        """How many tokens the prefix is to each row, where text is cut in chunks; else None."""
+        if self.window != "like_token" or not query.chunked:
+            return None
+        return (self._of_rows(query) & self._tokens(query.device)).sum(1)
+
+    def _of_rows(self, query: Query) -> Tensor:
+        """Which columns belong to each row, (batch, columns)."""
+        if self.row_columns is None:
+            return torch.ones(query.batch, self.columns(), dtype=torch.bool, device=query.device)
+        return of_rows(self.row_columns.to(query.device), query.batch)
 
     def _tokens(self, device: torch.device) -> Tensor:
         """Which columns count as tokens before the text.

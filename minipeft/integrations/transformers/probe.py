@@ -33,7 +33,7 @@ class Reach:
     modules: list[nn.Module] = field(default_factory=list)  # of routes B and C
     holders: list[nn.Module] = field(default_factory=list)  # the models that make the masks
     pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values seen
-    has_windows: bool = False  # whether a layer attends within a sliding window
+    has_windows: bool = False  # whether a layer attends within a sliding window or a chunk
     rule: str | None = None  # by which of positions.RULES tokens are numbered; see `study`
     causal: bool = False  # whether text never looks ahead
     by_slot: bool = False  # of route A: whether distance is counted in slots (ALiBi)
@@ -238,13 +238,14 @@ def _through_attention(model: Any, tokens: dict[str, Tensor]) -> Reach:
     try:
         for config in changed:
             config._attn_implementation_internal = seen_by_us
-        with attention.recording() as calls:
+        with attention.recording() as recorded:
             positions.run(model, **_inputs(model, tokens))
     finally:
         for config in changed:
             config._attn_implementation_internal = current
         attention.forget(seen_by_us)
     name = type(model).__name__
+    calls: list[attention.Call] = recorded
     if not calls:
         raise _NotReached(f"{name} called none from AttentionInterface on one token")
     if not is_encoder_decoder(model):
@@ -273,7 +274,7 @@ def _through_attention(model: Any, tokens: dict[str, Tensor]) -> Reach:
         "attention", [call.shape for call in found], [locations[i] for i in order],
         [call.module for call in found], _holders(model, [call.module for call in found]),
         [(call.k, call.v) for call in found],
-        any(call.window is not None for call in found),
+        any(window is not None for window in [*recorded.windows, *(call.window for call in found)]),
         numbers=_numbers([call.module for call in found], [locations[i] for i in order]),
         missing=missing,
     )  # fmt: skip

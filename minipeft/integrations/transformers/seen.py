@@ -94,10 +94,11 @@ def _beyond_windows(trial: Trial, undo: ExitStack) -> tuple[dict[str, Any], list
     if not trial.is_text:
         return inputs, doubts
     for config in probe.configs_of(trial.model):
-        window = getattr(config, "sliding_window", None)
-        if isinstance(window, int) and window > SHORT_WINDOW and trial.prefix.has_windows:
-            undo.callback(setattr, config, "sliding_window", window)
-            config.sliding_window = SHORT_WINDOW
+        for name in ("sliding_window", "attention_chunk_size"):
+            window = getattr(config, name, None)
+            if isinstance(window, int) and window > SHORT_WINDOW and trial.prefix.has_windows:
+                undo.callback(setattr, config, name, window)
+                setattr(config, name, SHORT_WINDOW)
     longest = max((w for w in windows(trial.model)), default=0)
     room = trial.holder and positions.table_rows(trial.holder)
     needed = longest + PREFIX + TEXT
