@@ -1,4 +1,4 @@
-"""Parts of `python -m benchmarks.cpu` about whole layers: layer, step, overhead, first."""
+"""Parts of `python -m benchmarks.cpu` about whole layers: layer, step, shared, overhead, first."""
 
 import copy
 import os
@@ -111,6 +111,53 @@ def step(rounds: int) -> list[Line]:
         lines.append(line(f"SmolLM2 QLoRA, 1 x {tokens} tokens", "PEFT + bitsandbytes",
                           ratio(times, "qlora", "peft-qlora")))  # fmt: skip
     return lines
+
+
+def shared(rounds: int) -> list[Line]:
+    """Layers of one input: x A^T of all of them in one product, over a product for each."""
+    lines = []
+    for what, hidden, sizes in (
+        ("SmolLM2, query, key, value", 576, (576, 192, 192)),
+        ("SmolLM2, gate, up", 576, (1536, 1536)),
+        ("LLaMA-7B, query, key, value", 4096, (4096, 4096, 4096)),
+    ):
+        dense = [nn.Linear(hidden, size, bias=False).requires_grad_(False) for size in sizes]
+        for kind, bases in (
+            ("dense", dense), ("NF4", [mp.NF4Linear.from_linear(base) for base in dense]),
+        ):  # fmt: skip
+            layers = [mp.LoRALinear(base, 16) for base in bases]
+            for one in layers:
+                nn.init.normal_(one.lora_b)
+            for tokens in (16, 128):
+                runs = _both_ways(layers, torch.randn(1, tokens, hidden))
+                times = in_turn(runs, rounds)
+                lines.append(line(f"x A^T shared, {what}, {kind}, {tokens} tokens", "each its own",
+                                  ratio(times, "together", "apart")))  # fmt: skip
+    return lines
+
+
+def _both_ways(layers: list[mp.LoRALinear], given: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Forward and backward of the layers, which all get `given`."""
+
+    def apart(x: Tensor) -> list[Tensor]:
+        return [one(x) for one in layers]
+
+    def together(x: Tensor) -> list[Tensor]:
+        narrow = (x[0] @ torch.cat([one.lora_a for one in layers]).T).split(layers[0].rank, -1)
+        return [
+            torch.addmm(one.base(x)[0], part, one.lora_b.T, alpha=one.scaling)[None]
+            for one, part in zip(layers, narrow, strict=True)
+        ]
+
+    def step(way: Callable[[Tensor], list[Tensor]]) -> Tensor:
+        x = given.clone().requires_grad_()
+        outputs = way(x)
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
+        return x.grad  # type: ignore[return-value]
+
+    # the same sums in another order: float32, measured 4e-7 of the norm
+    assert (step(apart) - step(together)).norm() < 1e-5 * step(apart).norm()
+    return {"apart": lambda: step(apart), "together": lambda: step(together)}
 
 
 def overhead(rounds: int) -> list[Line]:
