@@ -90,6 +90,7 @@ def save_result(folder: Path, job: str, **content: Any) -> Path:
         "job": job, "when": now.isoformat(timespec="seconds"), "commit": commit(),
         "hardware": hardware(), "versions": versions(), **content,
     }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{job}-{now:%Y%m%d-%H%M%S}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written: {path.name} in {path.parent.name}/")
