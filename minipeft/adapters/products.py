@@ -8,7 +8,9 @@ copies of what it multiplies.  Elsewhere they are torch's own products.
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,18 +82,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return wide.to(x.dtype)
 
 
-def matmul(x: Tensor, y: Tensor) -> Tensor:
-    """torch.matmul(x, y) of tensors of one dtype."""
-    if x.dtype not in SLOW_ON_CPU or not is_slow(x.dtype, x.device):
-        return torch.matmul(x, y)
-    return torch.matmul(x.float(), y.float()).to(x.dtype)
-
-
 def addmm(out: Tensor, x: Tensor, y: Tensor, scaling: float) -> Tensor:
     """out + scaling * x y, rounded once: torch.addmm of tensors of one dtype."""
     if out.dtype not in SLOW_ON_CPU or not is_slow(out.dtype, out.device):
         return torch.addmm(out, x, y, alpha=scaling)
     return torch.addmm(out.float(), x.float(), y.float(), alpha=scaling).to(out.dtype)
+
+
+# fast/dense.py adds how it calls a layer when the package is imported
+callers: dict[str, Callable[..., Any]] = {}
+
+
+def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """layer(...); where products of 16 bits are slow, a frozen linear layer by fast/dense.py."""
+    if not SLOW_ON_CPU or torch.compiler.is_compiling():
+        return layer(*args, **kwargs)
+    return callers["dense"](layer, *args, **kwargs)
 
 
 def warn_of_dense(layer: nn.Module) -> None:
