@@ -5,8 +5,8 @@ is here, and its input gradient 12 to 200 times.  Here, as in the product with a
 panel of the weight is turned to float32 in a buffer that stays in the cache, and multiplied from
 there (panels.py).  The result is rounded once; nothing of the weight's size is kept.
 
-An adapter calls its base by `call` (adapters/products.py), which comes here.  Whatever is not a plain
-nn.Linear with a frozen weight is called as it is, and so is everything while torch.compile, a
+An adapter calls its base by `call` (adapters/products.py), which comes here.  Whatever is not a
+plain nn.Linear with a frozen weight is called as it is, and so is everything while torch.compile, a
 transform of torch.func or a mode of torch's dispatcher looks on.
 """
 
@@ -20,11 +20,11 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from minipeft.adapters import products
 from minipeft.adapters.products import cast, product_dtype, without_autocast
-from minipeft.adapters.wrapper import hooks_of
 from minipeft.fast import panels
 from minipeft.ops import OPERATORS, Packed, nobody_listens, plain_row
 
-FEW_ROWS = 4  # up to here torch's product with the rows of a weight is at least as fast
+# up to here torch's own product is at least as fast: rows of x, and multiplications
+FEW_ROWS, FEW_FORWARD, FEW = 4, 2**19, 2**18
 # as they are when this is imported: somebody may put others into the classes later
 _CALL, _FORWARD = nn.Module.__call__, nn.Linear.forward
 
@@ -45,12 +45,12 @@ products.callers["dense"] = called
 
 def linear(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The row of the table: the layer in panels, where it can be so computed."""
-    if len(args) != 1 or kwargs or not _is_plain(layer):
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if len(args) != 1 or kwargs or weight is None or not _fits(args[0], weight, bias):
         return layer(*args, **kwargs)
-    (x,), weight, bias = args, layer._parameters["weight"], layer._parameters["bias"]
-    if weight is None or not _fits(x, weight, bias):
-        return layer(x)
-    return product(cast(x, weight.dtype), weight, bias)
+    if not _is_plain(layer):
+        return layer(*args)
+    return product(cast(args[0], weight.dtype), weight, bias)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -59,27 +59,27 @@ def _is_plain(layer: nn.Module) -> bool:
         type(layer) is nn.Linear
         and (nn.Module.__call__, nn.Linear.forward) == (_CALL, _FORWARD)
         and "forward" not in vars(layer)
-        and not any(hooks_of(layer).values())
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
         and not _has_any_global_hook()  # type: ignore[no-untyped-call]
     )
 
 
 def _fits(x: Any, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether torch would multiply these as plain matrices of the weight's dtype, for x alone."""
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     return (
-        frozen
-        and isinstance(x, Tensor)
+        isinstance(x, Tensor)
+        and not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and nobody_listens(x, (x, weight, bias), profiled=True)
         and not x.is_nested
         and x.layout == weight.layout == torch.strided
+        and weight.dim() == 2
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and x.numel() * len(weight) > FEW
         and x.device == weight.device
         and product_dtype(x) == weight.dtype
         and (bias is None or (bias.dtype, bias.shape) == (weight.dtype, weight.shape[:1]))
-        and x.dim() > 0
-        and x.shape[-1] == weight.shape[1]
-        and x.numel() > 0
-        and len(weight) > 0
     )
 
 
@@ -127,6 +127,6 @@ def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) ->
     blocks = Packed(numbers, numbers, 1)  # as panels take a weight: a block is one number
     if turned:
         return panels.input_gradient(x, blocks, in_features, _decode_panel)
-    if x.numel() <= FEW_ROWS * in_features:
+    if x.numel() <= max(FEW_ROWS * in_features, FEW_FORWARD // out_features):
         return F.linear(x, numbers, bias)
     return panels.linear(x, blocks, bias, out_features, _decode_panel)
