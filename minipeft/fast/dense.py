@@ -32,25 +32,25 @@ plain_row("dense_linear")(operator.call)  # layer(x)
 
 
 def called(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """layer(...), by the row of the table for the layer's weight."""
+    """layer(...), by the row of the table for its weight."""
     weight = layer._parameters.get("weight")
-    if weight is None or weight.dtype not in products.SLOW_ON_CPU:
+    if weight is None or weight.dtype not in products.SLOW_ON_CPU or len(args) != 1 or kwargs:
         return layer(*args, **kwargs)
-    row = OPERATORS["dense_linear"].choose(weight.device, weight.dtype, weight.shape)
-    return row(layer, *args, **kwargs)
+    if not isinstance(x := args[0], Tensor) or x.numel() * len(weight) < FEW:  # asked first: quick
+        return layer(x)
+    return OPERATORS["dense_linear"].choose(weight.device, weight.dtype, weight.shape)(layer, x)
 
 
 products.callers["dense"] = called
 
 
-def linear(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """The row of the table: the layer in panels, where it can be so computed."""
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    if len(args) != 1 or kwargs or weight is None or not _fits(args[0], weight, bias):
-        return layer(*args, **kwargs)
-    if not _is_plain(layer):
-        return layer(*args)
-    return product(cast(args[0], weight.dtype), weight, bias)
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    if weight is None or not _is_plain(layer) or not _fits(x, weight, bias):
+        out: Tensor = layer(x)
+        return out
+    return product(cast(x, weight.dtype), weight, bias)
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -65,18 +65,16 @@ def _is_plain(layer: nn.Module) -> bool:
     )
 
 
-def _fits(x: Any, weight: Tensor, bias: Tensor | None) -> bool:
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether torch would multiply these as plain matrices of the weight's dtype, for x alone."""
     return (
-        isinstance(x, Tensor)
-        and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and nobody_listens(x, (x, weight, bias), profiled=True)
         and not x.is_nested
         and x.layout == weight.layout == torch.strided
         and weight.dim() == 2
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1]
-        and x.numel() * len(weight) > FEW
         and x.device == weight.device
         and product_dtype(x) == weight.dtype
         and (bias is None or (bias.dtype, bias.shape) == (weight.dtype, weight.shape[:1]))
