@@ -15,7 +15,7 @@ from minipeft.fast import dense, panels
 
 HALVES = (torch.bfloat16, torch.float16)
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # one rounding, relative
-SIZES = (160, 96)  # in and out: 17 rows are more multiplications than torch's product is left
+SIZES = (160, 96)  # in and out: of 18 rows on, products are computed in panels
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def assert_rounded_once(value, x, w, bias=None):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("bytes_of_a_panel", [2**14, 2**22], ids=["panels", "one panel"])
-@pytest.mark.parametrize("rows", [17, 64, 65, 300])
+@pytest.mark.parametrize("rows", [18, 64, 65, 300])
 @pytest.mark.parametrize("bias", [True, False])
 def test_products_and_gradients_are_exact_but_for_one_rounding(
     monkeypatch, calls, dtype, bytes_of_a_panel, rows, bias
@@ -123,7 +123,7 @@ def _hooked(how):
         "pre": lambda: layer.register_forward_pre_hook(lambda _, args: (2 * args[0],)),
         "after": lambda: layer.register_forward_hook(lambda _, args, out: 2 * out),
         "backward": lambda: layer.register_full_backward_hook(lambda _, dx, dy: (2 * dx[0],)),
-        "before backward": lambda: layer.register_full_backward_pre_hook(lambda _, dy: (2 * dy[0],)),
+        "before": lambda: layer.register_full_backward_pre_hook(lambda _, dy: (2 * dy[0],)),
     }  # fmt: skip
     hooks[how]()
     return layer
@@ -141,8 +141,8 @@ def _norm():
 
 @pytest.mark.parametrize("make", [
     lambda: Doubled(*SIZES).bfloat16().requires_grad_(False), _replaced, _norm,
-    *(partial(_hooked, how) for how in ("pre", "after", "backward", "before backward")),
-], ids=["subclass", "replaced", "weight norm", "pre", "after", "backward", "before backward"])  # fmt: skip
+    *(partial(_hooked, how) for how in ("pre", "after", "backward", "before")),
+], ids=["subclass", "replaced", "weight norm", "pre", "after", "backward", "before"])  # fmt: skip
 def test_a_layer_that_is_more_than_its_formula_is_called(calls, make):
     layer = mp.LoRALinear(make(), rank=2)
     x = torch.randn(40, 160, dtype=torch.bfloat16, requires_grad=True)
@@ -321,7 +321,8 @@ def test_rows_of_different_adapters_call_it_too(calls):
     model = nn.Sequential(made())
     for name in ("one", "two"):
         mp.inject_lora(model, ["0"], rank=2, name=name)
-    with torch.no_grad(), mp.use_adapters(model, rows=["one", "two"] * 20):
+    mp.use_adapters(model, rows=["one", "two"] * 20)
+    with torch.no_grad():
         model.eval()(torch.randn(40, 160, dtype=torch.bfloat16))
     assert calls == [False]
 
