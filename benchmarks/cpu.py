@@ -7,6 +7,7 @@
     layer      LLaMA-7B's, forward and backward: QLoRA over PEFT + bitsandbytes and PEFT's LoRA
     step       SmolLM2's step with few tokens, over PEFT + bitsandbytes
     shared     x A^T of layers with one input in one product, over one for each
+    half       a frozen 16-bit linear layer below LoRA, over torch's path (AVX2: --level avx2)
     overhead   a layer's call around an empty kernel, in calls of nn.Linear(64, 64)
     first      seconds of the first use with an empty and with a full cache
 
@@ -35,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 PARTS = {
     "bits": "cpu_products", "decode": "cpu_products", "quantize": "cpu_products",
     "product": "cpu_products", "layer": "cpu_layers", "step": "cpu_layers",
-    "shared": "cpu_layers", "overhead": "cpu_layers", "first": "cpu_layers",
+    "half": "cpu_layers", "shared": "cpu_layers", "overhead": "cpu_layers", "first": "cpu_layers",
 }  # fmt: skip
 LEVELS = {
     "native": {},

@@ -1,6 +1,7 @@
-"""Parts of `python -m benchmarks.cpu` about whole layers: layer, step, shared, overhead, first."""
+"""Parts of `python -m benchmarks.cpu` about whole layers and steps, and about calls."""
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from benchmarks.methods import METHODS, optimizer_for
 from benchmarks.models import LlamaSizes, load_model
 from benchmarks.worker import loss_of
 from minipeft import ops
+from minipeft.adapters import products
 from minipeft.fast.backend import tried_first
 
 LAYER = LlamaSizes(4096, 11008, 1, 32, 32, 256)  # LLaMA-7B's, with a small vocabulary
@@ -158,6 +160,41 @@ def _both_ways(layers: list[mp.LoRALinear], given: Tensor) -> dict[str, Callable
     # the same sums in another order: float32, measured 1.6e-7 of the norm
     assert (step(apart) - step(together)).norm() < 1e-5 * step(apart).norm()
     return {"apart": lambda: step(apart), "together": lambda: step(together)}
+
+
+def _halves(dtype: torch.dtype, tokens: int) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """A frozen layer as an adapter calls it, and by itself: forward and input gradient."""
+    base = nn.Linear(4096, 4096, bias=False, dtype=dtype).requires_grad_(False)
+    x = torch.randn(tokens, 4096).to(dtype)
+    runs: dict[str, dict[str, Callable[[], Tensor]]] = {"forward": {}, "input gradient": {}}
+    for name, run in {"ours": functools.partial(products.call, base), "torch": base}.items():
+        given = x.clone().requires_grad_()
+        out = run(given)
+        runs["forward"][name] = functools.partial(torch.no_grad()(run), x)
+        runs["input gradient"][name] = lambda out=out, given=given: torch.autograd.grad(
+            out, given, x, retain_graph=True
+        )[0]
+    return runs
+
+
+def half(rounds: int) -> list[Line]:
+    """4096 x 4096 in 16 bits, on a CPU that does not multiply them."""
+    lines = []
+    for dtype in sorted(products.SLOW_ON_CPU, key=str):
+        for tokens in (1, 16, 128, 512):
+            runs = _halves(dtype, tokens)
+            if tokens > 16:
+                del runs["input gradient"]  # torch's takes 14 seconds at 128 tokens
+            for what, both in runs.items():
+                ours, torchs = (both[name]().float() for name in ("ours", "torch"))
+                assert (ours - torchs).norm() < 2**-7 * torchs.norm()  # each is rounded once
+                times = in_turn(both, min(rounds, TIMES))
+                name = f"{str(dtype).removeprefix('torch.')} {what}, {tokens} tokens"
+                lines.append(line(name, "torch's path", ratio(times, "ours", "torch")))
+    if not lines:
+        why = "half: this CPU multiplies 16 bits; --level avx2 measures as if it did not"
+        print(why, file=sys.stderr)  # lines go to stdout
+    return lines
 
 
 def overhead(rounds: int) -> list[Line]:

@@ -16,6 +16,7 @@ from minipeft.adapters.state import (
     scale_adapters,
 )
 from minipeft.double_quant import dequantize_absmax, quantize_absmax
+from minipeft.fast import dense as _dense  # noqa: F401  (a row of the table)
 from minipeft.fast import derivatives as _derivatives
 from minipeft.fast import flops as _flops
 from minipeft.fast.backend import backend, use_kernels

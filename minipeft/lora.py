@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft.adapters import products
-from minipeft.adapters.products import autocast_is_on, without_autocast
+from minipeft.adapters.products import autocast_is_on, call, without_autocast
 from minipeft.adapters.protocol import LinearShape, innermost, linear_shape, whole
 from minipeft.adapters.wrapper import Wrapper
 
@@ -266,7 +266,7 @@ class LoRALinear(LowRank):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged_module is not None and self._enabled:  # W + s B A stands beside W
             return self.call_merged(x, *args, **kwargs)
-        y, strength = self._modules["base"](x, *args, **kwargs), self.strength_now()  # None: off
+        y, strength = call(self._modules["base"], x, *args, **kwargs), self.strength_now()
         return y if strength is None else add_lora(y, self.dropped(x), *self.factors(), strength)
 
     def on_top(self, out: Tensor, x: Tensor, strength: float | Tensor) -> Tensor:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from minipeft.adapters.products import autocast_is_on, without_autocast
+from minipeft.adapters.products import autocast_is_on, is_slow, without_autocast
 
 F = TypeVar("F", bound=Callable[..., Any])
 Gradient = Callable[[Tensor, Any], Tensor]
@@ -156,29 +156,28 @@ def _in_numba(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) 
     return device.type == "cpu" and dtype in _KERNEL_DTYPES
 
 
+def _slow_on_cpu(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    return is_slow(dtype, device)
+
+
+def _triton(operator: str, module: str, function: str, when: Predicate = _on_gpu) -> Implementation:
+    return Implementation(operator, "triton", when, f"minipeft_kernels.triton.{module}", function)
+
+
 def _numba(operator: str, module: str, function: str) -> Implementation:
     return Implementation(operator, "numba", _in_numba, f"minipeft_kernels.cpu.{module}", function)
 
 
-def _fast(operator: str, module: str, function: str) -> Implementation:
-    return Implementation(operator, "pytorch", _always, f"minipeft.fast.{module}", function)
+def _fast(operator: str, module: str, function: str, when: Predicate = _always) -> Implementation:
+    return Implementation(operator, "pytorch", when, f"minipeft.fast.{module}", function)
 
 
 ROWS = (
-    Implementation(
-        "dequantize_nf4", "triton", _on_gpu, "minipeft_kernels.triton.nf4", "dequantize"
-    ),
-    Implementation(
-        "nf4_linear", "triton", _few_rows_on_gpu, "minipeft_kernels.triton.product", "linear"
-    ),
-    Implementation(
-        "nf4_linear_input_gradient", "triton", _few_rows_on_gpu,
-        "minipeft_kernels.triton.gradient", "input_gradient",
-    ),
-    Implementation(
-        "quantize_nf4", "triton", _on_gpu, "minipeft_kernels.triton.quantize", "quantize"
-    ),
-    Implementation("lora_rows", "triton", _on_gpu, "minipeft_kernels.triton.rows", "add_rows"),
+    _triton("dequantize_nf4", "nf4", "dequantize"),
+    _triton("nf4_linear", "product", "linear", _few_rows_on_gpu),
+    _triton("nf4_linear_input_gradient", "gradient", "input_gradient", _few_rows_on_gpu),
+    _triton("quantize_nf4", "quantize", "quantize"),
+    _triton("lora_rows", "rows", "add_rows"),
     _numba("quantize_nf4", "encode", "quantize"),
     _numba("quantize_absmax", "encode", "quantize_absmax"),
     _numba("dequantize_nf4", "decode", "dequantize"),
@@ -190,8 +189,9 @@ ROWS = (
     _fast("nf4_linear_input_gradient", "linear", "input_gradient"),
     _fast("nf4_embedding", "gathered", "embedding"),
     _fast("nf4_experts", "gathered", "experts"),
-    Implementation("prefix_attention", "pytorch", _on_cpu, "minipeft.fast.prefix", "attention"),
-)  # fmt: skip
+    _fast("prefix_attention", "prefix", "attention", _on_cpu),
+    _fast("dense_linear", "dense", "linear", _slow_on_cpu),
+)
 
 Kernels = bool | Literal["plain"]  # see `use_kernels`
 _SETTINGS: dict[str, Kernels] = {"1": True, "0": False, "plain": "plain"}
@@ -268,7 +268,7 @@ _PLAIN = frozenset(
 )
 
 
-def nobody_listens(first: Tensor, *given: Iterable[Any]) -> bool:
+def nobody_listens(first: Tensor, *given: Iterable[Any], profiled: bool = False) -> bool:
     """Whether a function may be called for its values alone, without torch's dispatcher.
 
     Not so under torch.func, dual numbers, torch.jit.trace, a profiler or a mode (fake tensors,
@@ -283,7 +283,7 @@ def nobody_listens(first: Tensor, *given: Iterable[Any]) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
-        and not torch._C._autograd._profiler_enabled()
+        and (profiled or not torch._C._autograd._profiler_enabled())
         and not (first.is_meta or first.is_neg())
     )
 

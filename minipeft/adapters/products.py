@@ -8,7 +8,9 @@ copies of what it multiplies.  Elsewhere they are torch's own products.
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,16 +26,13 @@ def _multiplied_by(name: str) -> bool:
 
 
 # asked once, at import: a compiled forward reads it, and could not trace the question
-SLOW_ON_CPU: frozenset[torch.dtype] = frozenset(
-    dtype
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"))
-    if not _multiplied_by(name)
-)
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+SLOW_ON_CPU = frozenset(kind for kind, name in _NAMES.items() if not _multiplied_by(name))
 _warned = False
 
 
 class SlowProductsWarning(UserWarning):
-    """A dense layer computes in 16 bits on a CPU that has no 16-bit products."""
+    """A model computes in 16 bits on a CPU that has no 16-bit products."""
 
 
 def is_slow(dtype: torch.dtype, device: torch.device) -> bool:
@@ -80,13 +79,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return wide.to(x.dtype)
 
 
-def matmul(x: Tensor, y: Tensor) -> Tensor:
-    """torch.matmul(x, y) of tensors of one dtype."""
-    if x.dtype not in SLOW_ON_CPU or not is_slow(x.dtype, x.device):
-        return torch.matmul(x, y)
-    return torch.matmul(x.float(), y.float()).to(x.dtype)
-
-
 def addmm(out: Tensor, x: Tensor, y: Tensor, scaling: float) -> Tensor:
     """out + scaling * x y, rounded once: torch.addmm of tensors of one dtype."""
     if out.dtype not in SLOW_ON_CPU or not is_slow(out.dtype, out.device):
@@ -94,8 +86,18 @@ def addmm(out: Tensor, x: Tensor, y: Tensor, scaling: float) -> Tensor:
     return torch.addmm(out.float(), x.float(), y.float(), alpha=scaling).to(out.dtype)
 
 
+callers: dict[str, Callable[..., Any]] = {}  # fast/dense.py adds its own, when it is imported
+
+
+def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """layer(...); where products of 16 bits are slow, a frozen linear layer by fast/dense.py."""
+    if not SLOW_ON_CPU or torch.compiler.is_compiling():
+        return layer(*args, **kwargs)
+    return callers["dense"](layer, *args, **kwargs)
+
+
 def warn_of_dense(layer: nn.Module) -> None:
-    """Warn, once in a process, if the products of this layer are slow and will stay so.
+    """Warn, once in a process, if a model with this layer has products that are slow and stay so.
 
     There is no warning of an embedding, which multiplies nothing, of codes, whose products are
     computed here, and where there is an accelerator, to which the model may be about to move.
@@ -109,10 +111,9 @@ def warn_of_dense(layer: nn.Module) -> None:
     _warned = True
     kind = str(weight.dtype).removeprefix("torch.")
     warnings.warn(
-        f"minipeft: the model has dense layers in {kind}, and this CPU has no products of {kind}: "
-        "torch takes a loop that needs tens of times float32's time, above all in backward.  Load "
-        "the model in float32 (model.float()), or make its layers 4-bit (inject_qlora): those "
-        "multiply in float32 here",
+        f"minipeft: this CPU has no products of {kind}.  Below adapters a frozen nn.Linear is "
+        "multiplied in float32; all else (the head, attention) takes torch's loops, with tens of "
+        "times that time, above all in backward.  Load the model in float32 (model.float())",
         SlowProductsWarning,
         stacklevel=2,
     )

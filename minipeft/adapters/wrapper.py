@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from minipeft.adapters.products import autocast_is_on, without_autocast
+from minipeft.adapters.products import autocast_is_on, call, without_autocast
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed, why_not
 
 # in the __dict__ of a module held in eval mode (model/buffers.py): what it was last told
@@ -105,7 +105,7 @@ class Wrapper(nn.Module):
         """The base's output, and what `on_top` makes of it while the layer is on."""
         if self.merged_module is not None and self._enabled:
             return self.call_merged(x, *args, **kwargs)
-        out, strength = self._modules["base"](x, *args, **kwargs), self.strength_now()
+        out, strength = call(self._modules["base"], x, *args, **kwargs), self.strength_now()
         return out if strength is None else cast(Any, self).on_top(out, x, strength)
 
     def take_over(self) -> None:
@@ -259,7 +259,7 @@ class Wrapper(nn.Module):
             if other and (x.dtype == torch.float64 or not autocast_is_on(x.device)):
                 cast_to = {name: p.to(x.dtype) for name, p in named.items()}
                 return torch.func.functional_call(merged, cast_to, args, kwargs)
-        return merged(*args, **kwargs)
+        return call(merged, *args, **kwargs)
 
     def refuse_training(self) -> None:
         """Raise RuntimeError if a call now would train: what is merged has no gradient to give."""

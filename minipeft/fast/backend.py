@@ -65,7 +65,8 @@ def backend(
     for name, defined in OPERATORS.items():
         chosen, reasons = _chosen(defined, device, dtype, shape)
         report[name] = chosen + (f" (not {'; '.join(reasons)})" if reasons else "")
-        if defined.gradients and chosen != "plain" and is_slow(dtype, device):
+        multiplies = defined.gradients or name == "dense_linear"
+        if multiplies and chosen != "plain" and is_slow(dtype, device):
             kind = str(dtype).removeprefix("torch.")
             report[name] += f", products in float32 (this CPU has none of {kind})"
     return report

@@ -85,5 +85,5 @@ def experts(
         if not 0 <= number < n_experts:
             raise IndexError(EXPERT.format(number, n_experts))
         dense = decode(one_expert(weight, number, n_experts), matrix, x.dtype)
-        out[rows] = products.matmul(part, dense if transposed else dense.T)
+        out[rows] = products.linear(part, dense.T if transposed else dense)
     return out

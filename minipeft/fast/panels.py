@@ -141,7 +141,7 @@ def input_gradient(
     """
     out_features, inside, size = dy.shape[-1], _dtype_inside(dy), weight.block_size
     if in_features % size or not in_features or not out_features:
-        return products.matmul(dy, decode(weight, [out_features, in_features], dy.dtype))
+        return products.linear(dy, decode(weight, [out_features, in_features], dy.dtype).t())
     blocks = in_features // size
     if fits(dy, in_features, out_features):
         panel = _buffer(out_features * in_features, inside, dy.device).view(out_features, -1)

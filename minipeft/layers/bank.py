@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from minipeft import ops
+from minipeft.adapters.products import call
 from minipeft.adapters.protocol import innermost
 from minipeft.layers.by_row import ByRow
 from minipeft.layers.row_groups import RowGroups
@@ -163,7 +164,7 @@ class LoRABank(ByRow):
 
     def forward(self, x: Tensor) -> Tensor:
         asks = self.asks_layers()
-        out: Tensor = innermost(self)(x)
+        out: Tensor = call(innermost(self), x)
         if asks:
             return self.ask_layers(out, x, self.rows_of_each(x))
         if (strength := self.strength_now()) is None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minipeft.adapters.linearity import check_own_weight
-from minipeft.adapters.products import without_autocast
+from minipeft.adapters.products import call, without_autocast
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed
 from minipeft.layers.conv import LoRAConv, kernel_product
 from minipeft.layers.embeddings import LoRAEmbedding
@@ -130,7 +130,7 @@ class DoRA(LowRank):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged_module is not None and self._enabled:
             return self.call_merged(x)
-        out: Tensor = self.base(x)
+        out: Tensor = call(self.base, x)
         strength = self.strength_now()
         return out if strength is None else self.on_top_now(out, x, strength)
 
@@ -226,7 +226,7 @@ class DoRALinear(DoRA, LoRALinear):
         bias: Any = 0.0 if self.bias is None else self.bias
         if self.dropout and self.training:
             x = self.dropped(x)
-            scaled = out + (ratio - 1) * (self.base(x) - bias)
+            scaled = out + (ratio - 1) * (call(self.base, x) - bias)
         else:
             scaled = torch.addcmul((1 - ratio) * bias, out, ratio)
         a, b = self.factors()

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.products import call
 from minipeft.adapters.protocol import innermost
 from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.by_row import ByRow
@@ -96,7 +97,7 @@ class RowStack(ByRow):
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
         asks = self.asks_layers()
-        out: Tensor = innermost(self)(x, *others, **named)
+        out: Tensor = call(innermost(self), x, *others, **named)
         strength = self.strength_now()
         off = not self._enabled if asks else strength is None
         if off:
