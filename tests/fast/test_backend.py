@@ -22,7 +22,7 @@ kernel = ops.Implementation("nf4_linear", "k", lambda *_: True, "math", "sqrt")
 with tried_first(kernel):
     print(mp.backend()["nf4_linear"])
 """
-    assert plain_python(script).strip() == "k"
+    assert plain_python(script).strip().split(",")[0] == "k"  # it may say more of products
     assert "kernels are off" in plain_python(script, MINIPEFT_KERNELS="0")
 
 
