@@ -146,7 +146,8 @@ def digest(tensor: Tensor) -> str:
     """sha256 of a tensor: its dtype and shape, as in "float32 [2, 3]", then its bytes."""
     total = digest_of((tensor.dtype, tuple(tensor.shape)))
     total.update(bytes_of(tensor.detach().cpu()))
-    return total.hexdigest()
+    found: str = total.hexdigest()
+    return found
 
 
 def digest_of(spec: Spec) -> Any:

@@ -14,11 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from minipeft.io.fields import LARGEST, read_object
 from minipeft.io import pickled
+from minipeft.io.fields import LARGEST, read_object
 from minipeft.io.header import (
     DAMAGED,
     DTYPES,

@@ -68,7 +68,12 @@ def working_for(destination: Path, record: str, wanted: Mapping[str, object]) ->
                 f"{directory}: left by a run with another source or other settings; delete it, or "
                 "choose another destination"
             )
-        yield directory
+        try:
+            yield directory
+        except ValueError:  # refused: if nothing is done yet, nothing stays
+            if all(path.name == record for path in directory.iterdir()):
+                shutil.rmtree(directory)
+            raise
         if _is_taken(destination):
             raise ValueError(f"{destination}: exists already; it was made meanwhile")
         if destination.exists():  # empty; Windows renames onto nothing
