@@ -97,11 +97,12 @@ def _loaded(
     path: Path, entry: str | None, *, again: bool = False
 ) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a file, checked, and whether they lie in its mapping."""
+    room = None
     try:
         with open(path, "rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"
         if mapped and not again:
-            _check_zip(path)
+            room = _check_zip(path)
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"{path}: no such file, or cut short or damaged ({error}); get the file again"
@@ -111,11 +112,19 @@ def _loaded(
             found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can end in any of Python's errors
         raise ValueError(f"{path}: {_why(error)}") from error
-    return _checked(path, found, entry), mapped
+    tensors = _checked(path, found, entry)
+    storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes()
+                for v in tensors.values()}  # fmt: skip
+    if room is not None and sum(storages.values()) > room:
+        raise ValueError(
+            f"{path}: tensors of {sum(storages.values())} bytes, and {room} in the file's members; "
+            "it is damaged: get it again"
+        )
+    return tensors, mapped
 
 
-def _check_zip(path: Path) -> None:
-    """Raise BadZipFile unless the members are plain and fit their checksums."""
+def _check_zip(path: Path) -> int:
+    """The bytes of all storages; raises BadZipFile unless members are plain and fit their sums."""
     with zipfile.ZipFile(path) as members:
         found = members.infolist()
         if len({m.filename for m in found}) < len(found):
@@ -124,6 +133,7 @@ def _check_zip(path: Path) -> None:
             raise zipfile.BadZipFile(f"{packed[0]:.80} is compressed, which torch.save never does")
         if (bad := members.testzip()) is not None:
             raise zipfile.BadZipFile(f"{bad:.80} differs from its checksum")
+        return sum(m.file_size for m in found if "/data/" in m.filename)
 
 
 def _why(error: Exception) -> str:
