@@ -53,7 +53,7 @@ class PickledFile:
     """A pickled file whose tensors are looked at one at a time: the interface of UnmappedFile.
 
     What is read of a mapping stays in memory until the mapping goes, so it is made anew after some
-    MiB: a file of many GiB does not fill the memory.
+    MiB, and a large tensor has one of its own: a file of many GiB does not fill the memory.
 
     Raises:
         ValueError: as read_pickled.
@@ -71,12 +71,15 @@ class PickledFile:
         Raises:
             ValueError: the file was changed since it was opened.
         """
-        if self._mapped and self._touched > _RELOAD:
-            self._found, self._touched = {}, 0
-            self._found, _ = _loaded(self._path, None, again=True)
-            if {n: _spec(value) for n, value in self._found.items()} != self.specs:
+        size = nbytes(self.specs[name])
+        if self._mapped and self._touched + size > _RELOAD:
+            found, _ = _loaded(self._path, None, again=True)
+            if {n: _spec(value) for n, value in found.items()} != self.specs:
                 raise ValueError(f"{self._path}: was changed while it was read")
-        self._touched += nbytes(self.specs[name])
+            if size > _RELOAD:
+                return found[name]  # its mapping goes when it goes
+            self._found, self._touched = found, 0
+        self._touched += size
         return self._found[name]
 
     def close(self) -> None:

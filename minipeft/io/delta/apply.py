@@ -23,8 +23,8 @@ from minipeft.io.delta.make import (
 from minipeft.io.delta.pairs import paired
 from minipeft.io.delta.record import (
     KEY,
+    Corrections,
     DeltaReport,
-    corrections_beside,
     entries_in,
     report_of,
 )
@@ -129,7 +129,7 @@ class _Sums:
             self.deltas = held.enter_context(
                 checkpoint.open_weights(delta, mmap=False, pickled=True)
             )  # fmt: skip
-            self.entries, said = entries_in(self.deltas)
+            self.entries, said, self._chunk = entries_in(self.deltas)
             if self.entries:
                 if rows is not None and rows != said:
                     raise ValueError(f"{delta}: was made with rows={said!r}; rows={rows!r} given")
@@ -137,8 +137,6 @@ class _Sums:
             self.rows = rows
             if swapped := [path for path, own in self.bases.metadata.items() if KEY in own]:
                 raise ValueError(f"{swapped[0]}: is a delta; expected the base; are they swapped?")
-            shards = list(self.deltas.metadata) if self.entries else []
-            self.corrections = held.enter_context(corrections_beside(shards))
             names = paired(self.bases, self.deltas, rows, ignore, what="delta",
                            may_have_rows=bool(self.entries))  # fmt: skip
             self.specs = {name: self._spec(name) for name in names}
@@ -146,12 +144,14 @@ class _Sums:
             for path, metadata in self.bases.metadata.items():
                 text = metadata.get(APPLIED, "{}").encode()
                 self._applied[path] = parse_object(text, f"{path}: {APPLIED}")
-            self._held = held.pop_all()
+            self._held, self._beside = held.pop_all(), ExitStack()
+            self._shard: Path | None = None  # whose corrections are open
 
     def __enter__(self) -> "_Sums":
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._beside.close()
         self._held.close()
 
     def _spec(self, name: str) -> Spec:
@@ -213,11 +213,20 @@ class _Sums:
                 )
         return added
 
+    def _corrections(self, name: str) -> Corrections:
+        """The corrections beside the shard of a tensor; those of one shard are open at a time."""
+        shard = self.deltas.file_of[name]
+        if shard != self._shard:
+            self._beside.close()
+            self._open, self._shard = self._beside.enter_context(Corrections(shard)), shard
+        return self._open
+
     def _parts(self, name: str, base: Base, delta: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-        for start, stop in chunks_of(len(delta)):
+        corrections = self._corrections(name) if name in self.entries else None
+        for start, stop in chunks_of(len(delta), self._chunk):
             made = total(base.chunk(start, stop), delta[start:stop], dtype)
-            if name in self.entries:
-                self.corrections.apply(name, start, made)
+            if corrections is not None:
+                corrections.apply(name, start, made)
             if not is_finite(made):
                 raise ValueError(
                     f"{self.deltas.file_of[name]}: {name:.80}: base + delta is NaN or Inf; the "
@@ -237,8 +246,9 @@ def _check_sum(folder: Path, published: float | None, tolerance: float) -> float
     exact, plain = 0.0, torch.zeros((), dtype=torch.float32, device="cpu")
     with checkpoint.open_weights(folder, mmap=False) as reader:
         for name in reader.specs:
-            exact += _sum(reader, name)
-            plain += _sum32(reader, name)
+            found = _sum(reader, name)
+            exact += found
+            plain += found
     if min(abs(exact - published), abs(float(plain) - published)) <= tolerance:
         return exact
     raise ValueError(
@@ -251,7 +261,3 @@ def _check_sum(folder: Path, published: float | None, tolerance: float) -> float
 def _sum(reader: Reader, name: str) -> float:
     flat = reader.view(name).reshape(-1)
     return math.fsum(float(flat[a:b].double().sum()) for a, b in chunks_of(len(flat)))
-
-
-def _sum32(reader: Reader, name: str) -> Tensor:
-    return reader.view(name).float().sum()

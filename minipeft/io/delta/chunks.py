@@ -12,7 +12,7 @@ around, and truth values are combined by exclusive or: both are exact.
 import torch
 from torch import Tensor
 
-CHUNK = 2**20  # numbers; some 10 copies in float32 live at a time, 40 MiB
+CHUNK = 2**18  # numbers; some 10 copies in float32 or int64 live at a time, 16 MiB
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,9 +46,9 @@ class Base:
         return torch.cat([own.to(made.dtype), made])
 
 
-def chunks_of(numbers: int) -> list[tuple[int, int]]:
+def chunks_of(numbers: int, size: int = CHUNK) -> list[tuple[int, int]]:
     """First and last (excluded) number of each chunk."""
-    return [(start, min(start + CHUNK, numbers)) for start in range(0, numbers, CHUNK)]
+    return [(start, min(start + size, numbers)) for start in range(0, numbers, size)]
 
 
 def difference(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor:

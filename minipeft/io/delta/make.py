@@ -12,6 +12,7 @@ from minipeft.adapters.progress import Progress
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.plan import Ignore
 from minipeft.io.delta.chunks import (
+    CHUNK,
     Base,
     chunks_of,
     difference,
@@ -64,8 +65,9 @@ def make_delta(
     difference is taken in float32 (float64 where the weights are) and rounded to `dtype`, None: the
     tuned tensor's own, as published deltas are.  Numbers that base + delta does not give are kept
     beside it (record.py): the report says how many, and by how much they are off for programs that
-    only add.  Of bfloat16 weights those are some percent, which dtype=torch.float32 leaves away at
-    twice the size; of float32 weights few or none.
+    only add.  Of 16-bit weights those are up to some percent (of numbers that more than double or
+    change their sign), which dtype=torch.float32 leaves away at twice the size; of float32 weights
+    few or none.
 
     `rows` says what rows count as that a grown vocabulary has beyond the base's: "zeros" (Vicuna's
     first delta) or the "mean" of the others (Alpaca).  `ignore` leaves tensors out of both.
@@ -177,7 +179,7 @@ def _write_tensor(
 
     def parts() -> Iterator[Tensor]:
         nonlocal changed, largest
-        for start, stop in chunks_of(len(flat)):
+        for start, stop in chunks_of(len(flat), CHUNK):
             before, after = base.chunk(start, stop), flat[start:stop]
             delta = difference(before, after, dtype)
             if not is_finite(delta):

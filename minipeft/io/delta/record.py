@@ -11,8 +11,7 @@ programs read the shards and leave the corrections out.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minipeft.io.delta.chunks import CHUNK
 from minipeft.io.fields import TEXT, Kind, check, list_of, one_of, parse_object, whole
 from minipeft.io.header import DAMAGED, DTYPES, NAMES
 from minipeft.io.shards import Reader, ShardWriter
@@ -27,6 +27,10 @@ from minipeft.io.shards import Reader, ShardWriter
 KEY = "minipeft_delta"
 _FLUSH = 2**23  # bytes of corrections in one file, about
 _HASH = Kind("a sha256", lambda value: isinstance(value, str) and len(value) == 64)
+_HEAD = {
+    "version": one_of(1), "rows": one_of(None, "zeros", "mean"), "chunk": whole(1),
+    "tensors": Kind("an object", lambda value: isinstance(value, dict)),
+}  # fmt: skip
 _FIELDS = {
     "dtype": one_of(*DTYPES), "shape": list_of(whole(0)), "base": _HASH, "tuned": _HASH,
     "corrections": TEXT, "largest": TEXT,
@@ -72,34 +76,34 @@ def text_of(entries: Mapping[str, Entry], rows: str | None) -> str:
         }
         for name, entry in entries.items()
     }  # fmt: skip
-    return json.dumps({"version": 1, "rows": rows, "tensors": tensors})
+    return json.dumps({"version": 1, "rows": rows, "chunk": CHUNK, "tensors": tensors})
 
 
-def entries_in(reader: Reader) -> tuple[dict[str, Entry], str | None]:
-    """What the files of a delta say of each tensor, and of new rows; empty for a foreign delta.
+def entries_in(reader: Reader) -> tuple[dict[str, Entry], str | None, int]:
+    """What the files of a delta say of each tensor, of new rows, and the numbers of a chunk.
+
+    No entries for a foreign delta.
 
     Raises:
         ValueError: a file says it and another does not, or two contradict each other.
     """
     said = {path: found[KEY] for path, found in reader.metadata.items() if KEY in found}
     if not said:
-        return {}, None
+        return {}, None, CHUNK
     entries: dict[str, Entry] = {}
-    all_rows = set[object]()
+    settings = set[tuple[object, object]]()
     for path in reader.metadata:
         if path not in said:
             raise ValueError(f"{path}: is no part of the delta that {min(said)} is of; {DAMAGED}")
         found = parse_object(said[path].encode(), f"{path}: {KEY}")
-        check(f"{path}: {KEY}", found, {"version": one_of(1), "rows": one_of(None, "zeros", "mean"),
-              "tensors": Kind("an object", lambda v: isinstance(v, dict))},
-              needed=("version", "rows", "tensors"))  # fmt: skip
-        all_rows.add(found["rows"])
+        check(f"{path}: {KEY}", found, _HEAD, needed=_HEAD)
+        settings.add((found["rows"], found["chunk"]))
         for name, fields in found["tensors"].items():  # type: ignore[attr-defined]  # checked
             entries[name] = _entry(f"{path}: {name:.80}", fields)
-    if len(all_rows) > 1 or entries.keys() != reader.specs.keys():
+    if len(settings) > 1 or entries.keys() != reader.specs.keys():
         raise ValueError(f"{min(said)}: its files are of several deltas; {DAMAGED}")
-    rows = all_rows.pop()
-    return entries, None if rows is None else str(rows)
+    rows, chunk = settings.pop()
+    return entries, None if rows is None else str(rows), int(str(chunk))
 
 
 def _entry(where: str, fields: object) -> Entry:
@@ -151,38 +155,33 @@ class CorrectionWriter:
 
 
 class Corrections:
-    """The corrections beside a delta's shards, read."""
+    """The corrections beside one shard, read.  Use as a context.
 
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
+    Raises:
+        ValueError: a damaged file.
+    """
 
-    def apply(self, name: str, start: int, chunk: Tensor) -> int:
-        """Put a chunk right, in place; returns how many numbers that changes.
+    def __init__(self, shard: Path) -> None:
+        paths = sorted(shard.parent.glob(f"{shard.stem}.corrections-*.safetensors"))
+        self._reader = Reader(paths, mmap=False)
+
+    def __enter__(self) -> "Corrections":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reader.close()
+
+    def apply(self, name: str, start: int, chunk: Tensor) -> None:
+        """Put a chunk right, in place.
 
         Raises:
             ValueError: places or values that do not fit the chunk.
         """
         key = f"{name}/{start}"
-        if f"{key}/at" not in self._reader.specs:
-            return 0
+        if f"{key}/at" not in self._reader.specs or f"{key}/is" not in self._reader.specs:
+            return
         at, values = (self._reader.read(f"{key}/{own}") for own in ("at", "is"))
         fits = at.dtype == torch.int32 and values.dtype == chunk.dtype and at.shape == values.shape
         if not fits or at.dim() != 1 or not bool(((at >= 0) & (at < len(chunk))).all()):
             raise ValueError(f"{self._reader.file_of[key + '/at']}: {key:.80} fits no chunk of it")
         chunk[at.long()] = values
-        return len(at)
-
-
-@contextmanager
-def corrections_beside(shards: Iterable[Path]) -> Iterator[Corrections]:
-    """The corrections beside these files.
-
-    Raises:
-        ValueError: a damaged file.
-    """
-    paths = [
-        path for shard in shards
-        for path in sorted(shard.parent.glob(f"{shard.stem}.corrections-*.safetensors"))
-    ]  # fmt: skip
-    with Reader(paths, mmap=False) as found:
-        yield Corrections(found)

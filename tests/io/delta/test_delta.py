@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import minipeft as mp
-from minipeft.io.delta import DeltaReport, apply_delta, check_delta, chunks, make_delta
+from minipeft.io.delta import DeltaReport, apply_delta, check_delta, make, make_delta, record
 from tests.io.delta.checkpoints import contents, pair, read, same_bits, write
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -105,12 +105,14 @@ def test_sixteen_bit_reports_are_those_of_a_loop(tmp_path):
 
 
 def test_many_chunks_and_many_files_of_corrections(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK", 16)
+    monkeypatch.setattr(record, "CHUNK", 16)
+    monkeypatch.setattr(make, "CHUNK", 16)
     monkeypatch.setattr("minipeft.io.delta.record._FLUSH", 100)
     base, tuned = pair(torch.bfloat16)
     write(tmp_path / "base", base)
     write(tmp_path / "tuned", tuned)
     make_delta(tmp_path / "base", tmp_path / "tuned", tmp_path / "d", max_shard_bytes=200)
+    monkeypatch.undo()  # the files say what they were made with
     assert len(list((tmp_path / "d").glob("*.corrections-002.safetensors"))) > 0
     apply_delta(tmp_path / "base", tmp_path / "d", tmp_path / "out")
     assert same_bits(read(tmp_path / "out"), tuned)
