@@ -1,9 +1,9 @@
 """A 3 GB checkpoint as a delta of another and back: `python -m benchmarks.delta`.
 
-Writes two sharded checkpoints of random weights, the second tuned by a twentieth of their
-size, makes the delta in a process of its own, and the tuned model from it in another;
-each says its time and its peak of resident memory above what it had after the imports.  Compares
-every tensor with the tuned model's in every bit.  The limit: the two largest tensors and 64 MiB.
+Writes two sharded checkpoints of random weights, the second tuned by a twentieth of their size,
+makes the delta in a process of its own, and the tuned model from it in another; each says its time
+and its peak of resident memory above what it had after the imports.  Compares every tensor with the
+tuned model's in every bit.  The limit: the two largest tensors and 64 MiB.
 """
 
 import argparse

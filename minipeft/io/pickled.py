@@ -106,10 +106,11 @@ def _loaded(
             mapped = file.read(4) == b"PK\x03\x04"
         if mapped and not again:
             room = _check_zip(path)
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
-        raise ValueError(
-            f"{path}: no such file, or cut short or damaged ({error}); get the file again"
-        ) from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except Exception as error:  # of a damaged zip also EOFError, struct.error and others
+        why = str(error) or type(error).__name__
+        raise ValueError(f"{path}: cut short or damaged ({why}); get the file again") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)

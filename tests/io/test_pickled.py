@@ -231,6 +231,17 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path):
     assert refused > 100
 
 
+def test_a_zip_whose_directory_leads_beyond_the_file_is_refused(tmp_path):
+    """zipfile ends in an EOFError there."""
+    path = write(tmp_path / "a.bin", {"a": NUMBERS})
+    data = bytearray(path.read_bytes())
+    start = data.rindex(b"PK\x01\x02")  # the last entry of the directory
+    data[start + 20 : start + 28] = 2 * (10**6).to_bytes(4, "little")  # its sizes
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.bin: cut short or damaged \(\w"):
+        read_pickled(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.bin: no such file"):
         read_pickled(tmp_path / "nowhere.bin")
