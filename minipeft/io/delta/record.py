@@ -132,14 +132,27 @@ class CorrectionWriter:
     def __init__(self, shard: Path) -> None:
         self._shard, self._files, self._held = shard, 0, 0
         self._tensors: dict[str, Tensor] = {}
+        # one block: small tensors kept between large ones that go would scatter the heap
+        self._room = torch.empty(_FLUSH, dtype=torch.uint8, device="cpu")
 
     def add(self, name: str, start: int, at: Tensor, values: Tensor) -> None:
         """Values of a chunk that the sum does not give, and their places in the chunk."""
-        if len(at):
-            self._tensors |= {f"{name}/{start}/at": at, f"{name}/{start}/is": values}
-            self._held += at.nbytes + values.nbytes
-        if self._held > _FLUSH:
+        if not len(at):
+            return
+        needed = at.nbytes + values.nbytes + 16
+        if self._held + needed > len(self._room):
             self.flush()
+            if needed > len(self._room):
+                self._room = self._room.new_empty(needed)
+        self._tensors[f"{name}/{start}/at"] = self._kept(at)
+        self._tensors[f"{name}/{start}/is"] = self._kept(values)
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """A copy in the block, which begins at a multiple of 8 bytes."""
+        room = self._room[self._held : self._held + value.nbytes]
+        room.copy_(value.view(torch.uint8))
+        self._held += -(-value.nbytes // 8) * 8
+        return room.view(value.dtype)
 
     def flush(self) -> None:
         """Write what is held."""
