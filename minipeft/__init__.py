@@ -31,6 +31,7 @@ from minipeft.model.merge import merge, remove, unmerge
 from minipeft.model.quantize import dequantize_model, inject_qlora, quantize_model
 from minipeft.model.switch import factors_of, replace_adapter, use_adapters
 from minipeft.model.train import tie_heads, train_biases, train_modules, train_tokens
+from minipeft.model.vocabulary import extend_vocabulary
 from minipeft.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
 from minipeft.prefix import PrefixEncoder, prefix_attention
 from minipeft.qlora import NF4Linear
@@ -108,6 +109,7 @@ __all__ = [
     "dequantize_model",
     "dequantize_nf4",
     "disable_adapters",
+    "extend_vocabulary",
     "factors_of",
     "freeze",
     "inject",
