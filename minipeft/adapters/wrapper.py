@@ -82,7 +82,6 @@ class Wrapper(nn.Module):
 
     folds_into_base = True  # False: `fold` writes nothing to the innermost module
     nameless = False  # True: it belongs to no adapter (names.py)
-    is_longer = False  # True: it gives more rows than its base; no adapter lies over it
     base: nn.Module
     _modules: dict[str, Any]  # a forward reads its base here: `self.base` takes a call more
     strength: Tensor  # scaling * scale, or 0 while not enabled; float32, without a dimension
@@ -92,12 +91,6 @@ class Wrapper(nn.Module):
         if not isinstance(base, nn.Module):
             raise TypeError(
                 f"{type(self).__name__}: expected a module as base, got {type(base).__name__}"
-            )
-        if getattr(type(base), "is_longer", False):  # sizes are those of the innermost module
-            raise ValueError(
-                f"{type(self).__name__}: the new rows of a {type(base).__name__} lie over all other "
-                "adapters; add this one before extend_vocabulary, or make the rows part of the "
-                "table first (remove(model, merge=True))"
             )
         super().__init__()
         self.scaling, self._scale, self._enabled = scaling, 1.0, True

@@ -25,7 +25,6 @@ from minipeft.layers.embeddings import checked_table
 class _Longer(Unscaled, Wrapper):
     """What the table and the head share: how many rows the base has, and folding into one."""
 
-    is_longer = True
     folds_into_base = False
     rows_are_lost = "it changes the number of logits; merge it first (remove(merge=True))"
     old_rows: int
@@ -59,7 +58,7 @@ class _Longer(Unscaled, Wrapper):
         made: Any = super().merged(requantize=requantize)
         if not is_packed(made):
             setattr(made, self.counted, len(made.weight))
-        return made  # type: ignore[no-any-return]
+        return made
 
     def fold(self, *, requantize: bool = False) -> nn.Module:
         """`merged`: the longer weight has no place in the base's own."""
@@ -103,7 +102,7 @@ class LongerTable(_Longer):
             return made
         strength = self.strength_now()
         if strength is None:
-            return self._modules["base"](ids)  # type: ignore[no-any-return]
+            return self._modules["base"](ids)
         out = self._modules["base"](ids.where(ids < self.old_rows, 0))
         return self.on_top(out, ids, strength)
 
@@ -221,8 +220,9 @@ class LongerHead(_Longer):
 
     def _mean_bias(self) -> Tensor | None:
         bias = getattr(self.base, "bias", None)
-        return None if bias is None else bias.mean(dtype=torch.promote_types(bias.dtype,
-                                                                             torch.float32))  # fmt: skip
+        if bias is None:
+            return None
+        return bias.mean(dtype=torch.promote_types(bias.dtype, torch.float32))
 
     @property
     def bias(self) -> Tensor | None:
@@ -245,7 +245,7 @@ class LongerHead(_Longer):
         return made
 
     def fold_reason(self) -> str | None:
-        """Why this head and its table cannot become one weight: layers below differ; None: they can."""
+        """Why this head and its table cannot become one weight; None: they can."""
         if self.table is None:
             return None
         with torch.no_grad():

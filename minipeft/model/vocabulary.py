@@ -19,8 +19,8 @@ from minipeft.adapters.protocol import innermost, is_adapter, is_packed, linear_
 from minipeft.adapters.ready import check_model
 from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, Survey, Target, find, survey
-from minipeft.adapters.wrapper import stored_parameter
-from minipeft.inject import freeze, restoring, swap_shared
+from minipeft.adapters.wrapper import Wrapper, stored_parameter
+from minipeft.inject import after_swap, freeze, restoring, swap_shared
 from minipeft.layers.trained import TrainedModule
 from minipeft.layers.vocabulary import LongerHead, LongerTable
 from minipeft.model.peft_words import in_our_words
@@ -153,7 +153,8 @@ def _starts(
 def _drawn(module: nn.Module, rows: int, init: str) -> Tensor:
     """`rows` rows by the old ones' mean, or by their columns' means and deviations."""
     with torch.no_grad():
-        exact = getattr(module, "exact_parameters", dict)().get("weight")
+        found: dict[str, Tensor] = module.exact_parameters() if isinstance(module, Wrapper) else {}
+        exact = found.get("weight")
         if exact is None:
             exact = stored_parameter(_CALLER, innermost(module), "weight")
         exact = exact.to(torch.promote_types(exact.dtype, torch.float32))
@@ -166,13 +167,11 @@ def _drawn(module: nn.Module, rows: int, init: str) -> Tensor:
 def _named_by(model: nn.Module, getter: str) -> nn.Module | None:
     get = getattr(model, getter, None)
     with suppress(NotImplementedError, AttributeError):
-        return get() if callable(get) else None  # type: ignore[no-any-return]
+        return get() if callable(get) else None
     return None
 
 
-def _one(
-    caller: str, places: Survey, what: str, target: Target | None, getter: str
-) -> str | None:
+def _one(caller: str, places: Survey, what: str, target: Target | None, getter: str) -> str | None:
     """The name of the module that a target, or the model itself, names; None: there is none."""
     if target is None:
         module = _named_by(places.model, getter)
@@ -279,3 +278,18 @@ def settle_numbers(model: nn.Module, table: LongerTable) -> None:
     for owner, name in found:
         setattr(owner, name, table.num_embeddings)
     table.__dict__["numbers"] = found
+
+
+def _refuse_layers_over(model: nn.Module) -> None:
+    """Raise ValueError if a layer lies over new rows: it would have the old number of rows."""
+    for place, module in model.named_modules():
+        below = getattr(module, "base", None)
+        if isinstance(module, Wrapper) and isinstance(below, LongerTable | LongerHead):
+            raise ValueError(
+                f"{type(module).__name__}: {place} has new rows, and these lie over all other "
+                "adapters of a module; add this one before extend_vocabulary, or make the rows "
+                "part of the table first (minipeft.remove(model, merge=True))"
+            )
+
+
+after_swap.append(_refuse_layers_over)
