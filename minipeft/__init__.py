@@ -41,7 +41,7 @@ if _TYPE_CHECKING:
     from minipeft import integrations, io
     from minipeft.integrations.transformers import attach_prefix, attach_prompt, meta_model
     from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_quantized
-    from minipeft.io.peft import load_peft, save_peft
+    from minipeft.io.peft import load_peft, merge_in_order, save_peft
     from minipeft.io.prefixes import load_prefix, save_prefix
 
 _derivatives.register()  # of all operators, which the imports above have defined
@@ -56,6 +56,7 @@ _LATER = {
     "load_peft": "io.peft",
     "load_prefix": "io.prefixes",
     "load_quantized": "io.bitsandbytes",
+    "merge_in_order": "io.peft",
     "meta_model": "integrations.transformers",
     "quantize_checkpoint": "io.bitsandbytes",
     "save_peft": "io.peft",
@@ -128,6 +129,7 @@ __all__ = [
     "lora_scaling",
     "memory_report",
     "merge",
+    "merge_in_order",
     "meta_model",
     "optim",
     "prefix_attention",

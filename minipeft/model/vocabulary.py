@@ -253,23 +253,28 @@ def _check_sharing(places: Survey, found: Tables) -> None:
             )
 
 
-def numbers(model: nn.Module, count: int) -> list[tuple[Any, str]]:
-    """What in the model says that the vocabulary has `count` tokens: (its owner, the attribute).
-
-    Attributes with "vocab" in their names, of modules, of their configurations, and of those inside
-    these (`text_config`).
-    """
-    owners: dict[int, Any] = {}
+def configurations(model: nn.Module) -> list[Any]:
+    """The configurations of the model's modules, and those inside these (`text_config`)."""
+    found: dict[int, Any] = {}
     for module in model.modules():
-        owners[id(module)] = module
         config = vars(module).get("config")
         for part in (config, *vars(config).values()) if hasattr(config, "__dict__") else ():
             if hasattr(part, "__dict__") and not isinstance(part, nn.Module | type):
-                owners[id(part)] = part
+                found[id(part)] = part
+    return list(found.values())
+
+
+def numbers(model: nn.Module, count: int) -> list[tuple[Any, str]]:
+    """What in the model says that the vocabulary has `count` tokens: (its owner, the attribute).
+
+    Attributes with "vocab" in their names, of modules and of their configurations.
+    """
     return [
-        (owner, name) for owner in owners.values() for name, value in vars(owner).items()
+        (owner, name)
+        for owner in (*model.modules(), *configurations(model))
+        for name, value in vars(owner).items()
         if "vocab" in name and type(value) is int and value == count
-    ]  # fmt: skip
+    ]
 
 
 def settle_numbers(model: nn.Module, table: LongerTable) -> None:
