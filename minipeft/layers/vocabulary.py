@@ -21,6 +21,19 @@ from minipeft.adapters.protocol import innermost, is_packed, linear_shape, why_n
 from minipeft.adapters.wrapper import Wrapper
 from minipeft.layers.embeddings import checked_table
 
+Number = tuple[nn.Module, tuple[str, ...], str]  # a module, the way to the owner, an attribute
+
+
+def set_number(number: Number, value: int) -> None:
+    """Set an attribute of a module, or of what its attributes lead to.
+
+    The way is followed each time: a prefix gives a model copies of its configurations.
+    """
+    owner, way, name = number
+    for step in way:
+        owner = vars(owner)[step]
+    setattr(owner, name, value)
+
 
 class _Longer(Unscaled, Wrapper):
     """What the table and the head share: how many rows the base has, and folding into one."""
@@ -92,7 +105,7 @@ class LongerTable(_Longer):
         self.old_rows, dim = checked_table(type(self).__name__, base)
         self.new_rows = self._rows_of(rows, dim)
         self.num_embeddings = self.old_rows + len(self.new_rows)
-        # (what has the number of rows, the attribute's name): what model/vocabulary.py changed
+        # numbers of rows elsewhere in the model, which model/vocabulary.py changed
         self.__dict__["numbers"] = []
         self.take_over()
 
@@ -142,8 +155,8 @@ class LongerTable(_Longer):
     def restore_base(self) -> None:
         """Put the numbers of rows back that the model's parts and configurations had."""
         super().restore_base()
-        for holder, name in self.__dict__["numbers"]:
-            setattr(holder, name, self.old_rows)
+        for number in self.__dict__["numbers"]:
+            set_number(number, self.old_rows)
         self.__dict__["numbers"] = []
 
 

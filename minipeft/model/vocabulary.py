@@ -22,7 +22,7 @@ from minipeft.adapters.targets import Names, Survey, Target, find, survey
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
 from minipeft.inject import after_swap, freeze, restoring, swap_shared
 from minipeft.layers.trained import TrainedModule
-from minipeft.layers.vocabulary import LongerHead, LongerTable
+from minipeft.layers.vocabulary import LongerHead, LongerTable, set_number
 from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
 
@@ -62,7 +62,8 @@ def extend_vocabulary(
     and the head.  `whole_table` trains the old rows too, by copies (dense tables only).  A
     transformers model names its table and head; in another model `table` and `head` do, `head=()`
     for a model that has none.  Numbers of the vocabulary in the model and its configuration
-    (`vocab_size`) become n + rows, and n again when the rows are taken off.
+    (`vocab_size`) become n + rows, as after model.resize_token_embeddings, and n again when the
+    rows are taken off.
 
     `save_peft` writes the new rows alone, as PEFT's trained tokens; `load_peft` puts them behind
     the tables of a model of n rows, or into one of n + rows.  `remove(model, merge=True)` makes one
@@ -253,36 +254,38 @@ def _check_sharing(places: Survey, found: Tables) -> None:
             )
 
 
-def configurations(model: nn.Module) -> list[Any]:
-    """The configurations of the model's modules, and those inside these (`text_config`)."""
-    found: dict[int, Any] = {}
+def owners(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...], Any]]:
+    """What may hold a number of the vocabulary: a module, the way from it, and what is there.
+
+    The modules themselves (by an empty way), their configurations ("config"), and those inside
+    these ("config", "text_config"); each comes once.
+    """
+    found: dict[int, tuple[nn.Module, tuple[str, ...], Any]] = {}
     for module in model.modules():
+        found[id(module)] = (module, (), module)
         config = vars(module).get("config")
-        for part in (config, *vars(config).values()) if hasattr(config, "__dict__") else ():
+        if not hasattr(config, "__dict__") or isinstance(config, nn.Module | type):
+            continue
+        found.setdefault(id(config), (module, ("config",), config))
+        for name, part in vars(config).items():
             if hasattr(part, "__dict__") and not isinstance(part, nn.Module | type):
-                found[id(part)] = part
+                found.setdefault(id(part), (module, ("config", name), part))
     return list(found.values())
 
 
-def numbers(model: nn.Module, count: int) -> list[tuple[Any, str]]:
-    """What in the model says that the vocabulary has `count` tokens: (its owner, the attribute).
-
-    Attributes with "vocab" in their names, of modules and of their configurations.
-    """
-    return [
-        (owner, name)
-        for owner in (*model.modules(), *configurations(model))
-        for name, value in vars(owner).items()
-        if "vocab" in name and type(value) is int and value == count
-    ]
-
-
 def settle_numbers(model: nn.Module, table: LongerTable) -> None:
-    """Let every number of the vocabulary in the model be the longer table's; it notes which."""
-    found = numbers(model, table.old_rows)
-    for owner, name in found:
-        setattr(owner, name, table.num_embeddings)
-    table.__dict__["numbers"] = found
+    """Let every number of the vocabulary in the model be the longer table's; it notes which.
+
+    These are attributes with "vocab" in their names that are the old number.
+    """
+    table.__dict__["numbers"] = found = [
+        (module, way, name)
+        for module, way, owner in owners(model)
+        for name, value in vars(owner).items()
+        if "vocab" in name and type(value) is int and value == table.old_rows
+    ]
+    for number in found:
+        set_number(number, table.num_embeddings)
 
 
 def _refuse_layers_over(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from minipeft.integrations.transformers import attention, gate_search, positions
 from minipeft.integrations.transformers.prefixes import NAME, Prefix, check_key
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.integrations.transformers.trial import as_before
+from minipeft.layers.vocabulary import LongerHead
 from minipeft.model.rows import refuse_rows
 from minipeft.model.train import train_modules
 

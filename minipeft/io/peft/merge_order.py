@@ -31,7 +31,7 @@ from minipeft.io.peft.matched import matched
 from minipeft.io.peft.training import PLAIN, parsed
 from minipeft.io.replace import read_whole
 from minipeft.model.merge import remove
-from minipeft.model.vocabulary import Tables, configurations, extend_vocabulary, find_tables
+from minipeft.model.vocabulary import Tables, extend_vocabulary, find_tables, owners
 
 _SUM = "any order gives the same sum"
 _UNKNOWN = "not known: nothing in the files says what came first"
@@ -120,7 +120,7 @@ def merge_in_order(
     _check(files, same_base=same_base)
     tables = _tables(model)
     sizes = _check_sizes(files, tables, None if tables is None else _rows(model, tables))
-    before = [(config, dict(vars(config))) for config in configurations(model)]
+    before = [(owner, dict(vars(owner))) for _, way, owner in owners(model) if way]
     try:
         with restoring(model):
             own = {id(parameter) for parameter in model.parameters()}
