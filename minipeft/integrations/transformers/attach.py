@@ -93,7 +93,8 @@ def attach(
         with probe.errors_of(caller):
             encoder.to(positions.input_device(model)).train(model.training)
         heads = _heads(caller, model, prefix, train_head)
-        trained = any(is_adapter(getattr(model, part, None)) for part in NEW_HEADS)
+        found = [getattr(model, part, None) for part in NEW_HEADS]
+        trained = any(is_adapter(m) and not isinstance(m, LongerHead) for m in found)
         if trained and not heads and train_head is True:
             warnings.warn(
                 f"{caller}: the model's head trains with another adapter already; {name!r} "
