@@ -1,7 +1,7 @@
 """A vocabulary that grows: `python -m benchmarks.vocabulary`, under three minutes on one core.
 
-SmolLM2-135M writes Chinese in bytes, two or three tokens a character.  The 200 pieces that save most
-tokens in Chinese conversations get tokens of their own, and their rows alone train:
+SmolLM2-135M writes Chinese in bytes, two or three tokens a character.  The 200 pieces that save
+most tokens in Chinese conversations get tokens of their own, and their rows alone train:
 
     before      the model and its tokenizer as they are
     new         200 rows more, each the mean of the rows that its piece was written with
@@ -160,9 +160,12 @@ def run(
     measure("loaded", fresh)
     mp.remove(model, merge=True)
     measure("merged", model)
-    first, last = (sum(part) / len(part) for part in (found["losses"][:3], found["losses"][-3:]))
-    print(f"{len(pieces)} pieces, {found['trainable']:,} numbers train, loss of a token "
-          f"{first:.3f} > {last:.3f} in {steps} steps, file of {found['bytes']:,} bytes")  # fmt: skip
+    losses: list[float] = found["losses"]
+    first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
+    print(
+        f"{len(pieces)} pieces, {found['trainable']:,} numbers train; loss of a token "
+        f"{first:.3f} > {last:.3f} in {steps} steps; file of {found['bytes']:,} bytes"
+    )
     if not found["trained"] < found["new"] or not last < first:
         raise RuntimeError("training did not lower the loss")
     for what in ("loaded", "merged"):
