@@ -1,7 +1,7 @@
 """A vocabulary that grows: `python -m benchmarks.vocabulary`, under three minutes on one core.
 
-SmolLM2-135M writes Chinese in bytes, two or three tokens a character.  The 200 pieces that save
-most tokens in Chinese conversations get tokens of their own, and their rows alone train:
+SmolLM2-135M writes most Chinese characters as two or three bytes.  The 200 pieces that save most
+tokens in Chinese conversations get tokens of their own, and their rows alone train:
 
     before      the model and its tokenizer as they are
     new         200 rows more, each the mean of the rows that its piece was written with
@@ -180,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pieces", type=int, default=200)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rate", type=float, default=1e-2)
-    parser.add_argument("--validate", type=int, default=32, help="conversations")
+    parser.add_argument("--validate", type=int, default=16, help="conversations")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
