@@ -165,7 +165,8 @@ def _drawn(module: nn.Module, rows: int, init: str) -> Tensor:
         return mean + torch.randn_like(mean) * exact.std(0, correction=0)
 
 
-def _named_by(model: nn.Module, getter: str) -> nn.Module | None:
+def named_by(model: nn.Module, getter: str) -> nn.Module | None:
+    """What get_input_embeddings or get_output_embeddings returns; None without such a method."""
     get = getattr(model, getter, None)
     with suppress(NotImplementedError, AttributeError):
         return get() if callable(get) else None
@@ -175,7 +176,7 @@ def _named_by(model: nn.Module, getter: str) -> nn.Module | None:
 def _one(caller: str, places: Survey, what: str, target: Target | None, getter: str) -> str | None:
     """The name of the module that a target, or the model itself, names; None: there is none."""
     if target is None:
-        module = _named_by(places.model, getter)
+        module = named_by(places.model, getter)
         names = [n for n, m in places.modules.items() if m is module]
         if module is not None and not names:
             raise ValueError(f"{caller}: {getter}() returns no module of the model; pass {what}=")
@@ -221,12 +222,16 @@ def find_tables(
             "one for each row (model.resize_token_embeddings makes them equal), or head=() if it "
             "is no head for tokens"
         )
-    tied = not _weights(inner).isdisjoint(_weights(innermost(places.modules[top])))
-    return Tables(own, top, tied)
+    return Tables(own, top, share_weights(inner, places.modules[top]))
 
 
-def _weights(module: nn.Module) -> set[int]:
-    return {id(p) for name, p in module._parameters.items() if p is not None and name != "bias"}
+def share_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules, below all adapters, have a weight or codes in common."""
+    mine, its = (
+        {id(p) for name, p in innermost(m)._parameters.items() if p is not None and name != "bias"}
+        for m in (one, other)
+    )
+    return not mine.isdisjoint(its)
 
 
 def _check_sharing(places: Survey, found: Tables) -> None:

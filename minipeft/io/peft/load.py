@@ -24,7 +24,7 @@ from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.folder import read_weights
 from minipeft.io.peft.located import Located, locate
 from minipeft.io.peft.matched import MatchedConfig, matched
-from minipeft.io.peft.new_rows import behind, check_heads, is_longer, settle, tied_head
+from minipeft.io.peft.new_rows import behind, check_heads, is_longer, settle, tied_heads
 from minipeft.io.peft.prompts import load_prompts
 from minipeft.io.peft.tensors import copy_into, reaches_across_groups, taken_bias
 from minipeft.io.peft.training import PLAIN, Training, freeze_named, made_layer, parsed
@@ -268,8 +268,7 @@ class _Builder:
             self.made[name] = LongerHead(base, rows)
             return
         self.made[name] = table = LongerTable(base, rows)
-        other = tied_head(self.model, self.found.real[name])
-        if other is not None:
+        for other in tied_heads(self.modules, name):
             top = self.top(other)
             self.made[other] = LongerHead(top.base if is_longer(top) else top, table)  # type: ignore[arg-type]
 

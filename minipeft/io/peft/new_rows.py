@@ -16,11 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.adapters.names import named
-from minipeft.adapters.protocol import Adapter, is_adapter
-from minipeft.adapters.targets import survey
+from minipeft.adapters.protocol import Adapter, innermost, is_adapter, linear_shape
 from minipeft.layers.trained import TrainedModule
 from minipeft.layers.vocabulary import LongerHead, LongerTable
-from minipeft.model.vocabulary import find_tables, settle_numbers
+from minipeft.model.vocabulary import named_by, settle_numbers, share_weights
 
 
 def is_longer(module: object) -> bool:
@@ -101,25 +100,28 @@ def _few(ids: Sequence[int]) -> str:
     return f"{ids[0]} to {ids[-1]} ({len(ids)} in all)"
 
 
-def tied_head(model: nn.Module, name: str) -> str | None:
-    """The name of the head that shares the weight of the model's table, if `name` is that table."""
-    found = find_tables("load_peft", survey(model), [name])
-    return found.head if found.tied else None
+def tied_heads(modules: Mapping[str, nn.Module], name: str) -> list[str]:
+    """The names of the linear layers that share the weight, or the codes, of a table."""
+    return [
+        other for other, module in modules.items()
+        if other != name and linear_shape(innermost(module)) is not None
+        and share_weights(modules[name], module)
+    ]  # fmt: skip
 
 
 def check_heads(model: nn.Module, made: Mapping[str, nn.Module], where: str) -> None:
-    """Raise ValueError if a table got new rows and its head none, or a head alone."""
-    tables = [name for name, layer in made.items() if isinstance(layer, LongerTable)]
-    heads = [name for name, layer in made.items() if isinstance(layer, LongerHead)]
-    if not tables and not heads:
+    """Raise ValueError if the table got new rows and the model's head none, or the other way."""
+    longer = {id(innermost(layer)): name for name, layer in made.items() if is_longer(layer)}
+    if not longer:
         return
-    head = find_tables("load_peft", survey(model), tables).head if tables else None
-    if not tables or (head is not None and head not in heads):
-        lacks = "the table" if not tables else f"the head {head!r}"
-        raise ValueError(
-            f"{where}: has new rows for {(tables or heads)[0]!r} and none for {lacks}; call "
-            "model.resize_token_embeddings first, which makes up those that are missing"
-        )
+    for getter, what in (("get_input_embeddings", "table"), ("get_output_embeddings", "head")):
+        module = named_by(model, getter)
+        if module is not None and id(innermost(module)) not in longer:
+            raise ValueError(
+                f"{where}: has new rows for {next(iter(longer.values()))!r} and none for the "
+                f"{what} ({getter}); call model.resize_token_embeddings first, which makes up "
+                "those that are missing"
+            )
 
 
 def settle(model: nn.Module, made: Mapping[str, nn.Module], before: Mapping[str, Any]) -> None:

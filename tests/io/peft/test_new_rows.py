@@ -10,7 +10,18 @@ from minipeft.io.files import read_tensors
 from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.layers.trained import TrainedTokens
 from minipeft.layers.vocabulary import LongerHead, LongerTable
-from tests.model.test_vocabulary import FOUR_BIT, NEW, ROUNDING, TIED, K, N, llama, logits, trained
+from tests.model.test_vocabulary import (
+    FOUR_BIT,
+    NEW,
+    ROUNDING,
+    TIED,
+    K,
+    N,
+    Plain,
+    llama,
+    logits,
+    trained,
+)
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -118,6 +129,22 @@ def test_pefts_rows_of_new_tokens_go_behind_an_extended_model(tables, tmp_path):
     torch.testing.assert_close(logits(ours, NEW), logits(theirs, NEW), **ROUNDING)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plain_model_has_its_rows_back(tied, tmp_path):
+    def plain():
+        torch.manual_seed(0)
+        return Plain(tied=tied)
+
+    model = plain()
+    mp.extend_vocabulary(model, K, table=["embed"], head=["out"])
+    mp.save_peft(trained(model), tmp_path)
+    again = plain()
+    mp.load_peft(again, tmp_path)
+    assert torch.equal(again(NEW), model(NEW)) and again.n_vocab == N + K
+    mp.remove(again)
+    assert again.n_vocab == N and torch.equal(again(NEW % N), plain()(NEW % N))
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path):
     saved(tmp_path)
     refused(resized(rows=N + 1), tmp_path, "a table that had 50 rows, and the model's has 51")
@@ -132,7 +159,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
     theirs.save_pretrained(tmp_path / "table", save_embedding_layers=False)
     model = llama()
     mp.extend_vocabulary(model, K)
-    refused(model, tmp_path / "table", "none for the head 'lm_head'")
+    refused(model, tmp_path / "table", "none for the head")
 
 
 def test_what_pefts_format_cannot_hold_is_refused(tmp_path):
