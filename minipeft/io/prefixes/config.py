@@ -55,6 +55,12 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, no JSON, or a field that is missing or has another kind of value.
     """
+    folder = path.parent
+    if not path.exists() and (folder.is_file() or (folder / "pytorch_model.bin").is_file()):
+        raise ValueError(
+            f"{path}: no such file; if {folder.name} is of P-tuning v2 or ChatGLM, "
+            f"minipeft.io.prefixes.load_prefix_encoder(model, {str(folder)!r}) reads it"
+        )
     found = fields.read_config(path, "save_prefix", "adapter_config.json", "load_peft")
     config: dict[str, Any] = {"heads": [], **found}
     fields.check(str(path), config, _FIELDS, _NEEDED)
