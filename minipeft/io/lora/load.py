@@ -14,7 +14,7 @@ from minipeft.io.fields import read_object
 from minipeft.io.files import read_all
 from minipeft.io.llama_names import is_rotated
 from minipeft.io.lora.branches import Branch, Pairs, Slices, branch_of
-from minipeft.io.lora.keys import PROGRAMS, parse
+from minipeft.io.lora_keys import PROGRAMS, parse
 from minipeft.io.lora.places import Place, Places
 from minipeft.io.lora.scale import Scales
 from minipeft.io.peft.config import CONFIG_NAME
@@ -45,7 +45,7 @@ def load_lora(
 ) -> Loaded:
     """Inject and load LoRA from a file of kohya, diffusers, torchtune, MLX, loralib, SAT, ...
 
-    keys.py lists the keys that are known, places.py how names are tried on the model at hand,
+    lora_keys.py lists the keys that are known, places.py how names are tried on the model at hand,
     scale.py where alpha stands.  `source` is a file, a directory of MLX or of PEFT's form
     (FlagAI's), or tensors by name.  All options are for what such a file does not say:
 

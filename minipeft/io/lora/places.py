@@ -1,6 +1,6 @@
 """Which module of a model a foreign name means: spellings are tried on the model at hand.
 
-    llama_model.base_model.model.model.layers.0.q     parts in front are taken off: PandaGPT, PEFT
+    llama_model.base_model.model.model.layers.0.q     parts in front are taken off: PandaGPT
     unet.down_blocks.0.attn.processor.to_out          diffusers: .processor goes, to_out is to_out.0
     lora_unet_down_blocks_0_attn_to_q                 kohya: dots became underscores
     layers.0.attention.wq, layers.0.attn.q_proj       Meta's and torchtune's names of LLaMA
@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from minipeft.adapters.plain_names import PlainNames, Spellings
+from minipeft.adapters.protocol import innermost
 from minipeft.adapters.targets import visible_modules
 from minipeft.io.llama_names import META, TORCHTUNE, renamed
 from minipeft.io.peft.keys import PREFIX
@@ -52,7 +53,8 @@ class Places:
             return self._kohya(name)
         for part, own in _beginnings(name):
             for spelling, naming in _spellings(own, program):
-                if (found := self._spellings.find(spelling)) is not None:
+                found = self._spellings.find(spelling)
+                if found is not None and innermost(self.modules[found])._parameters:
                     return Place(found, part, naming)
         return None
 
@@ -74,6 +76,7 @@ class Places:
 def _beginnings(name: str) -> Iterator[tuple[str, str]]:
     """The name without what may stand in front of it: (taken off, the rest)."""
     part, rest = "", name
+    yield "", name.replace(f".{PREFIX}", ".")  # a PeftModel inside another model
     for _ in range(_MOST_PARTS):
         yield part, rest.removeprefix(PREFIX)
         first, dot, rest = rest.removeprefix(PREFIX).partition(".")

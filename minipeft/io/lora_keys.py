@@ -18,6 +18,8 @@ and a magnitude (DoRA): `.lora_magnitude_vector`, torchtune `.magnitude`, MLX `.
 import re
 from typing import NamedTuple
 
+from minipeft.io.llama_names import META, renamed
+
 
 class Key(NamedTuple):
     """What a key says."""
@@ -70,5 +72,9 @@ def parse(key: str) -> Key | None:
 
 def program_of(key: str) -> str | None:
     """The program, other than PEFT, whose files have such keys; None if none is known."""
-    found = parse(key)
-    return found.program if found is not None and found.program not in ("", "PEFT") else None
+    found = parse(key.removeprefix("base_model.model."))
+    if found is None or found.program == "":
+        return None
+    if found.program == "PEFT":
+        return "FlagAI (Meta's names)" if renamed(found.module, META) else None
+    return found.program
