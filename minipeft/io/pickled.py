@@ -14,13 +14,21 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minipeft.io.header import NAMES, Spec, nbytes
 
 SUFFIXES = (".bin", ".pt", ".pth")
+_RECONSTRUCT = np.empty(0).__reduce__()[0]  # NumPy makes an empty array by it, then sets its state
+_DATA: list[Any] = [
+    argparse.Namespace, np.ndarray, np.dtype, type(np.dtype("uint32")),
+    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
+    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),  # NumPy 1
+]  # fmt: skip
 _RELOAD = 2**23  # bytes that may be touched in a mapping; then it is made anew, see PickledFile
 _AGAIN = (
     "load the file where you trust it, and save its tensors: safetensors.torch.save_file("
@@ -33,7 +41,8 @@ def read_pickled(path: str | os.PathLike[str], *, entry: str | None = None) -> d
 
     The file is a dictionary from names to tensors.  `entry` names such a dictionary inside the
     file's, as of SwissArmyTransformer, {"module": {...}, "args": Namespace}: entry="module".  What
-    else the file holds must still be data: texts, numbers, containers, argparse.Namespace.
+    else the file holds must still be data: texts, numbers, containers, argparse.Namespace, and
+    NumPy's arrays of numbers (the state of its random numbers, which trainers save).
 
     Raises:
         ValueError: no such file, one cut short or damaged; code, a module, anything but tensors;
@@ -42,11 +51,35 @@ def read_pickled(path: str | os.PathLike[str], *, entry: str | None = None) -> d
             (tied weights), and views that lie side by side (DeepSpeed's files).
     """
     clones: dict[tuple[object, ...], Tensor] = {}  # one for all names of one tensor
-    found = _loaded(Path(path), entry)[0]
+    found = view_pickled(path, entry=entry)
     for value in found.values():
         if _place(value) not in clones:
             clones[_place(value)] = value.clone()
     return {name: clones[_place(value)] for name, value in found.items()}
+
+
+def view_pickled(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str, Tensor]:
+    """As read_pickled, but the tensors lie in the mapped file: for those who copy a few of many.
+
+    Raises:
+        ValueError: as read_pickled.
+    """
+    return _loaded(Path(path), entry)[0]
+
+
+def view_model(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """As view_pickled: of the file, or of its entry "module" (SwissArmyTransformer, DeepSpeed).
+
+    Raises:
+        ValueError: as read_pickled.
+    """
+    try:
+        return view_pickled(path)
+    except ValueError as error:
+        try:
+            return view_pickled(path, entry="module")
+        except ValueError:
+            raise error from None
 
 
 class PickledFile:
@@ -107,7 +140,7 @@ def _loaded(
             f"{path}: no such file, or cut short or damaged ({error}); get the file again"
         ) from error
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_DATA):
             found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can end in any of Python's errors
         raise ValueError(f"{path}: {_why(error)}") from error

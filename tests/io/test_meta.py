@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
-
 import minipeft as mp
 from minipeft.io.meta import load_meta, save_meta
+
+transformers = pytest.importorskip("transformers")
 
 DIM, HEADS, KV, LAYERS, FF, VOCAB = 16, 4, 2, 2, 24, 12
 HEAD = DIM // HEADS
@@ -99,7 +99,9 @@ IDS = torch.tensor([1, 5, 2, 9, 4, 7])
 
 
 @pytest.mark.parametrize(
-    "shards, by_rows", [(1, ()), (2, ()), (2, ("tok_embeddings",))], ids=["one", "two", "Llama 3"]
+    ("shards", "by_rows"),
+    [(1, ()), (2, ()), (2, ("tok_embeddings",))],
+    ids=["one", "two", "Llama 3"],
 )
 def test_a_checkpoint_computes_what_metas_code_does(shards, by_rows, tmp_path):
     state, model = weights(), llama()
@@ -197,11 +199,11 @@ def test_wrong_models_are_refused(tmp_path):
     folder = written(tmp_path / "m", weights(), 2)
     with pytest.raises(ValueError, match=r"w1.weight is \(12, 16\) in each of 2 files.*\(32, 16\)"):
         load_meta(llama(intermediate_size=32), folder)
-    with pytest.raises(ValueError, match="q_proj.bias, which Meta's LLaMA has not"):
+    with pytest.raises(ValueError, match=r"q_proj[.]bias, which Meta's LLaMA has not"):
         load_meta(llama(attention_bias=True), folder)
-    with pytest.raises(ValueError, match="output.weight differ, and are tied"):
+    with pytest.raises(ValueError, match=r"output[.]weight differ, and are tied"):
         load_meta(llama(tie_word_embeddings=True), folder)
-    with pytest.raises(ValueError, match="no consolidated.00.pth"):
+    with pytest.raises(ValueError, match="no consolidated"):
         load_meta(llama(), tmp_path)
     adapted = llama()
     mp.inject_lora(adapted, ["q_proj"], rank=2)
