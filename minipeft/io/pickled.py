@@ -14,21 +14,13 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minipeft.io.header import NAMES, Spec, nbytes
 
 SUFFIXES = (".bin", ".pt", ".pth")
-_RECONSTRUCT = np.empty(0).__reduce__()[0]  # NumPy makes an empty array by it, then sets its state
-_DATA: list[Any] = [
-    argparse.Namespace, np.ndarray, np.dtype, type(np.dtype("uint32")),
-    (_RECONSTRUCT, "numpy._core.multiarray._reconstruct"),
-    (_RECONSTRUCT, "numpy.core.multiarray._reconstruct"),  # NumPy 1
-]  # fmt: skip
 _RELOAD = 2**23  # bytes that may be touched in a mapping; then it is made anew, see PickledFile
 _AGAIN = (
     "load the file where you trust it, and save its tensors: safetensors.torch.save_file("
@@ -41,8 +33,7 @@ def read_pickled(path: str | os.PathLike[str], *, entry: str | None = None) -> d
 
     The file is a dictionary from names to tensors.  `entry` names such a dictionary inside the
     file's, as of SwissArmyTransformer, {"module": {...}, "args": Namespace}: entry="module".  What
-    else the file holds must still be data: texts, numbers, containers, argparse.Namespace, and
-    NumPy's arrays of numbers (the state of its random numbers, which trainers save).
+    else the file holds must still be data: texts, numbers, containers, argparse.Namespace.
 
     Raises:
         ValueError: no such file, one cut short or damaged; code, a module, anything but tensors;
@@ -130,25 +121,34 @@ def _loaded(
     path: Path, entry: str | None, *, again: bool = False
 ) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a file, checked, and whether they lie in its mapping."""
+    room = None
     try:
         with open(path, "rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"
         if mapped and not again:
-            _check_zip(path)
+            room = _check_zip(path)
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"{path}: no such file, or cut short or damaged ({error}); get the file again"
         ) from error
     try:
-        with torch.serialization.safe_globals(_DATA):
+        with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can end in any of Python's errors
         raise ValueError(f"{path}: {_why(error)}") from error
-    return _checked(path, found, entry), mapped
+    tensors = _checked(path, found, entry)
+    storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes()
+                for v in tensors.values()}  # fmt: skip
+    if room is not None and sum(storages.values()) > room:
+        raise ValueError(
+            f"{path}: tensors of {sum(storages.values())} bytes, and {room} in the file's members; "
+            "it is damaged: get it again"
+        )
+    return tensors, mapped
 
 
-def _check_zip(path: Path) -> None:
-    """Raise BadZipFile unless the members are plain and fit their checksums."""
+def _check_zip(path: Path) -> int:
+    """The bytes of all storages; raises BadZipFile unless members are plain and fit their sums."""
     with zipfile.ZipFile(path) as members:
         found = members.infolist()
         if len({m.filename for m in found}) < len(found):
@@ -157,6 +157,7 @@ def _check_zip(path: Path) -> None:
             raise zipfile.BadZipFile(f"{packed[0]:.80} is compressed, which torch.save never does")
         if (bad := members.testzip()) is not None:
             raise zipfile.BadZipFile(f"{bad:.80} differs from its checksum")
+        return sum(m.file_size for m in found if "/data/" in m.filename)
 
 
 def _why(error: Exception) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.plan import Ignore
-from minipeft.io.delta.chunks import Base, Rows, chunks_of, is_finite, total, wider
+from minipeft.io.delta.chunks import Base, chunks_of, is_finite, total, wider
 from minipeft.io.delta.make import (
     Path_,
     bar_over,
@@ -42,7 +42,7 @@ def apply_delta(
     delta: Path_,
     out: Path_,
     *,
-    rows: Rows | None = None,
+    rows: str | None = None,
     published_sum: float | None = None,
     tolerance: float = 0.01,
     ignore: Ignore = (),
@@ -101,7 +101,7 @@ def apply_delta(
 
 
 def check_delta(
-    base: Path_, delta: Path_, *, rows: Rows | None = None, ignore: Ignore = ()
+    base: Path_, delta: Path_, *, rows: str | None = None, ignore: Ignore = ()
 ) -> DeltaReport:
     """Do all that `apply_delta` does but writing: whether the delta is whole and of this base.
 
@@ -121,7 +121,7 @@ class _Sums:
         ValueError: they do not belong together.
     """
 
-    def __init__(self, base: Path, delta: Path, rows: Rows | None, ignore: Ignore) -> None:
+    def __init__(self, base: Path, delta: Path, rows: str | None, ignore: Ignore) -> None:
         with ExitStack() as held:
             self.bases = held.enter_context(
                 checkpoint.open_weights(base, mmap=False, pickled=True)
@@ -133,7 +133,7 @@ class _Sums:
             if self.entries:
                 if rows is not None and rows != said:
                     raise ValueError(f"{delta}: was made with rows={said!r}; rows={rows!r} given")
-                rows = said  # type: ignore[assignment]  # one of Rows, see entries_in
+                rows = said
             self.rows = rows
             if swapped := [path for path, own in self.bases.metadata.items() if KEY in own]:
                 raise ValueError(f"{swapped[0]}: is a delta; expected the base; are they swapped?")

@@ -9,13 +9,10 @@ in 16 bits is rounded.  So make_delta computes the total too and keeps what diff
 around, and truth values are combined by exclusive or: both are exact.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 CHUNK = 2**20  # numbers; some 10 copies in float32 live at a time, 40 MiB
-Rows = Literal["zeros", "mean"]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -26,7 +23,7 @@ class Base:
     float64 and rounded to float32, as a resized vocabulary begins in Alpaca.
     """
 
-    def __init__(self, tensor: Tensor, shape: tuple[int, ...], rows: Rows | None) -> None:
+    def __init__(self, tensor: Tensor, shape: tuple[int, ...], rows: str | None) -> None:
         self._flat = tensor.reshape(-1)
         self._row = tensor.new_empty(0)
         if tuple(tensor.shape) != shape:

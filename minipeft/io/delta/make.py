@@ -13,7 +13,6 @@ from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.plan import Ignore
 from minipeft.io.delta.chunks import (
     Base,
-    Rows,
     chunks_of,
     difference,
     is_finite,
@@ -52,7 +51,7 @@ def make_delta(
     out: Path_,
     *,
     dtype: torch.dtype | None = None,
-    rows: Rows | None = None,
+    rows: str | None = None,
     ignore: Ignore = (),
     max_shard_bytes: int = 10**9,
     progress: bool | None = None,
@@ -149,7 +148,7 @@ def bar_over(expected: Mapping[str, Mapping[str, Spec]], desc: str, shown: bool 
 
 def _write(
     folder: Path, expected: Mapping[str, Mapping[str, Spec]], bases: Reader, others: Reader,
-    rows: Rows | None, progress: bool | None,
+    rows: str | None, progress: bool | None,
 ) -> None:  # fmt: skip
     """The shards that are not there yet, each after its corrections."""
     with bar_over(expected, "making the delta", progress) as bar:
@@ -168,7 +167,7 @@ def _write(
 
 def _write_tensor(
     writer: ShardWriter, corrections: CorrectionWriter, bases: Reader, others: Reader, name: str,
-    rows: Rows | None,
+    rows: str | None,
 ) -> Entry:  # fmt: skip
     """One tensor's difference and corrections; the tensors that it reads go with its frame."""
     first, tuned = bases.view(name), others.view(name)

@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minipeft.io.bitsandbytes.plan import Ignore, unwanted
-from minipeft.io.delta.chunks import Rows
 from minipeft.io.shards import Reader
 
 POLICIES = ("zeros", "mean")
 
 
 def paired(
-    base: Reader, other: Reader, rows: Rows | None, ignore: Ignore, *, what: str,
+    base: Reader, other: Reader, rows: str | None, ignore: Ignore, *, what: str,
     may_have_rows: bool = False,
 ) -> list[str]:  # fmt: skip
     """The names that both have, in the other's order; `what` the other is: "delta", "tuned model".
@@ -61,7 +60,7 @@ def place_of(reader: Reader) -> Path:
     return first if len(paths) == 1 else first.parent
 
 
-def _grows(base: Reader, other: Reader, name: str, rows: Rows | None, what: str) -> bool:
+def _grows(base: Reader, other: Reader, name: str, rows: str | None, what: str) -> bool:
     """Whether a tensor has more rows than the base's, which `rows` allows."""
     (own_dtype, own), (dtype, shape) = base.specs[name], other.specs[name]
     where = f"{other.file_of[name]}: {name:.80} is {dtype} of shape {shape}"

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from minipeft.io.fields import TEXT, Kind, check, list_of, one_of, parse_object, whole
-from minipeft.io.files import write_tensors
 from minipeft.io.header import DAMAGED, DTYPES, NAMES
-from minipeft.io.shards import Reader
+from minipeft.io.shards import Reader, ShardWriter
 
 KEY = "minipeft_delta"
 _FLUSH = 2**23  # bytes of corrections in one file, about
@@ -143,7 +142,11 @@ class CorrectionWriter:
         if self._tensors:
             self._files += 1
             name = f"{self._shard.stem}.corrections-{self._files:03d}.safetensors"
-            write_tensors(self._shard.with_name(name), self._tensors)
+            specs = {own: (t.dtype, tuple(t.shape)) for own, t in self._tensors.items()}
+            with ShardWriter(self._shard.with_name(name), specs) as writer:
+                for own, tensor in self._tensors.items():
+                    writer.write(own, tensor)
+                writer.finish()
         self._tensors, self._held = {}, 0
 
 

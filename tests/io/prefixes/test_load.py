@@ -148,6 +148,12 @@ def test_checkpoints_of_p_tuning_v2_and_chatglm(start, position, mlp, tmp_path, 
     other = Case("LLaMA")
     prefixes.load_prefix_encoder(other.model, tmp_path / "out.safetensors", position=position)
     assert torch.equal(other.logits(), case.logits())
+    torch.save({k: nn.Parameter(v) for k, v in state.items()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    for source in (tmp_path / "pytorch_model.bin", tmp_path):  # as the trainer's folder has it
+        other = Case("LLaMA")
+        assert prefixes.load_prefix_encoder(other.model, source).position == position
+        assert torch.equal(other.logits(), case.logits())
 
 
 SETTINGS = {
