@@ -41,6 +41,12 @@ def branch_of(
     own: Pairs, place: Place, module: nn.Module, scales: Scales, where: str,
     slices: Slices, enabled: Sequence[bool] | None,
 ) -> Branch:  # fmt: skip
+    """The factors of one module; `slices` and `enabled` are load_lora's of those names.
+
+    Raises:
+        ValueError: factors that are missing, of two ranks, or of another size than the module's;
+            several pairs without rows for each; no alpha.
+    """
     numbers = own.number()
     pairs = [_pair(own, number, where) for number in numbers]
     rank = len(pairs[0][0])
