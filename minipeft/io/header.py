@@ -144,12 +144,23 @@ def _entry(name: str, entry: object) -> tuple[Spec, tuple[int, int]]:
 
 def digest(tensor: Tensor) -> str:
     """sha256 of a tensor: its dtype and shape, as in "float32 [2, 3]", then its bytes."""
-    described = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-    total = hashlib.sha256(described.encode())
-    if tensor.numel():
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        total.update(data.numpy().data)
-    return total.hexdigest()
+    total = digest_of((tensor.dtype, tuple(tensor.shape)))
+    total.update(bytes_of(tensor.detach().cpu()))
+    found: str = total.hexdigest()
+    return found
+
+
+def digest_of(spec: Spec) -> Any:
+    """The hash that `digest` begins with; the tensor's bytes come next."""
+    return hashlib.sha256(f"{str(spec[0]).removeprefix('torch.')} {list(spec[1])}".encode())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, row by row; no copy if they lie so already."""
+    if not tensor.numel():
+        return memoryview(b"")
+    data: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return data
 
 
 def metadata_with(sums: Mapping[str, str], more: Mapping[str, str] | None = None) -> dict[str, str]:

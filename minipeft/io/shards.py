@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from minipeft.io import pickled
 from minipeft.io.fields import LARGEST, read_object
 from minipeft.io.header import (
     DAMAGED,
@@ -24,8 +24,10 @@ from minipeft.io.header import (
     NAMES,
     Spec,
     UnmappedFile,
+    bytes_of,
     checksums_in,
     digest,
+    digest_of,
     metadata_with,
     nbytes,
 )  # fmt: skip
@@ -36,7 +38,8 @@ class ShardWriter:
     """A safetensors file of known names, dtypes and shapes, filled in any order.
 
     Written under a temporary name; `finish` flushes it to disk and renames it.  Leaving the
-    context without it removes the temporary file.
+    context without it removes the temporary file.  `metadata`, strings of the file's header, may
+    get other values before `finish`, each as long as it was.
 
     Raises:
         ValueError: a name that was not announced, was written already or not at all, or has
@@ -44,8 +47,11 @@ class ShardWriter:
         OSError: the disk is full, and the like; the message names file and tensor.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec], *, shown: Path | None = None) -> None:
-        self.path, self.specs = path, dict(specs)
+    def __init__(
+        self, path: Path, specs: Mapping[str, Spec], *, shown: Path | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.specs, self.metadata = path, dict(specs), dict(metadata or {})
         self._shown = path if shown is None else shown  # what errors call the file
         number = f"{os.getpid()}-{secrets.token_hex(8)}"
         self._temporary = path.with_name(f".{path.name}.{number}.tmp")
@@ -63,7 +69,7 @@ class ShardWriter:
         self._total = self._start + end
 
     def _header(self) -> bytes:
-        header: dict[str, object] = {"__metadata__": metadata_with(self._sums)}
+        header: dict[str, object] = {"__metadata__": metadata_with(self._sums, self.metadata)}
         for name, (start, end) in self._places.items():
             dtype, shape = self.specs[name]
             header[name] = {
@@ -81,23 +87,42 @@ class ShardWriter:
                 f"{self.path.name}: {name} is {tensor.dtype} {tuple(tensor.shape)}; announced "
                 f"{self.specs[name]}"
             )
-        plain = tensor.detach().cpu().contiguous()
-        self._sums[name] = digest(plain)
-        try:
-            self._file.seek(self._start + self._places[name][0])
-            if plain.numel():
-                self._file.write(plain.view(-1).view(torch.uint8).numpy().data)
+        self.write_parts(name, [tensor.detach().cpu()])
+
+    def write_parts(self, name: str, parts: Iterable[Tensor]) -> str:
+        """Write one tensor as parts that follow each other in it; returns its digest."""
+        if name not in self._left:
+            raise ValueError(f"{self.path.name}: {name} was not announced, or is written already")
+        spec, written = self.specs[name], 0
+        total = digest_of(spec)
+        start, end = self._places[name]
+        for part in parts:
+            data = bytes_of(part)
+            if part.dtype != spec[0] or start + written + len(data) > end:
+                raise ValueError(f"{self.path.name}: a part of {name} is not of {spec}")
+            total.update(data)
+            try:
+                self._file.seek(self._start + start + written)
+                self._file.write(data)
                 self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror} while writing {name}", str(self._shown)) \
-                from error  # fmt: skip
+            except OSError as error:
+                raise OSError(
+                    error.errno, f"{error.strerror} while writing {name}", str(self._shown)
+                ) from error
+            written += len(data)
+        if start + written != end:
+            raise ValueError(f"{self.path.name}: {name} has {end - start} bytes, got {written}")
+        self._sums[name] = total.hexdigest()
         self._left.discard(name)
+        return self._sums[name]
 
     def finish(self) -> None:
         """Write the header, flush to disk, rename."""
         if self._left:
             raise ValueError(f"{self.path.name}: not written yet: {sorted(self._left)[:5]}")
         header = self._header()
+        if 8 + len(header) != self._start:
+            raise ValueError(f"{self.path.name}: the metadata has another length than announced")
         try:
             self._file.truncate(self._total)
             self._file.seek(0)
@@ -147,10 +172,11 @@ def split(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
 
 
 class Reader:
-    """Tensors by name from safetensors files of one directory.
+    """Tensors by name from safetensors files of one directory, and from .bin, .pt, .pth files.
 
     Each file is mapped into memory; with `mmap=False` each tensor is read from its file instead,
-    when it is asked for: nothing is mapped, as a disk on the network may want it.  Damage to the
+    when it is asked for: nothing is mapped, as a disk on the network may want it.  Pickled files
+    are mapped in any case (those from before torch 1.6 are read as a whole).  Damage to the
     structure is found on opening, a wrong checksum when a tensor is read.  Use as a context.
 
     Raises:
@@ -191,7 +217,12 @@ class Reader:
             ValueError: it cannot be read, or its checksum differs.
         """
         found = self.view(name)
-        return found.clone() if self.mmap else found
+        return found if isinstance(self._files[self.file_of[name]], UnmappedFile) else found.clone()
+
+    def checksum(self, name: str) -> str | None:
+        """The digest of a tensor that its file's metadata holds; None if that holds none."""
+        found = (self._sums[self.file_of[name]] or {}).get(name)
+        return found if isinstance(found, str) else None
 
     def view(self, name: str) -> Tensor:
         """One tensor, in the mapped file if it is mapped: for as long as this context lasts.
@@ -204,7 +235,8 @@ class Reader:
         path = self.file_of[name]
         try:
             file = self._files[path]
-            tensor: Tensor = file.get_tensor(name) if self.mmap else file.read(name)
+            own = isinstance(file, UnmappedFile | pickled.PickledFile)
+            tensor: Tensor = file.read(name) if own else file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {name} cannot be read ({error})") from error
         sums = self._sums[path]
@@ -215,7 +247,7 @@ class Reader:
     def close(self) -> None:
         """Let the files go."""
         for file in self._files.values():
-            if not self.mmap:
+            if isinstance(file, UnmappedFile | pickled.PickledFile):
                 file.close()
         self._files.clear()
 
@@ -229,20 +261,23 @@ class Reader:
 def indexed(index: Path, *, largest: int = LARGEST, mmap: bool = True) -> Reader:
     """The files that an index names: each tensor is in its file, and those files hold no others.
 
+    The files are safetensors; those of an index that is called ....bin.index.json are pickled.
+
     Raises:
         ValueError: a damaged index, or one of more than `largest` bytes; a file elsewhere, missing
             or damaged; the index and the files disagree.
     """
     places = read_object(index, largest=largest).get("weight_map")
+    suffix = ".bin" if index.name.endswith(".bin.index.json") else ".safetensors"
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index}: no 'weight_map' from names to files")
     for name, file in places.items():
         # a plain name: no other folder, no drive, nothing hidden
         plain = isinstance(file, str) and file == Path(file).name and "\\" not in file
-        if not plain or file.startswith(".") or not file.endswith(".safetensors"):
+        if not plain or file.startswith(".") or not file.endswith(suffix):
             raise ValueError(
-                f"{index}: {name:.80} is in {str(file)[:80]!r}; expected the name of a "
-                ".safetensors file in the same directory"
+                f"{index}: {name:.80} is in {str(file)[:80]!r}; expected the name of a {suffix} "
+                "file in the same directory"
             )
     reader = Reader([index.parent / file for file in dict.fromkeys(places.values())], mmap=mmap)
     found = {name: path.name for name, path in reader.file_of.items()}
@@ -265,6 +300,9 @@ def _opened(path: Path, mmap: bool) -> tuple[Any, dict[str, str], dict[str, Spec
     """The file, what its header holds, and dtype and shape of each tensor."""
     from safetensors import SafetensorError, safe_open
 
+    if path.suffix in pickled.SUFFIXES:
+        other = pickled.PickledFile(path)
+        return other, other.metadata, other.specs
     try:
         if not mmap:
             plain = UnmappedFile(path)

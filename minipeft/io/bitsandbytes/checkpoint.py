@@ -14,29 +14,41 @@ import torch
 from minipeft.io.bitsandbytes.weight import DTYPES
 from minipeft.io.fields import read_object
 from minipeft.io.mxfp4 import MXFP4
+from minipeft.io.pickled import SUFFIXES
 from minipeft.io.replace import current
 from minipeft.io.shards import Reader, indexed
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _MAX_JSON = 2**28  # an index has about 100 bytes a tensor
 
 
-def open_weights(path: Path, *, mmap: bool = True) -> Reader:
-    """All tensors of a checkpoint directory, or of one safetensors file.
+def open_weights(path: Path, *, mmap: bool = True, pickled: bool = False) -> Reader:
+    """All tensors of a checkpoint directory, or of one file.
+
+    safetensors files; with `pickled` also pickled ones (io/pickled.py), where there are no others.
 
     Raises:
-        ValueError: no weights (pickled ones are not read), or a damaged file or index.
+        ValueError: no weights (or pickled ones, without `pickled`), or a damaged file or index.
     """
     if path.is_file():
+        if path.suffix in SUFFIXES and not pickled:
+            raise ValueError(f"{path}: a pickled file; convert it to safetensors")
         return Reader([path], mmap=mmap)
     if not path.is_dir():
-        raise ValueError(f"{path}: no such directory")
+        raise ValueError(f"{path}: no such file or directory")
     if current(path / INDEX).is_file():
         return indexed(path / INDEX, largest=_MAX_JSON, mmap=mmap)
     if current(path / SINGLE).is_file():
         return Reader([path / SINGLE], mmap=mmap)
-    pickled = sorted(p.name for p in path.glob("*.bin"))
-    why = f"; {pickled[:3]} are pickled files: convert them to safetensors" if pickled else ""
+    if pickled and (path / PICKLED_INDEX).is_file():
+        return indexed(path / PICKLED_INDEX, largest=_MAX_JSON)
+    if pickled and (path / PICKLED).is_file():
+        return Reader([path / PICKLED])
+    others = sorted(p.name for p in path.glob("*.bin"))
+    why = f"; {others[:3]} are pickled files: convert them to safetensors" if others else ""
+    if pickled:
+        why = f", no {PICKLED} and no {PICKLED_INDEX}; pass the folder of a checkpoint, or a file"
     raise ValueError(f"{path}: no {SINGLE} and no {INDEX}{why}")
 
 

@@ -1,19 +1,12 @@
 """A 16-bit checkpoint made a 4-bit one, tensor by tensor: memory does not grow with the model.
 
-The work is done in `<destination>.unfinished` beside the destination, a shard at a time; a shard
-has its name only when it is whole.  At the end the directory is renamed.  So a destination that
-exists is complete, and after an interruption, at whatever moment, the same call goes on: with the
-next shard, or, where only the record of the run is left to be removed, with that.
+The work is done shard by shard in `<destination>.unfinished`, see unfinished.py.
 """
 
-import errno
 import hashlib
-import json
 import os
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
@@ -25,81 +18,23 @@ from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.plan import Ignore
 from minipeft.io.bitsandbytes.weight import entries
 from minipeft.io.bitsandbytes.work import Work, not_theirs, work_for
-from minipeft.io.fields import read_object
 from minipeft.io.header import Spec, nbytes
-from minipeft.io.replace import locked, write_file
+from minipeft.io.replace import write_file
 from minipeft.io.shards import Reader, ShardWriter, split
+from minipeft.io.unfinished import (
+    check_room,
+    copy_others,
+    is_done,
+    is_finished,
+    state_of,
+    working_for,
+)
 from minipeft.model.peft_words import in_our_words
 from minipeft.model.quantize import Skip
 from minipeft.nf4 import check_block_size
 from minipeft.qlora import NF4Linear
 
 PROGRESS = ".quantize_checkpoint.json"
-_NOT_COPIED = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".gguf", ".onnx", ".ot",
-}  # fmt: skip
-
-
-def _is_taken(destination: Path) -> bool:
-    return destination.exists() and (not destination.is_dir() or any(destination.iterdir()))
-
-
-def _is_finished(destination: Path, wanted: Mapping[str, object]) -> bool:
-    """Whether this run has renamed its directory already, and died before it removed its record.
-
-    Raises:
-        ValueError: the destination is another run's.
-    """
-    if not _is_taken(destination):
-        return False
-    record = destination / PROGRESS
-    if not record.is_file() or read_object(record) != wanted:
-        raise ValueError(f"{destination}: exists already; choose another directory")
-    record.unlink()
-    return True
-
-
-@contextmanager
-def _working_in(directory: Path, wanted: Mapping[str, object]) -> Iterator[None]:
-    """Hold the lock of a directory that is new, or left by an interrupted run of the same kind.
-
-    Raises:
-        ValueError: it belongs to another run, which still goes on or had other settings.
-    """
-    record = directory / PROGRESS
-    directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory, wait=False) as alone:
-        if alone is False:
-            raise ValueError(f"{directory}: another process is working in it")
-        for leftover in directory.glob(".*.tmp"):
-            leftover.unlink()
-        if not any(directory.iterdir()):  # new, or its run died before it had a record
-            write_file(record, json.dumps(wanted, indent=2).encode())
-        found = read_object(record) if record.is_file() else None
-        if found != wanted:
-            raise ValueError(
-                f"{directory}: left by a run with another source or other settings; delete it, or "
-                "choose another destination"
-            )
-        yield
-
-
-def _is_done(path: Path, expected: Mapping[str, Spec], *, mmap: bool) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        with Reader([path], mmap=mmap) as reader:
-            return reader.specs == dict(expected)
-    except ValueError:
-        return False
-
-
-def _copy_others(source: Path, directory: Path) -> None:
-    """Tokeniser, generation settings, licence: all files but weights and what is written here."""
-    for path in sorted(source.iterdir()):
-        written = path.name in (checkpoint.CONFIG, PROGRESS) or path.name.endswith(".index.json")
-        if path.is_file() and not written and path.suffix not in _NOT_COPIED:
-            shutil.copyfile(path, directory / path.name)
 
 
 @in_our_words
@@ -150,7 +85,6 @@ def quantize_checkpoint(
         raise ValueError(f"{source}: no such directory; expected the local folder of a checkpoint")
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{destination}: lies in {source}, which is never written to")
-    directory = destination.with_name(f"{destination.name}.unfinished")
     config = checkpoint.config_of(source)
     if config.get("quantization_config") is not None:
         raise ValueError(f"{source / checkpoint.CONFIG}: is quantised already")
@@ -174,24 +108,20 @@ def quantize_checkpoint(
             repr((sorted(work.weights.items()), expected)).encode()
         ).hexdigest()
         record: dict[str, object] = {
-            "source": {p.name: [p.stat().st_size, p.stat().st_mtime_ns]
-                       for p in sorted(set(reader.file_of.values()))},
+            "source": state_of(set(reader.file_of.values())),
             "settings": described,
-        }  # fmt: skip
+        }
         names = Names(work.wanted, work.left_out, notes=notes)
-        if _is_finished(destination, record):
+        if is_finished(destination, PROGRESS, record):
             return names
         with (
-            _working_in(directory, record),
+            working_for(destination, PROGRESS, record) as directory,
             Progress(total=sum(map(nbytes, reader.specs.values())), desc="quantising", unit="B",
                      unit_scale=True, shown=progress) as bar,
         ):  # fmt: skip
             left = {file for file in files
-                    if not _is_done(directory / file, expected[file], mmap=mmap)}  # fmt: skip
-            needed = sum(sizes[key] for file in left for key in files[file])
-            if needed > (free := shutil.disk_usage(directory).free):
-                what = f"{needed:,} bytes to write, {free:,} bytes free"
-                raise OSError(errno.ENOSPC, what, str(directory))
+                    if not is_done(directory / file, expected[file], mmap=mmap)}  # fmt: skip
+            check_room(directory, sum(sizes[key] for file in left for key in files[file]))
             for file, keys in files.items():
                 if file in left:
                     _write(directory / file, expected[file], keys, work, reader, bar)
@@ -199,12 +129,6 @@ def quantize_checkpoint(
                     bar.update(sum(nbytes(reader.specs[own]) for key in keys
                                    for own in work.steps[key]))  # fmt: skip
             _finish(directory, source, config, model, work, expected)
-            if _is_taken(destination):
-                raise ValueError(f"{destination}: exists already; it was made meanwhile")
-            if destination.exists():  # empty; Windows renames onto nothing
-                destination.rmdir()
-            os.replace(directory, destination)
-            (destination / PROGRESS).unlink()
     return names
 
 
@@ -247,7 +171,7 @@ def _finish(
     expected: Mapping[str, Mapping[str, Spec]],
 ) -> None:
     """Everything but the weights, config.json last."""
-    _copy_others(source, directory)
+    copy_others(source, directory, but=(checkpoint.CONFIG, PROGRESS))
     if len(expected) > 1:
         sizes = {name: nbytes(spec) for own in expected.values() for name, spec in own.items()}
         write_file(directory / checkpoint.INDEX, checkpoint.index_text(expected, sizes))

@@ -1,8 +1,9 @@
-"""The files of weights in an adapter's directory: one, several by an index, or a pickle.
+"""The files of weights in an adapter's directory: one, or several by an index.
 
 adapter_model.safetensors
 adapter_model.safetensors.index.json, adapter_model-00001-of-00002.safetensors, ...
-adapter_model.bin                           refused: reading it can run code
+adapter_model.bin                           read where none of the above is there: pickled.py
+adapter_model.bin.index.json, adapter_model-00001-of-00002.bin, ...
 """
 
 from collections.abc import Mapping
@@ -12,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
+from minipeft.io.pickled import read_pickled
 from minipeft.io.replace import current
 from minipeft.io.seal import read_sealed
 from minipeft.io.shards import indexed
 
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
-_PICKLE_NAME = "adapter_model.bin"
+PICKLED_NAME = "adapter_model.bin"
 
 
 def read_weights(
@@ -30,24 +32,15 @@ def read_weights(
 
     Raises:
         NotOneSave: the weights were saved with another configuration.
-        ValueError: no such file, a pickle, a damaged file or index.
+        ValueError: no such file, a damaged file or index, a pickle of anything but tensors.
     """
-    _refuse_pickle(directory)
-    single, index = directory / WEIGHTS_NAME, directory / INDEX_NAME
-    if current(single).is_file() or not index.is_file():
+    single, pickled = directory / WEIGHTS_NAME, directory / PICKLED_NAME
+    if current(single).is_file():
         return read_sealed(single, config, CONFIG_NAME)
-    with indexed(index) as reader:
-        return {name: reader.read(name) for name in reader.specs}, {}
-
-
-def _refuse_pickle(directory: Path) -> None:
-    """Raise ValueError if the weights are there as a pickle only."""
-    safe = (directory / name for name in (WEIGHTS_NAME, INDEX_NAME))
-    if (directory / _PICKLE_NAME).is_file() and not any(current(p).is_file() for p in safe):
-        raise ValueError(
-            f"{directory}: {_PICKLE_NAME} is a pickle, which can run code, so it is not read here; "
-            "turn it into a safe file by two lines, which run none of its code:\n"
-            f"    state = torch.load({str(directory / _PICKLE_NAME)!r}, weights_only=True)\n"
-            "    safetensors.torch.save_file({name: value.clone() for name, value in "
-            f"state.items()}}, {str(directory / WEIGHTS_NAME)!r})"
-        )
+    for index in (directory / INDEX_NAME, directory / f"{PICKLED_NAME}.index.json"):
+        if index.is_file():
+            with indexed(index) as reader:
+                return {name: reader.read(name) for name in reader.specs}, {}
+        if pickled.is_file():
+            return read_pickled(pickled), {}
+    return read_sealed(single, config, CONFIG_NAME)  # says that there is no such file

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from minipeft.io import fields
 from minipeft.io.fields import NAMES, TEXT, Kind, list_of, optional, whole
+from minipeft.io.replace import current
 from minipeft.layers.prompt import PromptEncoder
 from minipeft.prefix import PrefixEncoder
 
@@ -55,6 +56,14 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: no such file, no JSON, or a field that is missing or has another kind of value.
     """
+    folder = path.parent
+    if not current(path).is_file() and (
+        folder.is_file() or (folder / "pytorch_model.bin").is_file()
+    ):
+        raise ValueError(
+            f"{path}: no such file; if {folder.name} is of P-tuning v2 or ChatGLM, "
+            f"minipeft.io.prefixes.load_prefix_encoder(model, {str(folder)!r}) reads it"
+        )
     found = fields.read_config(path, "save_prefix", "adapter_config.json", "load_peft")
     config: dict[str, Any] = {"heads": [], **found}
     fields.check(str(path), config, _FIELDS, _NEEDED)

@@ -16,6 +16,7 @@ from minipeft.adapters.names import DEFAULT
 from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import Prefix
 from minipeft.io.files import read_tensors, write_tensors
+from minipeft.io.pickled import SUFFIXES, read_pickled
 from minipeft.io.prefixes.load import encoder_of_table
 from minipeft.io.prefixes.save import prefix_of
 from minipeft.prefix import PrefixEncoder
@@ -64,6 +65,24 @@ def flat_table(state: Mapping[str, Tensor]) -> Tensor:
     return table
 
 
+def _weights_in(path: Path) -> Path:
+    """The file of weights in a folder, safetensors before pickled; a file is itself.
+
+    Raises:
+        ValueError: neither is there, or the file is of another kind.
+    """
+    if path.is_dir():
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (path / name).is_file():
+                return path / name
+        raise ValueError(f"{path}: no model.safetensors and no pytorch_model.bin; pass the file")
+    if path.suffix not in (".safetensors", *SUFFIXES):
+        raise ValueError(
+            f"{path}: expected a file that ends in .safetensors, {', '.join(SUFFIXES)}"
+        )
+    return path
+
+
 def load_prefix_encoder(
     model: nn.Module,
     source: str | os.PathLike[str] | Mapping[str, Tensor],
@@ -72,26 +91,24 @@ def load_prefix_encoder(
     position: str | None = None,
     example: dict[str, Any] | None = None,
 ) -> Prefix:
-    """Attach the prefix of a P-tuning v2 or ChatGLM checkpoint: a safetensors file, or its tensors.
+    """Attach the prefix of a P-tuning v2 or ChatGLM checkpoint: a folder, a file, or its tensors.
 
+    A file is safetensors or pickled (.bin, .pt, .pth; see io/pickled.py); a folder holds
+    model.safetensors or, where that is not, pytorch_model.bin, as THUDM's scripts write it.
     `position` None: "none" for ChatGLM's keys (transformer.prefix_encoder...), whose text starts at
     position 0, and "shift" otherwise, as P-tuning v2 numbers it.  A table, whatever it was.
     `example` is as in attach_prefix: ChatGLM needs ids with its special tokens.
 
     Raises:
-        ValueError: a pickle, a file without a prefix, a prefix for other shapes.  The model is then
-            as it was.
+        ValueError: a file that is missing, damaged or without a prefix, a pickle of anything but
+            tensors, a prefix for other shapes.  The model is then as it was.
     """
     if isinstance(source, Mapping):
         state, where = dict(source), "the state"
     else:
-        path = Path(source)
-        if path.suffix != ".safetensors":
-            raise ValueError(
-                f"{path}: expected a .safetensors file; a pickle can run code, so it is not read: "
-                "load it where you trust it, and save its prefix_encoder tensors with safetensors"
-            )
-        state, where = read_tensors(path), str(path)
+        path = _weights_in(Path(source))
+        reads = read_pickled if path.suffix in SUFFIXES else read_tensors
+        state, where = reads(path), str(path)
     flat = flat_table(state)
     if position is None:
         chatglm = any(key.startswith("transformer.prefix_encoder.") for key in state)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,7 +239,7 @@ def test_a_full_disk_leaves_no_destination(tmp_path):
 def test_room_is_checked_before_the_work(tmp_path, monkeypatch):
     source(tmp_path / "source")
     usage = type("Usage", (), {"free": 1000})()
-    monkeypatch.setattr(quantize_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="bytes to write, 1,000 bytes free"):
         quantize_checkpoint(tmp_path / "source", tmp_path / "out", model=on_meta(), head=())
     assert not (tmp_path / "out").exists()

@@ -211,11 +211,13 @@ def test_a_configuration_that_is_no_object_raises(tmp_path, text):
     refuse(tmp_path, "JSON")
 
 
-def test_missing_files_and_pickles_raise(tmp_path):
+def test_missing_files_and_what_is_no_pickle_raise(tmp_path):
     refuse(tmp_path / "nowhere", "no such file")
     saved(tmp_path)
     (tmp_path / WEIGHTS).rename(tmp_path / "adapter_model.bin")
-    refuse(tmp_path, "pickle")
+    refuse(tmp_path, r"adapter_model\.bin: cannot be read as tensors")
+    (tmp_path / "adapter_model.bin").unlink()
+    refuse(tmp_path, r"adapter_model\.safetensors: no such file")
 
 
 def test_a_wrapped_model_refuses_a_second_adapter(tmp_path):

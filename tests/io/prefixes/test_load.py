@@ -148,6 +148,12 @@ def test_checkpoints_of_p_tuning_v2_and_chatglm(start, position, mlp, tmp_path, 
     other = Case("LLaMA")
     prefixes.load_prefix_encoder(other.model, tmp_path / "out.safetensors", position=position)
     assert torch.equal(other.logits(), case.logits())
+    torch.save({k: nn.Parameter(v) for k, v in state.items()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    for source in (tmp_path / "pytorch_model.bin", tmp_path):  # as the trainer's folder has it
+        other = Case("LLaMA")
+        assert prefixes.load_prefix_encoder(other.model, source).position == position
+        assert torch.equal(other.logits(), case.logits())
 
 
 SETTINGS = {
@@ -342,8 +348,16 @@ def test_adapters_of_other_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="called 'default' already"):
         mp.load_peft(case.model, tmp_path / "peft")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ValueError, match="pickle"):
-        prefixes.load_prefix_encoder(Case("LLaMA").model, tmp_path / "pytorch_model.bin")
+    for source in (tmp_path, tmp_path / "pytorch_model.bin"):
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin: cannot be read as tensors"):
+            prefixes.load_prefix_encoder(Case("LLaMA").model, source)
+        with pytest.raises(ValueError, match=r"load_prefix_encoder\(model, '.*'\) reads it"):
+            prefixes.load_prefix(Case("LLaMA").model, source)
+    with pytest.raises(ValueError, match=r"expected a file that ends in \.safetensors, \.bin"):
+        prefixes.load_prefix_encoder(Case("LLaMA").model, tmp_path / "prefix.npz")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no model\.safetensors and no pytorch_model\.bin"):
+        prefixes.load_prefix_encoder(Case("LLaMA").model, tmp_path / "empty")
 
 
 def test_save_pretrained_writes_what_it_can_and_the_rest_beside_it(tmp_path):
