@@ -31,6 +31,7 @@ from minipeft.model.merge import merge, remove, unmerge
 from minipeft.model.quantize import dequantize_model, inject_qlora, quantize_model
 from minipeft.model.switch import factors_of, replace_adapter, use_adapters
 from minipeft.model.train import tie_heads, train_biases, train_modules, train_tokens
+from minipeft.model.vocabulary import extend_vocabulary
 from minipeft.nf4 import NF4_CODEBOOK, dequantize_nf4, quantize_nf4
 from minipeft.prefix import PrefixEncoder, prefix_attention
 from minipeft.qlora import NF4Linear
@@ -40,7 +41,7 @@ if _TYPE_CHECKING:
     from minipeft import integrations, io
     from minipeft.integrations.transformers import attach_prefix, attach_prompt, meta_model
     from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_quantized
-    from minipeft.io.peft import load_peft, save_peft
+    from minipeft.io.peft import load_peft, merge_in_order, save_peft
     from minipeft.io.prefixes import load_prefix, save_prefix
 
 _derivatives.register()  # of all operators, which the imports above have defined
@@ -55,6 +56,7 @@ _LATER = {
     "load_peft": "io.peft",
     "load_prefix": "io.prefixes",
     "load_quantized": "io.bitsandbytes",
+    "merge_in_order": "io.peft",
     "meta_model": "integrations.transformers",
     "quantize_checkpoint": "io.bitsandbytes",
     "save_peft": "io.peft",
@@ -108,6 +110,7 @@ __all__ = [
     "dequantize_model",
     "dequantize_nf4",
     "disable_adapters",
+    "extend_vocabulary",
     "factors_of",
     "freeze",
     "inject",
@@ -126,6 +129,7 @@ __all__ = [
     "lora_scaling",
     "memory_report",
     "merge",
+    "merge_in_order",
     "meta_model",
     "optim",
     "prefix_attention",

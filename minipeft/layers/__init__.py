@@ -9,6 +9,7 @@ from minipeft.layers.fused import LoRAFusedLinear
 from minipeft.layers.mixture import LoRAExperts
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 from minipeft.layers.tied import LoRATiedLinear
+from minipeft.layers.vocabulary import LongerHead, LongerTable
 from minipeft.quantized.conv1d import NF4Conv1D
 from minipeft.quantized.embedding import NF4Embedding
 from minipeft.quantized.experts import NF4Experts
@@ -24,6 +25,8 @@ __all__ = [
     "LoRAFusedLinear",
     "LoRAMultiheadAttention",
     "LoRATiedLinear",
+    "LongerHead",
+    "LongerTable",
     "NF4Conv1D",
     "NF4Embedding",
     "NF4Experts",

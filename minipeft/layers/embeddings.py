@@ -46,7 +46,7 @@ class LoRAEmbedding(LowRank):
         init: Callable[["LoRAEmbedding"], None] | None = None,
         **options: Unpack[Options],
     ) -> None:
-        rows, dim = _checked_table(type(self).__name__, base)
+        rows, dim = checked_table(type(self).__name__, base)
         super().__init__(base, (rank, rows), (dim, rank), rank, alpha, **options)
         self.num_embeddings, self.embedding_dim = rows, dim
         self.initialize(init)
@@ -78,7 +78,8 @@ class LoRAEmbedding(LowRank):
         return self.delta().T
 
 
-def _checked_table(caller: str, base: nn.Module) -> tuple[int, int]:
+def checked_table(caller: str, base: nn.Module) -> tuple[int, int]:
+    """Rows and columns of an embedding that gives rows of its table; raises on anything else."""
     if not isinstance(base, nn.Module):
         raise TypeError(f"{caller}: expected a module as base, got {type(base).__name__}")
     plain = innermost(base)

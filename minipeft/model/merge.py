@@ -220,6 +220,9 @@ def _check_foldable(
                 values = stack[0].effective_parameters()
             except ValueError as error:
                 raise ValueError(f"remove: {place}: {error}") from error
+        reason = getattr(stack[0], "fold_reason", None)
+        if reason is not None and (why := reason()):
+            raise ValueError(f"remove: {place}: {why}")
         for own, value in values.items():
             in_place = not is_packed(plain) and getattr(stack[0], "folds_into_base", True)
             if in_place and id(plain.get_parameter(own)) in shared:

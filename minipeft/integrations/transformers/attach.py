@@ -15,6 +15,7 @@ from minipeft.integrations.transformers import attention, gate_search, positions
 from minipeft.integrations.transformers.prefixes import NAME, Prefix, check_key
 from minipeft.integrations.transformers.prompt_runs import RunPrompt
 from minipeft.integrations.transformers.trial import as_before
+from minipeft.layers.vocabulary import LongerHead
 from minipeft.model.rows import refuse_rows
 from minipeft.model.train import train_modules
 
@@ -92,7 +93,8 @@ def attach(
         with probe.errors_of(caller):
             encoder.to(positions.input_device(model)).train(model.training)
         heads = _heads(caller, model, prefix, train_head)
-        trained = any(is_adapter(getattr(model, part, None)) for part in NEW_HEADS)
+        found = [getattr(model, part, None) for part in NEW_HEADS]
+        trained = any(is_adapter(m) and not isinstance(m, LongerHead) for m in found)
         if trained and not heads and train_head is True:
             warnings.warn(
                 f"{caller}: the model's head trains with another adapter already; {name!r} "

@@ -3,7 +3,7 @@
 A tensor is a factor of a layer, a bias, part of a module saved whole, rows of tokens, or wrong.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from minipeft.io.peft.config import CONFIG_NAME
 from minipeft.io.peft.keys import Key
 from minipeft.io.peft.located import Located
 from minipeft.io.peft.matched import MatchedConfig
+from minipeft.io.peft.new_rows import is_longer, rows_now
+from minipeft.io.peft.training import Training
 
 
 @dataclass
@@ -37,11 +39,24 @@ class Contents:
     def complaint(self) -> str:
         """What is wrong with the file, for an error; empty if nothing is."""
         if self.resized:
-            name, rows, own = self.resized[0]
+            name, rows, own = max(self.resized, key=lambda found: found[1])
+            new = list(range(own, rows))
+            alone = all(self.tokens.get(n, ([], None))[0] == new for n, *_ in self.resized)
+            has = f"{rows} rows"
+            if all(n in self.tokens for n, *_ in self.resized):
+                has = f"token ids up to {rows - 1}, so at least {rows} rows"
+            grow = f"or give the model tables of {rows} rows"
+            if alone:
+                grow = f"or minipeft.extend_vocabulary(model, {rows - own})"
+            elif rows > own:
+                grow += (
+                    " (not minipeft.extend_vocabulary, which adds rows for new tokens alone: the "
+                    "file has other rows too)"
+                )
             return (
-                f"{name!r} has {rows} rows in the file and {own} in the model: the vocabulary was "
-                f"resized where the adapter was made; call model.resize_token_embeddings({rows}) "
-                f"first, or give the model tables of {rows} rows"
+                f"{name!r} has {has} in the file and {own} in "
+                "the model: the vocabulary was resized where the adapter was made; call "
+                f"model.resize_token_embeddings({rows}) first, {grow}"
             )
         parts = []
         if self.untargeted:
@@ -67,8 +82,9 @@ class Contents:
 
 
 def sort_out(
-    where: Path, tensors: dict[str, Tensor], model: nn.Module, config: MatchedConfig, found: Located
-) -> Contents:
+    where: Path, tensors: dict[str, Tensor], model: nn.Module, config: MatchedConfig,
+    found: Located, training: Mapping[str, Training],
+) -> Contents:  # fmt: skip
     """Give every tensor its purpose; what has none is unexpected, what lacks one is missing.
 
     PEFT adds the base weights of targeted embeddings.  Base weights that equal the model's are
@@ -129,7 +145,8 @@ def sort_out(
         layers = "" if config.config.layers is None else " and layers_to_transform"
         contents.untargeted = f"target_modules{layers}"
     contents.missing = _missing(found, config, contents, saved)
-    contents.resized = _resized(found, seen, tensors)
+    new = {name for name, own in training.items() if own.rows_before is not None}
+    contents.resized = _resized(found, seen, tensors, config, new)
     return contents
 
 
@@ -158,7 +175,10 @@ def _beside_the_models(model: nn.Module, found: Located, key: Key, value: Tensor
 
     New rows are in the last half of the table of an embedding or a head, and all else is the same.
     """
-    module = innermost(found.modules[key.module]) if key.module else model
+    top = found.modules[key.module] if key.module else model
+    module = innermost(top)
+    if is_longer(top) and value.dim() and len(value) == rows_now(top):
+        value = value[: top.old_rows]  # the others are among its tokens
     own = None if is_packed(module) else module._parameters.get(key.part)
     if own is None or own.is_meta or own.shape != value.shape:
         return "other"
@@ -177,20 +197,26 @@ def _is_vocabulary(found: Located, name: str) -> bool:
 
 
 def _resized(
-    found: Located, seen: dict[Key, str], tensors: dict[str, Tensor]
-) -> list[tuple[str, int, int]]:
-    """Tables and heads that have another number of rows in the file."""
+    found: Located, seen: dict[Key, str], tensors: dict[str, Tensor], config: MatchedConfig,
+    new: Container[str],
+) -> list[tuple[str, int, int]]:  # fmt: skip
+    """Tables and heads that have another number of rows in the file; `new` say so of themselves."""
     result = []
     for key, in_file in seen.items():
         shape, plain = tensors[in_file].shape, key.role in ("plain", "base")
         if key.role == "lora_embedding_A":
             shape = shape[::-1]  # (rank, tokens)
+        elif key.role == "tokens":
+            ids = config.token_ids(key.module) or [0]
+            own = rows_now(found.modules[key.module])
+            if max(ids) >= own and key.module not in new and _is_vocabulary(found, key.module):
+                result.append((key.module, max(ids) + 1, own))
+            continue
         elif key.role != "lora_B" and not (plain and key.part == "weight"):
             continue
         if len(shape) != 2 or not _is_vocabulary(found, key.module):
             continue
-        module = innermost(found.modules[key.module])
-        own: int = getattr(module, "num_embeddings", getattr(module, "out_features", shape[0]))
+        own = rows_now(found.modules[key.module]) or shape[0]
         if own != shape[0]:
             result.append((key.module, shape[0], own))
     return result

@@ -24,6 +24,7 @@ from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.folder import read_weights
 from minipeft.io.peft.located import Located, locate
 from minipeft.io.peft.matched import MatchedConfig, matched
+from minipeft.io.peft.new_rows import behind, check_heads, is_longer, settle, tied_heads
 from minipeft.io.peft.prompts import load_prompts
 from minipeft.io.peft.tensors import copy_into, reaches_across_groups, taken_bias
 from minipeft.io.peft.training import PLAIN, Training, freeze_named, made_layer, parsed
@@ -34,6 +35,7 @@ from minipeft.layers.mixture import LoRAExperts
 from minipeft.layers.tied import LoRATiedLinear
 from minipeft.layers.trained import TrainedBias, TrainedLogits, TrainedModule, TrainedTokens
 from minipeft.layers.trained_head import TrainedHeadRows
+from minipeft.layers.vocabulary import LongerHead, LongerTable
 from minipeft.model.inject_lora import layer_class, why_no_layer
 from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
@@ -59,10 +61,11 @@ class _Builder:
     """The layers that a file asks for, over a model's modules, by the modules' names."""
 
     def __init__(
-        self, found: Located, config: MatchedConfig, contents: Contents, *, stack: bool,
-        training: Mapping[str, Training], strict: bool,
+        self, model: nn.Module, found: Located, config: MatchedConfig, contents: Contents, *,
+        name: str, training: Mapping[str, Training], strict: bool,
     ) -> None:  # fmt: skip
-        self.found, self.config, self.contents, self.stack = found, config, contents, stack
+        self.found, self.config, self.contents = found, config, contents
+        self.model, self.name, self.stack = model, name, name != DEFAULT
         self.modules, self.strict = found.modules, strict
         places = Spellings([*found.modules, *found.experts])
         self.training = {places.find(name) or name: own for name, own in training.items()}
@@ -135,6 +138,12 @@ class _Builder:
         memo: dict[int, Any] = {}
         for name, values in self.contents.saved.items():
             own: dict[int, Any] = memo if self.config.config.tied else {}
+            if is_longer(self.top(name)):
+                raise ValueError(
+                    f"load_peft: {name!r} is in the file as a whole, and has new rows in the "
+                    "model; take these off (minipeft.remove), and let "
+                    "model.resize_token_embeddings make a table of the file's size"
+                )
             self._saved(name, values, TrainedModule(self.top(name), memo=own))
         for name, (ids, rows) in tokens:
             if name in self.contents.low_rank:
@@ -235,10 +244,14 @@ class _Builder:
         return linear_shape(innermost(self.modules[name])) is not None
 
     def _tokens(self, name: str, ids: list[int], rows: Tensor) -> None:
-        if name in self.made and isinstance(self.made[name], TrainedLogits):
+        if name in self.made and isinstance(self.made[name], TrainedLogits | LongerHead):
             return  # follows the embedding
         module, where = self.top(name), f"{WEIGHTS_NAME}: {name}"
         head = self._is_linear(name)
+        before = self.training.get(name, PLAIN).rows_before
+        if (base := behind(where, self.model, module, before, ids, self.name)) is not None:
+            self._new_rows(name, base, rows, head=head)
+            return
         layer: Any = TrainedHeadRows(module, ids) if head else TrainedTokens(module, ids)
         copy_into(where, layer, {"token_rows": rows})
         self.made[name] = layer
@@ -248,6 +261,16 @@ class _Builder:
                 raise ValueError(f"{where} and {other} are tied, but their token rows differ")
             if own_ids == ids:
                 self.made[other] = TrainedLogits(self.top(other), layer)
+
+    def _new_rows(self, name: str, base: nn.Module, rows: Tensor, *, head: bool) -> None:
+        """Put rows behind a table, and behind the head that shares its weight."""
+        if head:
+            self.made[name] = LongerHead(base, rows)
+            return
+        self.made[name] = table = LongerTable(base, rows)
+        for other in tied_heads(self.modules, name):
+            top = self.top(other)
+            self.made[other] = LongerHead(top.base if is_longer(top) else top, table)  # type: ignore[arg-type]
 
 
 @in_our_words
@@ -294,22 +317,24 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
     config = matched(plain, found, CONFIG_NAME)
     if strict and (unused := config.unused_patterns()):
         raise ValueError(f"{CONFIG_NAME}: the patterns {unused} fit no module of the model")
-    contents = sort_out(where, tensors, model, config, found)
+    training_of = parsed(training, str(where))
+    contents = sort_out(where, tensors, model, config, found, training_of)
     if strict and (wrong := contents.complaint()):
         raise ValueError(f"{where}: {wrong}")
-    training_of = parsed(training, str(where))
     _say_dense(found, training_of)
     with restoring(model):
         built = _Builder(
-            found, config, contents, stack=name != DEFAULT, strict=strict, training=training_of
+            model, found, config, contents, name=name, strict=strict, training=training_of
         ).build()
         if not built:
             raise ValueError(f"{where}: holds no adapter")
         modules = visible_modules(model)
         made = {found.real[place]: layer for place, layer in built.items()}
+        check_heads(model, made, str(where))
         swap_shared(model, made)
         give_name(name, _new_layers(made, modules))
         freeze(model)
+        settle(model, made, modules)
     order = {name: number for number, name in enumerate(modules)}
     names = sorted(made, key=lambda name: order.get(name, len(order)))
     return Loaded(names, contents.missing, contents.unexpected, plain.ignored)

@@ -18,6 +18,7 @@ from minipeft.adapters.targets import matches, visible_modules
 from minipeft.io.files import check_writable
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
+from minipeft.io.peft.new_rows import is_longer, written_rows
 from minipeft.io.peft.prompts import describe_prompts
 from minipeft.io.peft.tensors import lora_biases, written, written_experts
 from minipeft.io.peft.training import described, half
@@ -73,6 +74,15 @@ def _collect(name: str, places: Mapping[str, list[Adapter]]) -> _Collected:
                 "save_peft: the model is the adapter layer itself, which has no name in PEFT's "
                 "format; save the module that holds it"
             )
+        if is_longer(stack[0]):
+            ids, tensors, tied = written_rows(place, stack)
+            found.tensors |= tensors
+            if ids is None:
+                found.saved.append(place)
+                found.tied = found.tied or tied
+            elif ids:
+                found.tokens[place] = ids
+            continue
         for layer in stack:
             if getattr(layer, "base", None) is None:
                 found.alone[place] = type(layer).__name__

@@ -10,6 +10,7 @@ the rest in its metadata, as JSON, for the modules that need it:
     dtype           of the factors, where it is not float32
     four_bit        true: the base was 4-bit; load_peft warns where it loads onto a dense one
     frozen          parameters that do not train, where others of the adapter do
+    rows_before     trained tokens are new rows: how many the table has below them
 
 All of it is checked against the tensors before a layer is made of it.
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import Adapter, innermost, is_packed, linear_shape
-from minipeft.io.fields import NAMES, Kind, check, list_of, one_of
+from minipeft.io.fields import NAMES, Kind, check, list_of, one_of, whole
 from minipeft.io.peft.keys import Key
 from minipeft.io.peft.tensors import copy_into, parameters
 from minipeft.layers.fused import LoRAFusedLinear
@@ -53,6 +54,7 @@ class Training:
     dtype: torch.dtype = torch.float32
     four_bit: bool = False
     frozen: tuple[str, ...] = ()
+    rows_before: int | None = None
 
 
 PLAIN = Training()
@@ -79,6 +81,8 @@ def described(
         for layer in stack:
             if isinstance(layer, LowRank):
                 own |= _described(layer, scales.get(place))
+            if "new_rows" in layer.adapter_parameters():
+                own["rows_before"] = layer.old_rows  # type: ignore[attr-defined]
             frozen = [n for n, p in layer.adapter_parameters().items()
                       if not p.requires_grad and n not in _STARTS]  # fmt: skip
             if trains and frozen:
@@ -171,6 +175,7 @@ _FIELDS = {
     "dtype": one_of(*_DTYPES),
     "four_bit": one_of(True),
     "frozen": NAMES,
+    "rows_before": whole(1),
 }
 
 
