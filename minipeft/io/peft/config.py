@@ -13,6 +13,7 @@ from minipeft.model.train import BIAS_MODES
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+OTHER_READER = "minipeft.io.lora.load_lora(model, path)"  # of other programs' files
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def _ignored(config: dict[str, object], where: str, *, strict: bool) -> dict[str
             initialisation that changed the base; with `strict` a field that is not known here.
     """
     kind = config.get("peft_type")
+    if kind is None and ("lora_parameters" in config or "fine_tune_type" in config):
+        raise ValueError(f"{where}: is of MLX, not of PEFT; {OTHER_READER} reads it")
     if kind != "LORA":
         raise ValueError(
             f"{where}: peft_type is {kind!r:.80}; read are {', '.join(READ_KINDS)} (other kinds: "

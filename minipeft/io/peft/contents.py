@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost, is_packed
-from minipeft.io.peft.config import CONFIG_NAME
+from minipeft.io.lora_keys import program_of
+from minipeft.io.peft.config import CONFIG_NAME, OTHER_READER
 from minipeft.io.peft.keys import Key
 from minipeft.io.peft.located import Located
 from minipeft.io.peft.matched import MatchedConfig
@@ -68,10 +69,14 @@ class Contents:
                 "adapter with PEFT, which joins the factors too, and save it again"
             )
         elif self.unexpected:
+            question = (
+                "is this adapter another model's, or one of the model with or without its head?"
+            )
+            if program := program_of(self.unexpected[0]):
+                question = f"such keys are of {program}: {OTHER_READER} reads them"
             parts.append(
                 f"unexpected {self.unexpected[0]!r} ({len(self.unexpected)} in all; the model has "
-                f"for example {self.example!r}); is this adapter another model's, or one of the "
-                "model with or without its head?"
+                f"for example {self.example!r}); {question}"
             )
         if self.missing:
             parts.append(

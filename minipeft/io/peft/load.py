@@ -17,13 +17,14 @@ from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, visible_modules
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
 from minipeft.inject import freeze, restoring, swap_shared
-from minipeft.io.fields import read_config
+from minipeft.io.fields import is_off, read_config
 from minipeft.io.files import check_values
-from minipeft.io.peft.config import CONFIG_NAME, PROMPT_KINDS, WEIGHTS_NAME, checked
+from minipeft.io.peft.config import CONFIG_NAME, OTHER_READER, PROMPT_KINDS, WEIGHTS_NAME, checked
 from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.folder import read_weights
 from minipeft.io.peft.located import Located, locate
 from minipeft.io.peft.matched import MatchedConfig, matched
+from minipeft.io.peft.merged import from_peft_02
 from minipeft.io.peft.new_rows import behind, check_heads, is_longer, settle, tied_heads
 from minipeft.io.peft.prompts import load_prompts
 from minipeft.io.peft.tensors import copy_into, reaches_across_groups, taken_bias
@@ -300,19 +301,49 @@ def load_peft(
 
 
 def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Loaded:
-    check_model("load_peft", model)
-    if name != DEFAULT:
-        check_new_name("load_peft", model, name)
-    refuse_merged("load_peft", named_adapters(model))
-    refuse_rows("load_peft", model)
+    check_ready(model, name)
+    if directory.is_file():
+        raise ValueError(
+            f"{directory}: is a file; load_peft reads directories that PEFT or save_peft wrote; "
+            f"{OTHER_READER} reads single files of other programs"
+        )
     content = read_config(directory / CONFIG_NAME, "PEFT or save_peft", "prefix_config.json",
                           "load_prefix")  # fmt: skip
     if content.get("peft_type") in PROMPT_KINDS:
         names, unexpected = load_prompts(model, directory, content, name, strict=strict)
         return Loaded(names, [], unexpected, {})
-    plain = checked(content, strict=strict)
     where = directory / WEIGHTS_NAME
-    tensors, training = read_weights(directory, content)
+    if is_off(content.get("enable_lora")):
+        checked(content, strict=strict)
+        tensors, training = read_weights(directory, content)
+    else:  # PEFT 0.2
+        tensors, _ = read_weights(directory, content)
+        content, tensors, training = from_peft_02(content, tensors, str(where))
+    return put(model, content, tensors, training, where, name=name, strict=strict)
+
+
+def check_ready(model: nn.Module, name: str) -> None:
+    """Raise ValueError unless an adapter of this name can be loaded onto the model."""
+    check_model("load_peft", model)
+    if name != DEFAULT:
+        check_new_name("load_peft", model, name)
+    refuse_merged("load_peft", named_adapters(model))
+    refuse_rows("load_peft", model)
+
+
+def put(
+    model: nn.Module, content: dict[str, object], tensors: dict[str, Tensor],
+    training: Mapping[str, Any], where: Path, *, name: str, strict: bool, level: int = 7,
+) -> Loaded:  # fmt: skip
+    """Inject an adapter that was read: a configuration, tensors, and what training.py says.
+
+    After check_ready.  `where`: the file that errors name; `level`: how far above this the user's
+    line is, for warnings.
+
+    Raises:
+        ValueError: as load_peft; the model is then as it was.
+    """
+    plain = checked(content, strict=strict)
     found = locate(model, tensors, str(where))
     config = matched(plain, found, CONFIG_NAME)
     if strict and (unused := config.unused_patterns()):
@@ -321,7 +352,7 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
     contents = sort_out(where, tensors, model, config, found, training_of)
     if strict and (wrong := contents.complaint()):
         raise ValueError(f"{where}: {wrong}")
-    _say_dense(found, training_of)
+    _say_dense(found, training_of, level)
     with restoring(model):
         built = _Builder(
             model, found, config, contents, name=name, strict=strict, training=training_of
@@ -340,7 +371,7 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
     return Loaded(names, contents.missing, contents.unexpected, plain.ignored)
 
 
-def _say_dense(found: Located, training: Mapping[str, Training]) -> None:
+def _say_dense(found: Located, training: Mapping[str, Training], level: int) -> None:
     """Warn where modules whose bases were 4-bit when the adapter was saved are dense here."""
     here: dict[str, Any] = {**found.modules, **found.experts}
     places = Spellings(here)
@@ -351,7 +382,7 @@ def _say_dense(found: Located, training: Mapping[str, Training]) -> None:
             f"load_peft: the adapter was saved over 4-bit layers, and {dense[0]} ({len(dense)} in "
             "all) is dense here, so outputs differ by what rounding to 4 bits changes; to have "
             "those 4-bit layers, call quantize_model or load_quantized before load_peft",
-            stacklevel=7,
+            stacklevel=level + 1,
         )
 
 

@@ -168,7 +168,7 @@ def _drop_tied_tables(found: _Collected) -> None:
                 del found.tensors[key]
 
 
-def _target_modules(model: nn.Module, names: set[str]) -> list[str] | str:
+def target_modules(model: nn.Module, names: set[str]) -> list[str] | str:
     """What names exactly these modules by PEFT's rules: last components, full names, or a regex.
 
     PEFT compares with every module, wrappers excluded, so a short name must not fit another.
@@ -239,7 +239,7 @@ def _config(model: nn.Module, found: _Collected) -> dict[str, object]:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": _only("dropouts", {layer.dropout for layer in layers.values()}) or 0.0,
-        "target_modules": _target_modules(model, set(found.low_rank)),
+        "target_modules": target_modules(model, set(found.low_rank)),
         "target_parameters": sorted(found.experts) or None,
         "rank_pattern": {f"^{re.escape(n)}": r for n, r in ranks.items() if r != rank},
         "alpha_pattern": {f"^{re.escape(n)}": a for n, a in alphas.items() if a != alpha},

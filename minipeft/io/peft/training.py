@@ -96,7 +96,7 @@ def _described(layer: LowRank, scale: tuple[float, bool] | None) -> dict[str, ob
     own: dict[str, object] = {}
     if isinstance(layer, LoRAFusedLinear):
         own["slices"] = [
-            [n, layer.ranks.get(n, 0), layer.scalings.get(n, 1.0), _runs(rows.tolist())]
+            [n, layer.ranks.get(n, 0), layer.scalings.get(n, 1.0), runs(rows.tolist())]
             for n, rows in layer.rows.items()
         ]
     else:
@@ -115,7 +115,7 @@ def _described(layer: LowRank, scale: tuple[float, bool] | None) -> dict[str, ob
     return own
 
 
-def _runs(rows: list[int]) -> list[list[int]]:
+def runs(rows: list[int]) -> list[list[int]]:
     """Row numbers as runs of consecutive ones: [first, end)."""
     runs: list[list[int]] = []
     for row in rows:
