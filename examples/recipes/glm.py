@@ -87,7 +87,7 @@ class MLP(nn.Module):
 
 
 class GLMBlock(nn.Module):
-    """The residual is the normalised input, sqrt(2 layers) times."""
+    """The residual is the normalised input, sqrt(2 layers) times (published: 28 layers)."""
 
     def __init__(self, config: GLMConfig) -> None:
         super().__init__()

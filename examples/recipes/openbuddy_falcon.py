@@ -30,13 +30,8 @@ model = FalconForCausalLM(FalconConfig(
     vocab_size=old, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
     bos_token_id=1, eos_token_id=2, attention_dropout=0.0, hidden_dropout=0.0,
 ))  # fmt: skip
-model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-table = model.get_input_embeddings()
-with torch.no_grad():
-    table.weight[old:] = table.weight[:old].mean(0)
-
-names = mp.inject_lora(model, ["query_key_value"], rank=8, alpha=16, dropout=0.05)
-mp.train_modules(model, ["word_embeddings"])
+mp.extend_vocabulary(model, len(tokenizer) - old, init="mean", whole_table=True)
+mp.inject_lora(model, ["query_key_value"], rank=8, alpha=16, dropout=0.05)
 start = model.get_input_embeddings().weight.detach().clone()
 chinese = batch([encode_turns(tokenizer, TEMPLATES["guanaco"], talk) for talk in TALKS])
 data = [*batches(tokenizer, "guanaco", count=3), chinese]
