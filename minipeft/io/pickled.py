@@ -42,11 +42,35 @@ def read_pickled(path: str | os.PathLike[str], *, entry: str | None = None) -> d
             (tied weights), and views that lie side by side (DeepSpeed's files).
     """
     clones: dict[tuple[object, ...], Tensor] = {}  # one for all names of one tensor
-    found = _loaded(Path(path), entry)[0]
+    found = view_pickled(path, entry=entry)
     for value in found.values():
         if _place(value) not in clones:
             clones[_place(value)] = value.clone()
     return {name: clones[_place(value)] for name, value in found.items()}
+
+
+def view_pickled(path: str | os.PathLike[str], *, entry: str | None = None) -> dict[str, Tensor]:
+    """As read_pickled, but the tensors lie in the mapped file: for those who copy a few of many.
+
+    Raises:
+        ValueError: as read_pickled.
+    """
+    return _loaded(Path(path), entry)[0]
+
+
+def view_model(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """As view_pickled: of the file, or of its entry "module" (SwissArmyTransformer, DeepSpeed).
+
+    Raises:
+        ValueError: as read_pickled.
+    """
+    try:
+        return view_pickled(path)
+    except ValueError as error:
+        try:
+            return view_pickled(path, entry="module")
+        except ValueError:
+            raise error from None
 
 
 class PickledFile:

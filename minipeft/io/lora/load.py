@@ -14,15 +14,15 @@ from minipeft.io.fields import read_object
 from minipeft.io.files import read_all
 from minipeft.io.llama_names import is_rotated
 from minipeft.io.lora.branches import Branch, Pairs, Slices, branch_of
-from minipeft.io.lora_keys import PROGRAMS, parse
 from minipeft.io.lora.places import Place, Places
 from minipeft.io.lora.scale import Scales
+from minipeft.io.lora_keys import PROGRAMS, parse
 from minipeft.io.peft.config import CONFIG_NAME
 from minipeft.io.peft.folder import read_weights
 from minipeft.io.peft.keys import PREFIX
 from minipeft.io.peft.load import Loaded, check_ready, put
 from minipeft.io.peft.save import target_modules
-from minipeft.io.pickled import SUFFIXES, read_pickled
+from minipeft.io.pickled import SUFFIXES, view_model
 from minipeft.io.rotary import ORDERS, halves_from_pairs, head_dim_of
 from minipeft.model.peft_words import in_our_words
 
@@ -114,7 +114,7 @@ def _read(
     elif path.is_dir():
         return read_weights(path, config)[0], config, {}, path
     if path.suffix in SUFFIXES:
-        return _pickled(path), config, {}, path
+        return view_model(path), config, {}, path
     return *_swapped(read_all(path), config), path
 
 
@@ -122,16 +122,6 @@ def _swapped(
     found: tuple[dict[str, Tensor], dict[str, str]], config: dict[str, object]
 ) -> tuple[dict[str, Tensor], dict[str, object], dict[str, str]]:
     return found[0], config, found[1]
-
-
-def _pickled(path: Path) -> dict[str, Tensor]:
-    try:
-        return read_pickled(path)
-    except ValueError as error:
-        try:  # SwissArmyTransformer's and DeepSpeed's
-            return read_pickled(path, entry="module")
-        except ValueError:
-            raise error from None
 
 
 def _sorted(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Pairs], list[str]]:

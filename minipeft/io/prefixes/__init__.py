@@ -1,4 +1,4 @@
-"""Prefixes and prompts as files: minipeft's own, and those of P-tuning v2 and ChatGLM.
+"""Prefixes and prompts as files: our own, and those of P-tuning v2, ChatGLM and VisualGLM.
 
 Own directory: prefix_config.json and prefix.safetensors, whose `flat` is the whole prefix as one
 table (prefix_length, sum of kv_heads * (key_dim + value_dim)): layer by layer, keys of all heads,
@@ -8,6 +8,7 @@ A PrefixEncoder of attention of your own is such a directory too.
 
 from minipeft.io.prefixes.load import load_encoder, load_prefix
 from minipeft.io.prefixes.ptuning_v2 import flat_table, load_prefix_encoder, save_prefix_encoder
+from minipeft.io.prefixes.sat import load_sat_prefix
 from minipeft.io.prefixes.save import save_prefix
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "load_encoder",
     "load_prefix",
     "load_prefix_encoder",
+    "load_sat_prefix",
     "save_prefix",
     "save_prefix_encoder",
 ]

@@ -1,4 +1,4 @@
-"""LoRA files of other programs, made here by a few lines each, beside those programs' arithmetic."""
+"""LoRA files of other programs, made by a few lines each, beside those programs' arithmetic."""
 
 import argparse
 import json
@@ -153,8 +153,10 @@ def test_diffusers(form, tmp_path):
             "middle": (".lora.down.weight", ".lora.up.weight")}  # fmt: skip
     if form == "old":
         place = "unet.down_blocks.0.processor"
-        file = {f"{place}.to_q_lora.down.weight": down, f"{place}.to_q_lora.up.weight": up,
-                f"{place}.to_out_lora.down.weight": down2, f"{place}.to_out_lora.up.weight": up2}  # fmt: skip
+        file = {
+            f"{place}.to_q_lora.down.weight": down, f"{place}.to_q_lora.up.weight": up,
+            f"{place}.to_out_lora.down.weight": down2, f"{place}.to_out_lora.up.weight": up2,
+        }  # fmt: skip
     else:
         a, b = ends[form]
         file = {f"{q}{a}": down, f"{q}{b}": up, f"{out}{a}": down2, f"{out}{b}": up2}
@@ -207,8 +209,9 @@ def in_pairs(b):
 
 def test_torchtune(tmp_path):
     a, b, va, vb = pairs(4, (RANK, IN), (IN, RANK), (RANK, IN), (IN, RANK))
-    file = {"layers.0.attn.q_proj.lora_a.weight": a, "layers.0.attn.q_proj.lora_b.weight": in_pairs(b),
-            "layers.1.attn.v_proj.lora_a.weight": va, "layers.1.attn.v_proj.lora_b.weight": vb}  # fmt: skip
+    q, v = "layers.0.attn.q_proj", "layers.1.attn.v_proj"
+    file = {f"{q}.lora_a.weight": a, f"{q}.lora_b.weight": in_pairs(b),
+            f"{v}.lora_a.weight": va, f"{v}.lora_b.weight": vb}  # fmt: skip
     torch.save(file, tmp_path / "adapter_0.pt")
     path, model = tmp_path / "adapter_0.pt", Llama()
     with pytest.raises(ValueError, match=r"is a file.*load_lora"):
@@ -250,7 +253,7 @@ def test_metas_names_are_read_and_written(tmp_path):
 
 
 def test_rotary_rows_compute_what_metas_code_does():
-    """Scores of rotated queries and keys: neighbours turned as complex numbers, halves by halves."""
+    """Scores of rotated queries and keys: neighbours as complex numbers, halves by halves."""
     wq, wk, x = pairs(6, (IN, IN), (IN, IN), (5, IN))
     angles = torch.arange(5)[:, None] * 0.3 ** torch.arange(DIM // 2)
 
@@ -356,7 +359,7 @@ WRONG = {
                        r"attention.qkv \(1 of 2; keys of SAT\) is no module"),
     "base weights": (sat(**{"original.weight": torch.ones(1)}), ROWS, "is no factor of LoRA"),
     "NaN": (sat(**{"matrix_B.0": torch.full((IN, RANK), float("nan"))}), ROWS, "NaN"),
-    "integers": (sat(**{"matrix_B.0": torch.ones(IN, RANK, dtype=torch.int64)}), ROWS, "no factors"),
+    "integers": (sat(**{"matrix_B.0": torch.ones(IN, RANK).long()}), ROWS, "no factors"),
     "no factors": ({"a.weight": torch.ones(2)}, ROWS, "no factors of LoRA by the keys of PEFT"),
     "a gap": ({k.replace("A.2", "A.3").replace("B.2", "B.3"): v for k, v in sat().items()}, ROWS,
               r"parts \[0, 1, 3\]"),
