@@ -178,8 +178,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure, print, and write the figures to the folder of results."""
     parser = argparse.ArgumentParser(prog="benchmarks.vocabulary")
     parser.add_argument("--pieces", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rate", type=float, default=1e-2)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--validate", type=int, default=16, help="conversations")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
