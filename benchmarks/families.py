@@ -1,6 +1,6 @@
-"""Fifteen systems of a survey x the three methods, their special steps and their files, measured.
+"""Systems of a survey x the three methods, their special steps and their files, measured.
 
-    python -m benchmarks.families             prints the table and writes examples/families/README.md
+    python -m benchmarks.families             prints the table, writes examples/families/README.md
     python -m benchmarks.families LLaMA MOSS  prints the rows of these
 
 Each model is a small random one of the true architecture: transformers' classes, and the GLM module
@@ -9,7 +9,7 @@ measured; 0 is equal in every bit.
 
     LoRA          one step; the file in PEFT, and in a model of ours
     QLoRA         NF4 with double quantisation, one step; the file over another 4-bit model
-    P-tuning v2   one step; the file in another model, and the last token with and without a cache
+    P-tuning v2   one step; the file in another model, and generating with and without a cache
     special step, files: see benchmarks/family_steps.py
 """
 
@@ -30,7 +30,7 @@ from examples.recipes.common import tiny_llama
 from examples.recipes.glm import GLM, GLMConfig
 
 PATH = Path(__file__).parent.parent / "examples" / "families" / "README.md"
-VOCABULARY, LENGTH = 97, 4
+VOCABULARY, LENGTH = 96, 4
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 FUSED = ["query_key_value", "dense"]
 
@@ -113,7 +113,9 @@ class System:
 
     def example(self) -> dict[str, Any]:
         """What attaching a prefix needs to be told."""
-        return {"example": {k: v[:1] for k, v in self.inputs().items()}} if self.needs_example else {}
+        return (
+            {"example": {k: v[:1] for k, v in self.inputs().items()}} if self.needs_example else {}
+        )
 
 
 def systems() -> dict[str, System]:
@@ -201,7 +203,7 @@ def qlora(system: System) -> float:
 
 
 def prefix(system: System) -> float:
-    """One step of P-tuning v2, its file, and the last token's logits with and without a cache."""
+    """One step of P-tuning v2, its file, and what is generated with and without a cache."""
     model, other = system.build(), system.build()
     mp.attach_prefix(model, LENGTH, **system.example())
     logits = steps.after_a_step(model, system.inputs(), lr=0.5)
@@ -220,7 +222,7 @@ CELLS = {
 
 
 def measured(name: str, cell: str) -> float:
-    """One cell; warnings (ranks above the small layers' sizes, what no trial proved) are dropped."""
+    """One cell, without the warnings that these sizes bring: ranks above them, weak trials."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -242,17 +244,17 @@ def row(name: str) -> str:
 HEAD = f"| system | {' | '.join(CELLS)} |\n|---|---:|---:|---:|---|---|"
 PAGE = """# Systems of the survey
 
-What of each works, and how far results are from what they must equal: the largest difference of
-logits (special steps and files: of logits or weights) that `python -m benchmarks.families` measured
-on small random models of the true architectures (float32; transformers {transformers}, PEFT {peft}).
-0 is equal in every bit; other numbers are products summed in another order.
+How far results are from what they must equal: the largest difference of logits (special steps and
+files: of logits or weights) that `python -m benchmarks.families` measured on small random models of
+the true architectures, in float32, with transformers {transformers} and PEFT {peft}. 0 is equal in
+every bit; other numbers are sums in another order.
 
 {table}
 
 LoRA: one step, then the file in PEFT and in another model of ours. QLoRA: NF4 with double
 quantisation, one step, the file over another 4-bit model; Falcon's linear layers need
-`also=(FalconLinear,)`. P-tuning v2: one step, the file in another model, and the last token with
-and without a cache. ChatGLM-6B and VisualGLM are the module of
+`also=(FalconLinear,)`. P-tuning v2: one step, the file in another model, and the logits of
+generated tokens with and without a cache. ChatGLM-6B and VisualGLM are the module of
 [glm.py](../recipes/glm.py), MOSS is transformers' CodeGen; transformers 5 runs neither's own code.
 [Recipes](../recipes) train each system as its authors do, in less than a minute; the test of this
 table is [test_families.py](../../tests/benchmarks/test_families.py).

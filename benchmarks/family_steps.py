@@ -30,14 +30,22 @@ ROWS = {  # the model's layer, and the rows of its parts: 4 heads of 16
 
 
 def after_a_step(model: nn.Module, inputs: dict[str, Tensor], lr: float = 1e-2) -> Tensor:
-    """The logits after one step of AdamW on all that trains."""
+    """The logits after two steps of AdamW on all that trains; in the first A has no gradient.
+
+    Raises:
+        ValueError: the steps changed no logit, so that equal logits would say nothing.
+    """
+    with torch.no_grad():
+        before = model(**inputs).logits
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    for _ in range(2):  # at first B is 0, and A has no gradient
+    for _ in range(2):
         optimizer.zero_grad()
         model(**inputs).logits.square().mean().backward()
         optimizer.step()
     with torch.no_grad():
         logits: Tensor = model(**inputs).logits
+    if (logits - before).abs().max() < 1e-3:
+        raise ValueError("two steps changed no logit by 0.001")
     return logits
 
 
@@ -49,10 +57,24 @@ def off(model: nn.Module, logits: Tensor, inputs: dict[str, Tensor]) -> float:
 
 @torch.no_grad()
 def cache_off(model: Any, inputs: dict[str, Tensor]) -> float:
-    """The last token's logits from a cache of the others, beside those of one forward."""
+    """Logits of four generated tokens with a cache, beside those without one.
+
+    Of the GLM module, which generate does not know, and of vectors, for which generate always keeps
+    a cache: the last token's logits from a cache of the others, beside one forward's.
+    """
+    glm = hasattr(model, "positions")
+    if not glm and "inputs_embeds" not in inputs:
+        settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False,
+                    "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
+        mask = {"attention_mask": torch.ones(2, 9, dtype=torch.long)}
+        one, other = (
+            torch.stack(model.generate(**inputs, **mask, **settings, use_cache=cached).logits)
+            for cached in (True, False)
+        )
+        return float((one - other).abs().max())
     first = {name: value[:, :-1] for name, value in inputs.items()}
     last = {name: value[:, -1:] for name, value in inputs.items()}
-    if hasattr(model, "positions"):  # GLM numbers a token by its text
+    if glm:  # numbers a token by its text
         last["position_ids"] = model.positions(inputs["input_ids"])[0][..., -1:]
     cache = model(**first, use_cache=True).past_key_values
     return off(model, model(**inputs).logits[:, -1:], {**last, "past_key_values": cache})
@@ -129,7 +151,7 @@ def moved(model: nn.Module) -> nn.Module:
 
 
 def _delta(system: Any, *, pad: bool, dtype: torch.dtype, published: bool) -> float:
-    """make_delta (or a difference as its authors made it), apply_delta; the tuned model beside it."""
+    """A difference, ours or as its authors made it, added to the base; beside the tuned model."""
     from transformers import LlamaForCausalLM
 
     base, tuned = system.build().to(dtype), system.build().to(dtype)
@@ -180,7 +202,7 @@ def foreign_delta_float16(system: Any) -> float:
 
 
 def in_order(system: Any) -> float:
-    """Two adapters, each with new rows, merged in order, beside the model that they were made on."""
+    """Two adapters with new rows, merged in order, beside the model that they were made on."""
     model, plain = system.build(), system.build()
     with tempfile.TemporaryDirectory() as place:
         folders = [Path(place) / "first", Path(place) / "second"]

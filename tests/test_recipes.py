@@ -1,4 +1,4 @@
-"""The recipes: each runs and keeps its assertions; labels by characters, beside a slow reference."""
+"""The recipes: each runs and keeps its assertions; labels, beside those of a slow reference."""
 
 import os
 import subprocess
@@ -127,17 +127,14 @@ def test_a_token_is_learnt_if_one_of_its_characters_is(name, tokenizer):
         assert (label != IGNORED) == learnt
 
 
-def test_counting_the_tokens_of_the_prompt_alone_is_off_where_a_token_crosses():
-    """The reason for labels by characters: a piece over the end of the prompt and the answer."""
-    needs_talks()
-    tokenizer = train_tokenizer("</s>")
-    template = Template("", ("", ""), ("=", "</s>", ""))
-    ids, labels = encode_turns(tokenizer, template, ["a", "== b"])
-    alone = len(tokenizer("a=", add_special_tokens=False).input_ids)
-    first = next(i for i, label in enumerate(labels) if label != IGNORED)
-    text = tokenizer.decode([label for label in labels if label != IGNORED])
-    assert text.endswith("== b</s>")  # with the prompt's own "=" where one token holds all
-    assert first <= alone and len(ids) == len(labels)
+def test_counting_the_tokens_of_the_prompt_alone_is_off_where_a_token_crosses(tokenizer):
+    """The reason for labels by characters: " the" is one token, and begins in the prompt."""
+    template = Template("", ("", ""), (" th", "</s>", ""))
+    ids, labels = encode_turns(tokenizer, template, ["b", "e end"])
+    alone = len(tokenizer("b th", add_special_tokens=False).input_ids)
+    learnt = [i for i, label in enumerate(labels) if label != IGNORED]
+    assert learnt == [1, *range(2, len(ids))] and alone >= 2  # by count, " the" would be masked
+    assert tokenizer.decode(ids[1]) == " the" and tokenizer.decode(ids[-1]) == "</s>"
 
 
 def test_everything_learns_all_and_length_cuts_both(tokenizer):
@@ -149,16 +146,14 @@ def test_everything_learns_all_and_length_cuts_both(tokenizer):
 
 @pytest.mark.parametrize(
     ("name", "turn"),
-    [("alpaca", "see ### Response: below"), ("alpaca", "an end</s> here"), ("vicuna", "the USER: x"),
-     ("vicuna", "ASSISTANT:"), ("pandagpt", "a ### b"), ("moss", "<eom>"), ("chatglm", "a<bos>"),
-     ("visualglm", "问：为什么"), ("tigerbot", "<s>")],
+    [("alpaca", "see ### Response: below"), ("alpaca", "an end</s> here"), ("vicuna", "a USER: x"),
+     ("vicuna", "ASSISTANT:"), ("pandagpt", "a\n### Human: b"), ("moss", "<eom>"),
+     ("chatglm", "a<bos>"), ("visualglm", TEMPLATES["visualglm"].user[0]), ("tigerbot", "<s>")],
 )  # fmt: skip
 @pytest.mark.parametrize("place", [0, 1])
 def test_a_turn_that_holds_a_separator_is_refused(name, turn, place, tokenizer):
     turns = ["good", "better"]
     turns[place] = turn
-    if name == "pandagpt":
-        turns[place] = "a\n### Human: b"
     with pytest.raises(ValueError, match=f"turn {place} holds .* which separates turns"):
         encode_turns(tokenizer, TEMPLATES[name], turns)
 

@@ -11,21 +11,26 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import TEMPLATES, batch, encode_turns, tiny_llama, train, train_tokenizer
+from common import (
+    CHINESE,
+    TEMPLATES,
+    WORDS,
+    batch,
+    encode_turns,
+    tiny_llama,
+    train,
+    train_tokenizer,
+)  # fmt: skip
 
 import minipeft as mp
 
-TALKS = [
-    ["你好！", "你好，我可以帮助你。"], ["你是谁？", "我是助手，很高兴认识你。"],
-    ["今天天气好吗？", "今天天气很好。"], ["谢谢你的帮助。", "不用谢，很高兴帮助你。"],
-]  # fmt: skip
-WORDS = ["你好", "我", "帮助", "你", "助手", "高兴", "认识", "今天", "天气", "很", "谢谢", "，", "。"]
+TEXT = "".join(turn for talk in CHINESE for turn in talk)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
 
 tokenizer = train_tokenizer("<unk>", "<s>", "</s>")
-old, pieces = len(tokenizer), len(tokenizer("".join(sum(TALKS, []))).input_ids)
+old, pieces = len(tokenizer), len(tokenizer(TEXT).input_ids)
 tokenizer.add_tokens(WORDS)
-longer = len(tokenizer("".join(sum(TALKS, []))).input_ids)
+longer = len(tokenizer(TEXT).input_ids)
 print(f"{len(WORDS)} new tokens: {pieces} pieces of the text become {longer}")
 
 
@@ -40,14 +45,14 @@ def stage(model: torch.nn.Module, rows: int, data: list, folder: Path, **rates: 
 
 with tempfile.TemporaryDirectory() as place:
     first, second = Path(place) / "chinese-llama", Path(place) / "chinese-alpaca"
-    plain = [encode_turns(tokenizer, TEMPLATES["tigerbot"], t, everything=True) for t in TALKS]
+    plain = [encode_turns(tokenizer, TEMPLATES["tigerbot"], t, everything=True) for t in CHINESE]
     llama = tiny_llama(old)
     pre = stage(llama, len(WORDS), [batch(plain)], first, lr=2e-4, warmup=0.05, weight_decay=0.01)
     print(f"pre-training: {pre[0]:.3f} -> {pre[1]:.3f}")
 
     mp.remove(llama, merge=True)  # what the second adapter is trained on
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    rows = [encode_turns(tokenizer, TEMPLATES["chinese-alpaca"], talk) for talk in TALKS]
+    rows = [encode_turns(tokenizer, TEMPLATES["chinese-alpaca"], talk) for talk in CHINESE]
     data = [batch(rows, tokenizer.pad_token_id)]
     sft = stage(llama, 1, data, second, lr=1e-4, warmup=0.03)
     print(f"instructions: {sft[0]:.3f} -> {sft[1]:.3f}")

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  (the Chinese punctuation is meant)
 """What the recipes share: text from a package, templates with their loss masks, a training loop."""
 
 import math
@@ -21,6 +22,26 @@ VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
+
+CHINESE = [  # no package that the tests have holds Chinese: four talks of our own
+    ["你好！", "你好，我可以帮助你。"], ["你是谁？", "我是助手，很高兴认识你。"],
+    ["今天天气好吗？", "今天天气很好。"], ["谢谢你的帮助。", "不用谢，很高兴帮助你。"],
+]  # fmt: skip
+WORDS = [
+    "你好",
+    "我",
+    "帮助",
+    "你",
+    "助手",
+    "高兴",
+    "认识",
+    "今天",
+    "天气",
+    "很",
+    "谢谢",
+    "，",
+    "。",
+]
 
 
 class Template(NamedTuple):

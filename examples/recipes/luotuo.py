@@ -1,4 +1,4 @@
-"""Luotuo (LC1332/Luotuo-Chinese-LLM): adapters on LLaMA as alpaca-lora makes them, small and random.
+"""Luotuo (LC1332/Luotuo-Chinese-LLM): adapters on LLaMA like alpaca-lora's, small, random.
 
 Its notebook loads a folder of PEFT that has adapter_model.bin, a pickled file, onto LLaMA-7B; the
 training code is not published, so q and v with rank 8, alpha 16, dropout .05 and 3e-4 are

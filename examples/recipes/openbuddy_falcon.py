@@ -7,24 +7,29 @@ on the fused layer (rank 8, alpha 16, dropout .05, 3e-4: alpaca-lora's numbers).
 """
 
 import torch
-from common import TEMPLATES, batch, batches, encode_turns, train, train_tokenizer
+from common import (
+    CHINESE,
+    TEMPLATES,
+    WORDS,
+    batch,
+    batches,
+    encode_turns,
+    train,
+    train_tokenizer,
+)  # fmt: skip
 from transformers import FalconConfig, FalconForCausalLM
 
 import minipeft as mp
 
-TALKS = [
-    ["你好！", "你好，我可以帮助你。"], ["你是谁？", "我是助手，很高兴认识你。"],
-    ["今天天气好吗？", "今天天气很好。"], ["谢谢你的帮助。", "不用谢，很高兴帮助你。"],
-]  # fmt: skip
-WORDS = ["你好", "我", "帮助", "你", "助手", "高兴", "认识", "今天", "天气", "很", "谢谢", "，", "。"]
+TEXT = "".join(turn for talk in CHINESE for turn in talk)
 
 torch.manual_seed(0)
 tokenizer = train_tokenizer()
 old = len(tokenizer)
-pieces = len(tokenizer("".join(sum(TALKS, []))).input_ids)
+pieces = len(tokenizer(TEXT).input_ids)
 tokenizer.add_tokens(WORDS)
 print(f"{len(tokenizer) - old} new tokens: {pieces} pieces of the talks become "
-      f"{len(tokenizer(''.join(sum(TALKS, []))).input_ids)}")  # fmt: skip
+      f"{len(tokenizer(TEXT).input_ids)}")  # fmt: skip
 
 model = FalconForCausalLM(FalconConfig(
     vocab_size=old, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -33,7 +38,7 @@ model = FalconForCausalLM(FalconConfig(
 mp.extend_vocabulary(model, len(tokenizer) - old, init="mean", whole_table=True)
 mp.inject_lora(model, ["query_key_value"], rank=8, alpha=16, dropout=0.05)
 start = model.get_input_embeddings().weight.detach().clone()
-chinese = batch([encode_turns(tokenizer, TEMPLATES["guanaco"], talk) for talk in TALKS])
+chinese = batch([encode_turns(tokenizer, TEMPLATES["guanaco"], talk) for talk in CHINESE])
 data = [*batches(tokenizer, "guanaco", count=3), chinese]
 before, after = train(model, data, lr=3e-4, faster=10)
 print(f"loss {before:.3f} -> {after:.3f}")

@@ -43,6 +43,8 @@ for kind in ("BLOOM", "LLaMA-2"):
     assert after < before and again == after
     assert not any("lm_head" in name for name in names)
 
-ends = [[i for i, label in enumerate(row) if label != IGNORED] for row in data[0]["labels"].tolist()]
+ends = [
+    [i for i, label in enumerate(row) if label != IGNORED] for row in data[0]["labels"].tolist()
+]
 print("an answer's tokens stand together:", all(e == [*range(e[0], e[-1] + 1)] for e in ends))
 assert all(e == [*range(e[0], e[-1] + 1)] for e in ends)

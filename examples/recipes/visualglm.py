@@ -69,7 +69,10 @@ for layer in LAYERS:
         sat |= {f"{layer}.query_key_value.matrix_{x}.{i}": t.detach().clone()
                 for x, t in (("A", a), ("B", b))}  # fmt: skip
     dense = model.get_submodule(f"{layer}.dense")
-    sat |= {f"{layer}.dense.matrix_A": dense.lora_a.data, f"{layer}.dense.matrix_B": dense.lora_b.data}
+    sat |= {
+        f"{layer}.dense.matrix_A": dense.lora_a.data,
+        f"{layer}.dense.matrix_B": dense.lora_b.data,
+    }
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "mp_rank_00_model_states.pt"
     torch.save({"module": sat, "args": argparse.Namespace(lora_rank=10)}, path)

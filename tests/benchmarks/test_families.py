@@ -3,15 +3,19 @@
 import pytest
 import torch
 
-for package in ("transformers", "peft", "safetensors"):
-    pytest.importorskip(package)
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 from benchmarks import families
 
-# logits of up to about 10 in float32, whose sums of some hundred products may come in another
-# order (with a cache, or in a merged weight): a few units in the last place, each 1e-6
-ROUNDING = 2e-5
-EXACT = ("LoRA", "QLoRA", "files")  # the same numbers in the same order
+# logits of up to about 10 in float32, whose sums of some hundred products come in another order
+# (with a cache, in a merged weight, PEFT's scaling behind B): a few units in the last place of 1e-6
+ROUNDING = 1e-5
+BOUNDS = {
+    "LoRA": ROUNDING, "P-tuning v2": ROUNDING, "special step": ROUNDING,
+    "QLoRA": 0,  # the same numbers in the same order
+    "files": 1e-8,  # the same; [PAD]'s row is a mean of 96, a unit in the last place of .06
+}  # fmt: skip
 FAST = {
     ("LLaMA, alpaca-lora", "LoRA"), ("LLaMA, alpaca-lora", "special step"),
     ("Falcon-7B", "QLoRA"), ("MOSS", "P-tuning v2"), ("ChatGLM-6B", "LoRA"),
@@ -27,7 +31,7 @@ CELLS = [
 @pytest.mark.parametrize(("name", "cell"), CELLS)
 def test_cell(name, cell):
     value = families.measured(name, cell)
-    assert value <= (0 if cell in EXACT else ROUNDING)
+    assert value <= BOUNDS[cell]
 
 
 def test_the_page_has_a_row_for_each_system():
