@@ -28,20 +28,8 @@ CHINESE = [  # no package that the tests have holds Chinese: four talks of our o
     ["今天天气好吗？", "今天天气很好。"], ["谢谢你的帮助。", "不用谢，很高兴帮助你。"],
 ]  # fmt: skip
 WORDS = [
-    "你好",
-    "我",
-    "帮助",
-    "你",
-    "助手",
-    "高兴",
-    "认识",
-    "今天",
-    "天气",
-    "很",
-    "谢谢",
-    "，",
-    "。",
-]
+    "你好", "我", "帮助", "你", "助手", "高兴", "认识", "今天", "天气", "很", "谢谢", "，", "。",
+]  # fmt: skip
 
 
 class Template(NamedTuple):

@@ -52,12 +52,10 @@ class SelfAttention(nn.Module):
                 layer_past: Pair | None = None, use_cache: bool = False) -> tuple:  # fmt: skip
         """The states, and keys and values where `use_cache`; the mask is True where it hides."""
         q, k, v = self.query_key_value(x).unflatten(-1, (self.heads, -1)).chunk(3, -1)
-        rotary, numbers = self.rotary_emb.inv_freq, position_ids.unbind(1)
+        rotary, (first, second) = self.rotary_emb.inv_freq, position_ids.unbind(1)
+        halves = (t.chunk(2, -1) for t in (q, k))
         q, k = (
-            torch.cat(
-                [turned(*half, rotary) for half in zip(t.chunk(2, -1), numbers, strict=True)], -1
-            )
-            for t in (q, k)
+            torch.cat([turned(a, first, rotary), turned(b, second, rotary)], -1) for a, b in halves
         )
         if layer_past is not None:
             k, v = torch.cat([layer_past[0], k]), torch.cat([layer_past[1], v])

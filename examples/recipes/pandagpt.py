@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import minipeft as mp
 from minipeft.io.lora import load_lora
 
+torch.manual_seed(0)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 tokenizer = train_tokenizer()
 head = tokenizer("### Human: <Img>", return_tensors="pt").input_ids

@@ -22,7 +22,9 @@ def build(kind: str) -> torch.nn.Module:
     """The same random weights each time."""
     torch.manual_seed(0)
     if kind == "LLaMA-2":
-        return tiny_llama(len(tokenizer), num_key_value_heads=2)  # the 70B has groups
+        return tiny_llama(
+            len(tokenizer), hidden_size=128, num_key_value_heads=2
+        )  # the 70B has groups
     return BloomForCausalLM(BloomConfig(
         vocab_size=len(tokenizer), hidden_size=64, n_layer=2, n_head=4, bos_token_id=1,
         eos_token_id=2, initializer_range=0.1,

@@ -20,6 +20,7 @@ import minipeft as mp
 from minipeft.io.lora import load_lora
 from minipeft.layers.fused import LoRAFusedLinear, per_head
 
+torch.manual_seed(0)
 QUERIES, ROWS = 4, per_head(4, 16)
 LAYERS = [f"transformer.layers.{i}.attention" for i in (0, 2)]
 
