@@ -6,7 +6,8 @@ FOLDER has modeling_chatglm.py and configuration_chatglm.py of ChatGLM-6B, or th
 (modeling_moss.py, configuration_moss.py) or of Baichuan-7B, as their authors published them.  They
 are run: look at them first.  What transformers 5 no longer has is put in their place, weights are
 random and small.  A line each: how far a prefix is from the same keys and values given by hand, and
-from ChatGLM's own prefix encoder for a checkpoint of P-tuning v2.
+from ChatGLM's own prefix encoder for a checkpoint of P-tuning v2, and how far the GLM module of
+examples/recipes is from ChatGLM's code.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 import minipeft as mp
+from examples.recipes.glm import GLM, GLMConfig
 from minipeft.io.prefixes import load_prefix_encoder
 
 LENGTH = 4
@@ -123,7 +125,7 @@ def chatglm(folder: Path) -> dict[str, float]:
     """ChatGLM-6B: pairs (tokens, batch, heads, size), ids with [gMASK] and bos, two positions."""
     config, files = load(folder, "configuration_chatglm"), load(folder, "modeling_chatglm")
     settings = config.ChatGLMConfig(
-        vocab_size=60, hidden_size=16, num_layers=2, num_attention_heads=2, inner_hidden_size=32,
+        vocab_size=60, hidden_size=16, num_layers=2, num_attention_heads=2, inner_hidden_size=64,
         max_sequence_length=64, bos_token_id=55, eos_token_id=56, mask_token_id=57,
         gmask_token_id=58, pad_token_id=59,
     )  # fmt: skip
@@ -158,6 +160,13 @@ def chatglm(folder: Path) -> dict[str, float]:
         example=example,
     )  # fmt: skip
     found["P-tuning checkpoint"] = off(bare(ids).logits, theirs(ids).logits)
+
+    own = GLM(GLMConfig(60, 16, 2, 2, gmask_token_id=58, bos_token_id=55)).eval()
+    for layer in own.transformer.layers:
+        layer.alpha = 56**0.5  # of 28 layers, which is what their code takes whatever there is
+    own.load_state_dict(mp.base_state_dict(bare))
+    with mp.disable_adapters(bare):
+        found["module of the recipes"] = off(own(ids).logits, bare(ids).logits)
     return found
 
 

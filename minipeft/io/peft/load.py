@@ -24,8 +24,8 @@ from minipeft.io.peft.contents import Contents, sort_out
 from minipeft.io.peft.folder import read_weights
 from minipeft.io.peft.located import Located, locate
 from minipeft.io.peft.matched import MatchedConfig, matched
-from minipeft.io.peft.new_rows import behind, check_heads, is_longer, settle, tied_heads
 from minipeft.io.peft.merged import from_peft_02
+from minipeft.io.peft.new_rows import behind, check_heads, is_longer, settle, tied_heads
 from minipeft.io.peft.prompts import load_prompts
 from minipeft.io.peft.tensors import copy_into, reaches_across_groups, taken_bias
 from minipeft.io.peft.training import PLAIN, Training, freeze_named, made_layer, parsed
