@@ -351,8 +351,8 @@ def test_slices_of_the_right_sizes_by_another_number_of_heads_are_refused():
     model = Glm()
     model.config = argparse.Namespace(num_attention_heads=HEADS)
     state = before(model)
+    slices = {"query_key_value": per_head(HEADS * 2, DIM // 2)}
     with pytest.raises(ValueError, match="by 4 heads; the model's configuration has 2"):
-        slices = {"query_key_value": per_head(HEADS * 2, DIM // 2)}
         load_lora(model, sat(), alpha=1, slices=slices)
     assert same(model, state)
     load_lora(model, sat(), alpha=1, slices=ROWS)
