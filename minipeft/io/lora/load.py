@@ -83,6 +83,8 @@ def load_lora(
             module, place, places.modules[place.name], scales, f"{where}: {module.spelled:.80}",
             *options,
         )  # fmt: skip
+        if module.program == "SAT" and branch.slices is not None:
+            _check_heads(model, branch, f"{where}: {module.spelled:.80}")
         if _in_pairs(place, rotary_rows, module, where):
             dim = head_dim_of(model, place.name)
             for role in ("lora_B.weight", "lora_magnitude_vector"):
@@ -206,6 +208,20 @@ def _in_pairs(place: Place, rotary_rows: str | None, own: Pairs, where: Path) ->
             "Gemma) or 'halves' (Qwen2, Phi-3)"
         )
     return rotary_rows == "pairs" or (rotary_rows is None and place.naming == "Meta")
+
+
+def _check_heads(model: nn.Module, branch: Branch, where: str) -> None:
+    """Raise ValueError if slices go by another number of heads than the model's configuration.
+
+    Slices of 16 heads of 256 rows have the sizes of 32 heads of 128, and mean other rows.
+    """
+    config: Any = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    found = {len(part[3]) for part in branch.slices or ()}  # type: ignore[arg-type]
+    if isinstance(heads, int) and not found <= {1, heads}:
+        raise ValueError(
+            f"{where}: the slices go by {max(found)} heads; the model's configuration has {heads}"
+        )
 
 
 def _whole(

@@ -347,6 +347,17 @@ def test_visualglm(tmp_path):
     goes_round(model, plain, tmp_path / "own")
 
 
+def test_slices_of_the_right_sizes_by_another_number_of_heads_are_refused():
+    model = Glm()
+    model.config = argparse.Namespace(num_attention_heads=HEADS)
+    state = before(model)
+    slices = {"query_key_value": per_head(HEADS * 2, DIM // 2)}
+    with pytest.raises(ValueError, match="by 4 heads; the model's configuration has 2"):
+        load_lora(model, sat(), alpha=1, slices=slices)
+    assert same(model, state)
+    load_lora(model, sat(), alpha=1, slices=ROWS)
+
+
 WRONG = {
     "a pair without its B": (sat(**{"matrix_B.1": None}), ROWS, r"B of part 1 is missing"),
     "a pair missing": (sat(**{"matrix_A.2": None, "matrix_B.2": None}), ROWS, "2 pairs.*slices"),
