@@ -7,9 +7,9 @@ Each model is a small random one of the true architecture: transformers' classes
 of examples/recipes for ChatGLM-6B and VisualGLM.  A cell holds the largest difference that it
 measured; 0 is equal in every bit.
 
-    LoRA          one step; the file in PEFT, and in a model of ours
-    QLoRA         NF4 with double quantisation, one step; the file over another 4-bit model
-    P-tuning v2   one step; the file in another model, and generating with and without a cache
+    LoRA          two steps; the file in PEFT, and in a model of ours
+    QLoRA         NF4 with double quantisation, two steps; the file over another 4-bit model
+    P-tuning v2   two steps; the file in another model, and generating with and without a cache
     special step, files: see benchmarks/family_steps.py
 """
 
@@ -175,7 +175,7 @@ def systems() -> dict[str, System]:
 
 
 def lora(system: System) -> float:
-    """One step of LoRA, the file in PEFT and in another model of ours."""
+    """Two steps of LoRA, the file in PEFT and in another model of ours."""
     from peft import PeftModel
 
     model = system.build()
@@ -191,7 +191,7 @@ def lora(system: System) -> float:
 
 
 def qlora(system: System) -> float:
-    """One step of LoRA over 4-bit weights, and the file over the same weights of another model."""
+    """Two steps of LoRA over 4-bit weights, and the file over the same weights of another model."""
     model, other = system.build(), system.build()
     mp.inject_qlora(model, system.targets, system.rank, system.alpha, also=system.also)
     logits = steps.after_a_step(model, system.inputs())
@@ -203,7 +203,7 @@ def qlora(system: System) -> float:
 
 
 def prefix(system: System) -> float:
-    """One step of P-tuning v2, its file, and what is generated with and without a cache."""
+    """Two steps of P-tuning v2, its file, and what is generated with and without a cache."""
     model, other = system.build(), system.build()
     mp.attach_prefix(model, LENGTH, **system.example())
     logits = steps.after_a_step(model, system.inputs(), lr=0.5)
@@ -251,9 +251,9 @@ every bit; other numbers are sums in another order.
 
 {table}
 
-LoRA: one step, then the file in PEFT and in another model of ours. QLoRA: NF4 with double
-quantisation, one step, the file over another 4-bit model; Falcon's linear layers need
-`also=(FalconLinear,)`. P-tuning v2: one step, the file in another model, and the logits of
+LoRA: two steps, then the file in PEFT and in another model of ours. QLoRA: NF4 with double
+quantisation, two steps, the file over another 4-bit model; Falcon's linear layers need
+`also=(FalconLinear,)`. P-tuning v2: two steps, the file in another model, and the logits of
 generated tokens with and without a cache. ChatGLM-6B and VisualGLM are the module of
 [glm.py](../recipes/glm.py), MOSS is transformers' CodeGen; transformers 5 runs neither's own code.
 [Recipes](../recipes) train each system as its authors do, in less than a minute; the test of this

@@ -2,7 +2,7 @@
 
 NF4 with double quantisation, every 4-bit linear layer but the head, rank 64, alpha 16, no dropout.
 `instruction \\n answer </s>`, the prompt masked; theirs tokenises the two apart, here it is one
-text.  The QLoRA rate is not in the facts that we have; 1e-5 is that of their full training.
+text.  Rates are left to the command line there; 1e-5 is that of their full training.
 BLOOM's query_key_value has q, k, v of each head: one adapter over all of it, as PEFT has it.
 """
 
