@@ -107,7 +107,6 @@ class System:
     special: tuple[str, steps.Step]
     files: tuple[str, steps.Step]
     inputs: Callable[[], dict[str, Tensor]] = text
-    also: tuple[type[nn.Module], ...] = ()
     needs_example: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -120,10 +119,8 @@ class System:
 
 def systems() -> dict[str, System]:
     """The rows, in the survey's order."""
-    from transformers.models.falcon.modeling_falcon import FalconLinear
-
     qv, bin_ = ["q_proj", "v_proj"], ("adapter_model.bin", steps.peft_bin)
-    of_falcon = {"targets": FUSED, "rank": 64, "alpha": 16, "also": (FalconLinear,), "files": bin_}
+    of_falcon = {"targets": FUSED, "rank": 64, "alpha": 16, "files": bin_}
     return {
         "LLaMA, alpaca-lora": System(
             llama, qv, 8, 16, ("Meta's checkpoint, 2 files", steps.meta_checkpoint), bin_),
@@ -193,11 +190,11 @@ def lora(system: System) -> float:
 def qlora(system: System) -> float:
     """Two steps of LoRA over 4-bit weights, and the file over the same weights of another model."""
     model, other = system.build(), system.build()
-    mp.inject_qlora(model, system.targets, system.rank, system.alpha, also=system.also)
+    mp.inject_qlora(model, system.targets, system.rank, system.alpha)
     logits = steps.after_a_step(model, system.inputs())
     with tempfile.TemporaryDirectory() as folder:
         mp.save_peft(model, folder)
-        mp.quantize_model(other, also=system.also)
+        mp.quantize_model(other)
         mp.load_peft(other, folder)
     return steps.off(other, logits, system.inputs())
 
@@ -252,8 +249,8 @@ every bit; other numbers are sums in another order.
 {table}
 
 LoRA: two steps, then the file in PEFT and in another model of ours. QLoRA: NF4 with double
-quantisation, two steps, the file over another 4-bit model; Falcon's linear layers need
-`also=(FalconLinear,)`. P-tuning v2: two steps, the file in another model, and the logits of
+quantisation, two steps, the file over another 4-bit model. P-tuning v2: two steps, the file in
+another model, and the logits of
 generated tokens with and without a cache. ChatGLM-6B and VisualGLM are the module of
 [glm.py](../recipes/glm.py), MOSS is transformers' CodeGen; transformers 5 runs neither's own code.
 [Recipes](../recipes) train each system as its authors do, in less than a minute; the test of this
