@@ -22,6 +22,7 @@ from examples.recipes.common import (
     train,
     train_tokenizer,
 )
+from tests.test_house import code_lines
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "recipes"
@@ -73,6 +74,10 @@ def test_there_is_a_recipe_for_each_system():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_has_less_than_100_lines(path):
     assert len(path.read_text().splitlines()) < 100
+
+
+def test_the_glm_module_has_less_than_120_lines_of_code():
+    assert code_lines((FOLDER / "glm.py").read_text()) < 120
 
 
 def answers_with_their_ends(template, turns):
