@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import save_result
+
 MIB = 2**20
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HIDDEN, INTERMEDIATE, VOCABULARY = 2048, 5632, 32000
@@ -108,18 +110,18 @@ def differing(one: Path, other: Path) -> tuple[int, int]:
         return sum(digest(a.view(n)) != digest(b.view(n)) for n in a.specs), len(a.specs)
 
 
-def compare(folder: Path, gigabytes: float, dtype: str, stored: str) -> int:
-    """Both ways and what they show."""
+def compare(folder: Path, gigabytes: float, dtype: str, stored: str) -> dict[str, float]:
+    """Both ways and what they show, printed and returned."""
     sizes = write_sources(folder, gigabytes, DTYPES[dtype])
     limit = sum(sizes[-2:]) + 64 * MIB
     print(
         f"checkpoint: {sum(sizes) / 1e9:.2f} GB of {dtype} in {len(sizes)} tensors, the two "
         f"largest {sizes[-1] / MIB:.0f} and {sizes[-2] / MIB:.0f} MiB; delta in {stored}"
     )
-    peaks = []
+    result: dict[str, float] = {"bytes": sum(sizes), "limit": limit}
     for what in ("make", "apply"):
         found = in_its_own_process(what, folder, stored)
-        peaks.append(found["peak"])
+        result |= {f"{what} peak": found["peak"], f"{what} seconds": found["seconds"]}
         print(
             f"{what}: {found['seconds']:.1f} s ({sum(sizes) / found['seconds'] / 1e6:.0f} MB/s), "
             f"resident memory {found['peak'] / MIB:.0f} MiB above the imports (limit "
@@ -134,7 +136,10 @@ def compare(folder: Path, gigabytes: float, dtype: str, stored: str) -> int:
     print(f"delta: {held / 1e9:.2f} GB, of which corrections {extra / 1e9:.3f} GB")
     wrong, total = differing(folder / "tuned", folder / "out")
     print(f"tensors that differ from the tuned model in some bit: {wrong} of {total}")
-    return int(wrong > 0 or max(peaks) > limit)
+    return result | {
+        "changed": found["changed"], "numbers": found["numbers"], "largest": found["largest"],
+        "delta bytes": held, "corrections bytes": extra, "differing": wrong, "tensors": total,
+    }  # fmt: skip
 
 
 def main() -> int:
@@ -144,6 +149,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--stored", choices=["same", *DTYPES], default="same", help="the delta's")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--output", type=Path, help="a folder for the JSON")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
@@ -152,9 +158,14 @@ def main() -> int:
         return 0
     place = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        return compare(place, arguments.gigabytes, arguments.dtype, arguments.stored)
+        found = compare(place, arguments.gigabytes, arguments.dtype, arguments.stored)
     finally:
         shutil.rmtree(place)
+    if arguments.output is not None:
+        options = {"dtype": arguments.dtype, "stored": arguments.stored}
+        save_result(arguments.output, "delta", options=options, **found)
+    peak = max(found["make peak"], found["apply peak"])
+    return int(found["differing"] > 0 or peak > found["limit"])
 
 
 if __name__ == "__main__":

@@ -265,7 +265,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=__doc__)
     parser.add_argument("names", nargs="*", help="beginnings of systems' names; default: all")
-    parser.add_argument("--out", type=Path, default=PATH)
+    parser.add_argument("--output", type=Path, default=PATH)
     arguments = parser.parse_args()
     chosen = [name for name in systems()
               if not arguments.names or name.startswith(tuple(arguments.names))]  # fmt: skip
@@ -276,7 +276,7 @@ def main() -> int:
         print(rows[-1], flush=True)
     if not arguments.names:
         versions = {"transformers": transformers.__version__, "peft": peft.__version__}
-        arguments.out.write_text(PAGE.format(table="\n".join([HEAD, *rows]), **versions))
+        arguments.output.write_text(PAGE.format(table="\n".join([HEAD, *rows]), **versions))
     return 0
 
 

@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--validate", type=int, default=16, help="conversations")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     print(f"{seconds:.0f} s")
     settings = {k: v for k, v in vars(options).items() if k != "out"}
-    save_result(options.out, "vocabulary", settings=settings, seconds=seconds, **found)
+    save_result(options.output, "vocabulary", settings=settings, seconds=seconds, **found)
     return 0
 
 
