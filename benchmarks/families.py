@@ -183,8 +183,8 @@ def lora(system: System) -> float:
         other = system.build()
         mp.load_peft(other, folder)
         theirs = PeftModel.from_pretrained(system.build(), folder).eval()
-    return max(steps.off(other, logits, system.inputs()),
-               steps.off(theirs, logits, system.inputs()))  # fmt: skip
+    return steps.worst(steps.off(other, logits, system.inputs()),
+                       steps.off(theirs, logits, system.inputs()))  # fmt: skip
 
 
 def qlora(system: System) -> float:
@@ -207,8 +207,8 @@ def prefix(system: System) -> float:
     with tempfile.TemporaryDirectory() as folder:
         mp.save_prefix(model, folder)
         mp.load_prefix(other, folder, **system.example())
-    return max(steps.off(other, logits, system.inputs()),
-               steps.cache_off(model, system.inputs()))  # fmt: skip
+    return steps.worst(steps.off(other, logits, system.inputs()),
+                       steps.cache_off(model, system.inputs()))  # fmt: skip
 
 
 CELLS = {

@@ -80,10 +80,15 @@ def cache_off(model: Any, inputs: dict[str, Tensor]) -> float:
     return off(model, model(**inputs).logits[:, -1:], {**last, "past_key_values": cache})
 
 
+def worst(*values: float) -> float:
+    """The largest, and NaN if any is: Python's max passes over a NaN behind a number."""
+    return float(torch.tensor(values, dtype=torch.float64).max())
+
+
 def differences(one: nn.Module, other: nn.Module) -> float:
     """The largest difference of two models' parameters."""
     state = other.state_dict()
-    return max(float((t - state[name]).abs().max()) for name, t in one.state_dict().items())
+    return worst(*(float((t - state[name]).abs().max()) for name, t in one.state_dict().items()))
 
 
 def trained(system: Any) -> tuple[nn.Module, Tensor]:
@@ -178,7 +183,7 @@ def _delta(system: Any, *, pad: bool, dtype: torch.dtype, published: bool) -> fl
             make_delta(*paths[:3], dtype=dtype, **rows)
             apply_delta(paths[0], paths[2], paths[3])
         made = LlamaForCausalLM.from_pretrained(paths[3], dtype=dtype).state_dict()
-    return max(float((t.float() - made[n].float()).abs().max()) for n, t in expected.items())
+    return worst(*(float((t.float() - made[n].float()).abs().max()) for n, t in expected.items()))
 
 
 def delta_with_pad(system: Any) -> float:
@@ -250,7 +255,7 @@ def slices(kind: str) -> Step:
             mp.save_peft(model, folder)
             mp.load_peft(other, folder)
         keys = other.get_submodule(names[0]).delta()[rows["k"]].abs().max()
-        return max(off(other, logits, inputs), float(keys))
+        return worst(off(other, logits, inputs), float(keys))
 
     return measure
 

@@ -81,7 +81,8 @@ def test_the_glm_module_has_less_than_120_lines_of_code():
 
 
 def answers_with_their_ends(template, turns):
-    return [answer + template.answer[1] for answer in turns[1::2]]
+    answers = [answer + template.answer[1] for answer in turns[1::2]]
+    return [*answers[:-1], answers[-1] + template.end]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -105,7 +106,7 @@ def test_answers_and_their_end_marks_are_learnt_and_nothing_else(name, tokenizer
     for user, answer in zip(TURNS[::2], TURNS[1::2], strict=True):
         expected += template.user[0] + user + template.user[1]
         expected += template.answer[0] + answer + template.answer[1] + template.answer[2]
-    assert text == expected
+    assert text == expected + template.end
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -124,12 +125,21 @@ def test_a_token_is_learnt_if_one_of_its_characters_is(name, tokenizer):
             text += part
             for _ in part:
                 flags.append(flag)
+    text, flags = text + template.end, [*flags, *[True] * len(template.end)]
     spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     for label, (first, last) in zip(labels, spans, strict=True):
         learnt = False
         for place in range(first, last):
             learnt = learnt or flags[place]
         assert (label != IGNORED) == learnt
+
+
+def test_guanaco_learns_to_stop_behind_the_whole_conversation(tokenizer):
+    """QLoRA's collator: <s> and nothing, then the text and </s>."""
+    start, stop = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    for everything in (False, True):
+        ids, labels = encode_turns(tokenizer, TEMPLATES["guanaco"], TURNS, everything=everything)
+        assert ids[0] == start and ids.count(stop) == 1 and ids[-1] == labels[-1] == stop
 
 
 def test_counting_the_tokens_of_the_prompt_alone_is_off_where_a_token_crosses(tokenizer):

@@ -4,8 +4,8 @@ All weights train; the prompt is masked.  LLaMA has no token to pad with: [PAD] 
 own, the mean of the others.  Theirs counts the tokens of the prompt alone, which is off where its
 end and the answer's start make one token; labels by characters are not.  What is published is the
 difference from LLaMA in float32 ([PAD]'s row: from the mean) and the sum of all numbers, so that
-nobody adds it to another base.  2e-5, warm-up .03 and a cosine are FastChat's: theirs are not in
-the code.
+nobody adds it to another base.  2e-5 is their README's; the warm-up of .03 and the cosine are ours,
+as theirs are not in the code.
 """
 
 import tempfile

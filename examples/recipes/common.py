@@ -36,16 +36,18 @@ class Template(NamedTuple):
     """How a conversation is written.
 
     `user` stands around what a user says.  `answer` is what stands before an answer, the end mark
-    that is learnt with it, and what stands behind that.
+    that is learnt with it, and what stands behind that.  `end` stands behind the last, and is
+    learnt.
     """
 
     header: str
     user: tuple[str, str]
     answer: tuple[str, str, str]
+    end: str = ""
 
     def marks(self, special: Sequence[str]) -> list[str]:
         """What no turn may hold: the template's own words, and special tokens."""
-        words = [part.strip() for part in (*self.user, *self.answer)]
+        words = [part.strip() for part in (*self.user, *self.answer, self.end)]
         return [mark for mark in dict.fromkeys([*words, *special]) if mark]
 
 
@@ -54,7 +56,7 @@ TEMPLATES = {
     "chinese-alpaca": Template(
         ALPACA, ("### Instruction:\n", "\n\n"), ("### Response: ", "</s>", "")
     ),
-    "guanaco": Template("", ("### Human: ", ""), ("### Assistant: ", "", "")),
+    "guanaco": Template("<s>", ("### Human: ", ""), ("### Assistant: ", "", ""), "</s>"),
     "vicuna": Template(f"<s>{VICUNA} ", ("USER: ", " "), ("ASSISTANT: ", "</s>", "")),
     "chatglm": Template("", ("", ""), ("[gMASK]<bos>", "<eop>", "")),
     "visualglm": Template("", ("问：", "\n"), ("答：[gMASK]<bos>", "<eop>", "")),
@@ -97,6 +99,7 @@ def encode_turns(
         answer = number % 2 == 1
         pieces += [(before, everything), (turn, answer or everything)]
         pieces += [(behind[0], answer or everything), (behind[1], everything)]
+    pieces.append((template.end, True))
     learnt = [flag for text, flag in pieces for _ in text]
     encoded = tokenizer(
         "".join(text for text, _ in pieces), add_special_tokens=False, return_offsets_mapping=True

@@ -2,8 +2,9 @@
 
 NF4 with double quantisation; every linear layer but the head, rank 64, alpha 16, dropout .1;
 2e-4 constant after a warm-up of .03, gradients clipped to .3, Adam's beta2 .999; batches of texts
-of like length, targets of up to 512 tokens.  The source is empty there and a conversation is one
-target: user turns train too, as the paper says.  Paged optimisers are left to bitsandbytes.
+of like length, targets of up to 512 tokens.  The source is <s> alone there and a conversation with
+its </s> is one target: user turns train too, as the paper says.  Paged optimisers are left to
+bitsandbytes.
 """
 
 import torch
@@ -30,5 +31,6 @@ moved = [name for name, codes in state.items() if not model.state_dict()[name].e
 print(f"{len(moved)} of {len(state)} tensors of codes and scales changed")
 
 assert after < before and not moved
+assert any(2 in one["labels"] for one in data)  # </s>, by which an answer stops
 assert 4 < bits < 4.2  # 4, 8 / 64 for the scales, and the scales of those
 assert all((one["labels"] != IGNORED).equal(one["attention_mask"].bool()) for one in data)

@@ -35,6 +35,11 @@ def set_number(number: Number, value: int) -> None:
     setattr(owner, name, value)
 
 
+def _never(dtype: torch.dtype) -> float:
+    """A logit whose probability is 0, with room below it for what generate subtracts."""
+    return torch.finfo(dtype).min / 2
+
+
 class _Longer(Unscaled, Wrapper):
     """What the table and the head share: how many rows the base has, and folding into one."""
 
@@ -166,7 +171,8 @@ class LongerHead(_Longer):
     The rows are its own, `new_rows` (k, in_features), float32 or better; or, where the head shares
     the table's weight, those of `table`, a LongerTable, with which it goes on and off.  A base with
     a bias gives the new logits the mean of its biases.  `out_features` is n + k.  While it is off
-    the new logits are -inf, so that probabilities are the base's.
+    the new logits are half of the least number, so that the head's probabilities are the base's; a
+    difference of two is 0, where that of two -inf would be NaN (guidance in generate, KL).
 
     Raises:
         TypeError: no module.
@@ -221,14 +227,14 @@ class LongerHead(_Longer):
         """The output of the layers below, and the logits of the new tokens behind it."""
         rows = self.rows()
         if isinstance(strength, float) and strength == 0:
-            new = out.new_full((*out.shape[:-1], len(rows)), -torch.inf)
+            new = out.new_full((*out.shape[:-1], len(rows)), _never(out.dtype))
         else:
             new = F.linear(x.to(out.dtype), rows.to(out.dtype))
             if (bias := self._mean_bias()) is not None:
                 new = new + bias.to(new.dtype)
             new = new.to(out.dtype)
         if isinstance(strength, Tensor):  # compiled: 0 is off
-            new = torch.where(strength == 0, -torch.inf, new)
+            new = torch.where(strength == 0, _never(out.dtype), new)
         return torch.cat([out, new], -1)
 
     def _mean_bias(self) -> Tensor | None:

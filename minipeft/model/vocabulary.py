@@ -73,8 +73,9 @@ def extend_vocabulary(
     Raises:
         TypeError: model is no module.
         ValueError: rows below 1; no table, or a head without one; a head with another number of
-            rows; a table that another module shares, or that is longer already; another init;
-            `whole_table` over 4-bit codes or adapters.  The model is then as it was.
+            rows; a table that another module shares, or that is longer already; a second table of
+            as many rows; another init; `whole_table` over 4-bit codes or adapters.  The model is
+            then as it was.
 
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
     >>> extend_vocabulary(model, 2, table=["0"], head=["1"])
@@ -92,6 +93,7 @@ def extend_vocabulary(
     places = survey(model)
     found = find_tables(_CALLER, places, table, head)
     _check_sharing(places, found)
+    _check_second_table(places, found)
     with restoring(model):
         made = _made(places, found, rows, init, whole_table=whole_table)
         swap_shared(model, made)
@@ -257,6 +259,17 @@ def _check_sharing(places: Survey, found: Tables) -> None:
                 "have the old number of rows; give it a parameter of its own first, or use "
                 "model.resize_token_embeddings"
             )
+
+
+def _check_second_table(places: Survey, found: Tables) -> None:
+    """Raise ValueError if a second table, of each layer's inputs, has a row for each token too."""
+    count = getattr(innermost(places.modules[found.table]), "num_embeddings", None)
+    second = named_by(places.model, "get_per_layer_input_embeddings")
+    if second is not None and getattr(second, "num_embeddings", None) == count:
+        raise ValueError(
+            f"{_CALLER}: the model has a second table of {count} rows (the inputs of its layers), "
+            "which would have none for the new tokens; use model.resize_token_embeddings"
+        )
 
 
 def owners(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...], Any]]:

@@ -46,3 +46,11 @@ def test_a_difference_would_be_seen():
     system = families.systems()["LLaMA, alpaca-lora"]
     logits = torch.zeros(2, 9, families.VOCABULARY)
     assert families.steps.off(system.build(), logits, system.inputs()) > 0.1
+
+
+def test_a_cell_of_nan_is_nan(monkeypatch):
+    """PEFT's logits come second: a NaN there must not be passed over."""
+    values = iter([0.0, float("nan")])
+    monkeypatch.setattr(families.steps, "off", lambda *_: next(values))
+    assert families.measured("LLaMA, alpaca-lora", "LoRA") != 0
+    assert families.steps.worst(0.0, float("nan")) != 0 and families.steps.worst(1.0, 2.0) == 2
