@@ -34,6 +34,10 @@ _COMPUTED = "rope.freqs"
 _META_NAMES = {own: meta for meta, own in META.items()}
 _BY_COLUMNS = ("wo", "w2", "tok_embeddings")
 _RECORD = "saving.json"
+_SCALED = {  # of Meta's code for use_scaled_rope; params.json has no words for others
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
 _NEAR = 1e-12  # two spellings of one number in JSON
 
 
@@ -83,8 +87,9 @@ def save_meta(model: nn.Module, folder: str | os.PathLike[str], *, shards: int =
     of plain tensors, which is what Meta's code reads.
 
     Raises:
-        ValueError: a model with adapters or other parameters than LLaMA's; sizes that `shards` does
-            not divide; a folder that exists.  Nothing is written then.
+        ValueError: a model with adapters or other parameters than LLaMA's, heads or rotary
+            positions that params.json cannot say; sizes that `shards` does not divide; a folder
+            that exists.  Nothing is written then.
         OSError: the disk is full, and the like.
     """
     directory = Path(folder).absolute()
@@ -99,6 +104,7 @@ def save_meta(model: nn.Module, folder: str | os.PathLike[str], *, shards: int =
                 f"save_meta: shards={shards} does not divide {name} {tuple(value.shape)}"
             )
     params = _params(model)
+    _check_said(model)
     made = [f"consolidated.{number:02d}.pth" for number in range(shards)]
     with working_for(directory, _RECORD, {"shards": shards}) as unfinished:
         for number, file in enumerate(made):
@@ -149,6 +155,24 @@ def _params(model: nn.Module) -> dict[str, object]:
         # Meta's code takes two thirds of 4 dim, times this, up to a multiple of multiple_of
         "multiple_of": 1, "ffn_dim_multiplier": (hidden + 0.5) / int(8 * dim / 3),
     }  # fmt: skip
+
+
+def _check_said(model: nn.Module) -> None:
+    """Raise ValueError where Meta's code would compute something else by params.json."""
+    config: Any = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    own = {key: rope.get(key) for key in _SCALED}
+    if rope.get("rope_type") == "llama3" and own != _SCALED:
+        raise ValueError(
+            f"save_meta: rotary positions with {own}; expected {_SCALED}, which Meta's code has"
+        )
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if dim * heads != config.hidden_size:
+        raise ValueError(
+            f"save_meta: {heads} heads of {dim} numbers; Meta's code makes heads of "
+            f"hidden_size / heads = {config.hidden_size} / {heads}"
+        )
 
 
 def _check_params(model: nn.Module, directory: Path) -> None:

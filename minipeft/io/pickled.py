@@ -132,6 +132,8 @@ def _loaded(
             room = _check_zip(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{path}: {error.strerror}; expected a file that can be read") from error
     except Exception as error:  # of a damaged zip also EOFError, struct.error and others
         why = str(error) or type(error).__name__
         raise ValueError(f"{path}: cut short or damaged ({why}); get the file again") from error

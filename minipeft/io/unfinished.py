@@ -58,9 +58,8 @@ def working_for(destination: Path, record: str, wanted: Mapping[str, object]) ->
     with locked(directory, wait=False) as alone:
         if alone is False:
             raise ValueError(f"{directory}: another process is working in it")
-        for leftover in directory.glob(".*.tmp"):
-            leftover.unlink()
-        if not any(directory.iterdir()):  # new, or its run died before it had a record
+        leftovers = set(directory.glob(".*.tmp"))
+        if leftovers.issuperset(directory.iterdir()):  # new, or its run died before its record
             write_file(directory / record, json.dumps(wanted, indent=2).encode())
         found = read_object(directory / record) if (directory / record).is_file() else None
         if found != wanted:
@@ -68,6 +67,8 @@ def working_for(destination: Path, record: str, wanted: Mapping[str, object]) ->
                 f"{directory}: left by a run with another source or other settings; delete it, or "
                 "choose another destination"
             )
+        for leftover in leftovers:
+            leftover.unlink()
         try:
             yield directory
         except ValueError:  # refused: if nothing is done yet, nothing stays

@@ -165,7 +165,7 @@ def params(**changes):
 
 WQ = "layers.1.attention.wq.weight"
 WRONG = {
-    "cut": (short, r"consolidated.01.pth: no such file, or cut short"),
+    "cut": (short, r"consolidated.01.pth: cut short or damaged"),
     "first lost": (without_shard, r"consolidated.00.pth: no such file, beside consolidated.01.pth"),
     "last lost": (last_lost, r"in each of 1 files.*some of them are missing"),
     "a tensor lost": (changed(lambda s: s.pop(WQ)), rf"01.pth: {WQ} is missing"),
@@ -219,3 +219,17 @@ def test_wrong_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="meta device"):
         load_meta(empty, folder)
     assert not (tmp_path / "n").exists()
+
+
+SCALED = {"rope_type": "llama3", "rope_theta": 5e5, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+def test_positions_and_heads_that_params_json_cannot_say_are_refused(tmp_path):
+    longer = {"max_position_embeddings": 131072}
+    save_meta(llama(rope_parameters={**SCALED, "factor": 8.0}, **longer), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"'factor': 32.0, .*expected .*'factor': 8.0"):
+        save_meta(llama(rope_parameters={**SCALED, "factor": 32.0}, **longer), tmp_path / "b")
+    with pytest.raises(ValueError, match=r"4 heads of 8 numbers; Meta's code makes .* 16 / 4"):
+        save_meta(llama(head_dim=8), tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

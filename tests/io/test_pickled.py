@@ -259,3 +259,9 @@ def test_a_file_that_is_changed_while_it_is_read_is_noticed(tmp_path):
         path.write_bytes(buffer.getvalue())
         with pytest.raises(ValueError, match="was changed while it was read"):
             reader.view("a")
+
+
+def test_a_folder_is_not_called_damaged(tmp_path):
+    with pytest.raises(ValueError, match=r": Is a directory; expected a file") as caught:
+        read_pickled(tmp_path)
+    assert "damaged" not in str(caught.value)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.plan import Ignore
-from minipeft.io.delta.chunks import Base, chunks_of, is_finite, total, wider
+from minipeft.io.delta.chunks import Base, chunks_of, is_finite, is_zero, total, wider
 from minipeft.io.delta.make import (
     Path_,
     bar_over,
@@ -29,7 +29,7 @@ from minipeft.io.delta.record import (
     report_of,
 )
 from minipeft.io.fields import parse_object
-from minipeft.io.header import DAMAGED, Spec, bytes_of, digest, digest_of, nbytes
+from minipeft.io.header import Spec, bytes_of, digest, digest_of, nbytes
 from minipeft.io.shards import Reader, ShardWriter, split
 from minipeft.io.unfinished import copy_others, is_finished, working_for
 
@@ -65,9 +65,10 @@ def apply_delta(
     50637.1836, 0.01), taken in float64 or, as Alpaca's script does, in float32, tensor by tensor.
 
     Raises:
-        ValueError: as of make_delta; another base, a delta added already, another sum.  Nothing is
-            written then.
-        OSError: the disk is full, and the like; `out` does not exist then.
+        ValueError: as of make_delta; another base, a delta added already, another sum.
+        OSError: the disk is full, and the like.
+
+    `out` does not exist then; whole shards stay in `<out>.unfinished`, as of make_delta.
     """
     base, delta, out = Path(base), Path(delta), Path(out)
     check_places(out, {"base": base, "delta": delta}, max_shard_bytes)
@@ -199,7 +200,7 @@ class _Sums:
             f"{file}: {name:.80} is the result of adding this delta already; pass the base that it "
             "was made from"
         )
-        if self._applied[file].get(name) == added and bool(delta.count_nonzero()):
+        if self._applied[file].get(name) == added and not is_zero(delta):
             raise ValueError(twice)
         if name in self.entries:
             entry, found = self.entries[name], self.bases.checksum(name) or digest(first)
@@ -252,9 +253,10 @@ def _check_sum(folder: Path, published: float | None, tolerance: float) -> float
     if min(abs(exact - published), abs(float(plain) - published)) <= tolerance:
         return exact
     raise ValueError(
-        f"the sum of all numbers is {exact:.4f} ({float(plain):.4f} added in float32); expected "
-        f"published_sum={published} within {tolerance}: the base or the delta is another one, the "
-        f"delta was added already, or rows= is not what its authors did; {DAMAGED}"
+        f"{folder}: the sum of all numbers is {exact:.4f} ({float(plain):.4f} added in float32); "
+        f"expected published_sum={published} within {tolerance}: the base or the delta is another "
+        "one, the delta was added already, or rows= is not what its authors did; delete this "
+        "folder, and call again with the right ones"
     )
 
 

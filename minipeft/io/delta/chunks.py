@@ -80,6 +80,12 @@ def is_finite(chunk: Tensor) -> bool:
     return bool(chunk.isfinite().all())
 
 
+def is_zero(tensor: Tensor) -> bool:
+    """Whether all numbers are 0, in float64: torch counts no floats of 8 bits."""
+    flat = tensor.reshape(-1)
+    return not any(bool(flat[a:b].double().any()) for a, b in chunks_of(len(flat)))
+
+
 def wider(one: torch.dtype, other: torch.dtype) -> torch.dtype:
     """The dtype that holds the numbers of both; of float16 and bfloat16 that is float32."""
     small = [own for own in {one, other} if own.is_floating_point and own.itemsize == 1]

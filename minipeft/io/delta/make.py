@@ -78,8 +78,11 @@ def make_delta(
     Raises:
         ValueError: names, shapes or kinds of numbers differ; new rows without `rows`; NaN or Inf,
             or a difference that is so in `dtype`; a file that is missing, cut short or damaged; an
-            `out` that exists.  Nothing is written then.
-        OSError: the disk is full, and the like; `out` does not exist then.
+            `out` that exists.
+        OSError: the disk is full, and the like.
+
+    `out` does not exist then.  Shards that were whole by then (none, where names, shapes or
+    settings are refused) stay in `<out>.unfinished`, for the same call or to be deleted.
     """
     base, tuned, out = Path(base), Path(tuned), Path(out)
     check_places(out, {"base": base, "tuned": tuned}, max_shard_bytes)

@@ -49,7 +49,8 @@ def branch_of(
     """
     numbers = own.number()
     pairs = [_pair(own, number, where) for number in numbers]
-    rank = len(pairs[0][0])
+    if not (rank := len(pairs[0][0])):
+        raise ValueError(f"{where}: factors of rank 0; expected at least 1")
     given = own.roles.get(("alpha", None))
     shape = linear_shape(innermost(module))
     if own.program == "loralib" and shape is not None:
@@ -111,7 +112,8 @@ def _merged(
             f"has {out}; pass enable_lora= as it was trained, [True, False, True] for q and v"
         )
     rank = pair[1].shape[1]
-    alpha = scales.alpha(own.spelled, place.part, own.program, rank, None)
+    given = own.roles.get(("alpha", None))
+    alpha = scales.alpha(own.spelled, place.part, own.program, rank, given)
     return _sliced(where, pairs, rows, alpha / rank)
 
 

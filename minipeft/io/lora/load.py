@@ -90,6 +90,7 @@ def load_lora(
             for role in ("lora_B.weight", "lora_magnitude_vector"):
                 if role in branch.tensors:
                     branch.tensors[role] = halves_from_pairs(branch.tensors[role], dim)
+    scales.check_magnitudes("lora_magnitude_vector" in b.tensors for b in branches.values())
     saved, rest = _whole(tensors, rest, whole, where)
     if rest and strict:
         raise ValueError(
@@ -144,7 +145,7 @@ def _sorted(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Pairs
         own.roles[found.role, found.part] = value
     for module, own in list(modules.items()):
         if not own.program:  # an alpha of something else
-            rest.append(f"{module}.alpha")
+            rest += [key for key in tensors if (said := parse(key)) and said.module == module]
             del modules[module]
     if not modules:
         raise ValueError(

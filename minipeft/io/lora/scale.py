@@ -7,7 +7,7 @@ MLX                 adapter_config.json: lora_parameters.scale (older: times alp
 loralib, SAT        nowhere (VisualGLM: alpha 1), nor in PandaGPT's and torchtune's adapter_0.pt
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
@@ -42,6 +42,7 @@ class Scales:
         alpha: float | None,
     ) -> None:  # fmt: skip
         self._where, self._given, self._mlx = where, alpha, config.get("lora_parameters")
+        self._dora = config.get("use_dora") is True or config.get("fine_tune_type") == "dora"
         if alpha is not None and not _POSITIVE.fits(alpha):
             raise ValueError(f"load_lora: alpha={alpha!r:.40}; expected {_POSITIVE.expected}")
         if self._mlx is not None:
@@ -77,24 +78,36 @@ class Scales:
             )
         return found
 
+    def check_magnitudes(self, found: Iterable[bool]) -> None:
+        """Raise ValueError if the configuration says DoRA, and a module has no magnitude."""
+        if self._dora and not all(found):
+            raise ValueError(
+                f"{self._where}: the configuration beside it says DoRA, and the file has modules "
+                "without a magnitude; is it complete, and is the configuration its own?"
+            )
+
     def _in_file(self, module: str, part: str, rank: int, own: Tensor | None) -> float | None:
         if own is not None:
             if own.numel() != 1 or not own.isfinite().all() or own.item() <= 0:
                 raise ValueError(f"{self._where}: {module:.80}.alpha is {own!s:.40}, no scaling")
             return float(own)
         if isinstance(self._mlx, dict):
+            self._check_rank(module, rank, self._mlx.get("rank", rank))
             scale, alpha = self._mlx["scale"], self._mlx.get("alpha")
             whole: float = scale * rank if alpha is None else scale * alpha
             return whole
         config = self._parts.get(part, self._parts.get(""))
         if config is None:
             return None
-        if config["r"] != rank:
-            raise ValueError(
-                f"{self._where}: {module:.80} has rank {rank}, the configuration r = {config['r']}"
-            )
+        self._check_rank(module, rank, config["r"])
         found: float = config["lora_alpha"]  # type: ignore[assignment]
         return found * rank**0.5 if config.get("use_rslora") else found
+
+    def _check_rank(self, module: str, rank: int, said: object) -> None:
+        if said != rank:
+            raise ValueError(
+                f"{self._where}: {module:.80} has rank {rank}, the configuration says {said}"
+            )
 
 
 def _check(where: str, config: Mapping[str, object]) -> None:

@@ -1,6 +1,7 @@
 """The layers that a PEFT file asks for, made and filled; none is put into the model here."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from minipeft.adapters.plain_names import PlainNames, Spellings
 from minipeft.adapters.protocol import innermost, is_adapter, linear_shape
 from minipeft.adapters.wrapper import Wrapper, stored_parameter
 from minipeft.io.files import check_values
-from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
+from minipeft.io.peft.config import CONFIG_NAME
 from minipeft.io.peft.contents import Contents
 from minipeft.io.peft.located import Located
 from minipeft.io.peft.matched import MatchedConfig
@@ -33,11 +34,11 @@ class Builder:
     """The layers that a file asks for, over a model's modules, by the modules' names."""
 
     def __init__(
-        self, model: nn.Module, found: Located, config: MatchedConfig, contents: Contents, *,
-        name: str, training: Mapping[str, Training], strict: bool,
+        self, model: nn.Module, found: Located, config: MatchedConfig, contents: Contents,
+        where: Path, *, name: str, training: Mapping[str, Training], strict: bool,
     ) -> None:  # fmt: skip
         self.found, self.config, self.contents = found, config, contents
-        self.model, self.name, self.stack = model, name, name != DEFAULT
+        self.model, self.where, self.name, self.stack = model, where, name, name != DEFAULT
         self.modules, self.strict = found.modules, strict
         places = Spellings([*found.modules, *found.experts])
         self.training = {places.find(name) or name: own for name, own in training.items()}
@@ -95,7 +96,7 @@ class Builder:
             if reaches_across_groups(module, found):
                 settings["across_groups"] = True
             training = self.training.get(name, PLAIN)
-            where = f"{WEIGHTS_NAME}: {name}"
+            where = f"{self.where}: {name}"
             bias = taken_bias(where, found, wanted=self.config.config.lora_bias)
             self.made[name] = made_layer(where, kind, module, found, settings, training)
             if bias is not None:
@@ -121,7 +122,7 @@ class Builder:
             if name in self.contents.low_rank:
                 self._tokens(name, ids, rows)
         for name, training in self.training.items():
-            where = f"{WEIGHTS_NAME}: {name:.80}"
+            where = f"{self.where}: {name:.80}"
             if name not in self.made:
                 if self.strict and (training.slices or training.start or training.scale):
                     raise ValueError(
@@ -143,11 +144,11 @@ class Builder:
                     copied = self.made[place].adapter_parameters()["copy.weight"]  # type: ignore[operator]
                     if not torch.equal(copied.cpu().to(value.dtype), value):
                         raise ValueError(
-                            f"{WEIGHTS_NAME}: the weights of {place!r} are one, and differ"
+                            f"{self.where}: the weights of {place!r} are one, and differ"
                         )
                     continue
                 layer = TrainedModule(self.modules[place], memo=memo)
-                copy_into(f"{WEIGHTS_NAME}: {place}", layer, {"copy.weight": value})
+                copy_into(f"{self.where}: {place}", layer, {"copy.weight": value})
                 self.made[place] = layer.requires_grad_(False)
 
     def _experts(self, name: str, levels: Sequence[Mapping[Any, Tensor]]) -> None:
@@ -159,11 +160,11 @@ class Builder:
         wanted = [n for n in weights if self.config.fits(self.config.config.target_parameters, n)]
         if len(wanted) != len(levels):
             raise ValueError(
-                f"{WEIGHTS_NAME}: {name} has {len(levels)} expert weights; the model and "
+                f"{self.where}: {name} has {len(levels)} expert weights; the model and "
                 f"{CONFIG_NAME} have {wanted}"
             )
         for full, found in zip(wanted, levels, strict=True):
-            where, training = f"{WEIGHTS_NAME}: {full}", self.training.get(full, PLAIN)
+            where, training = f"{self.where}: {full}", self.training.get(full, PLAIN)
             parent: Any = self.modules[name]
             settings = {
                 **self.settings(full), "transposed": bool(getattr(parent, "is_transposed", False)),
@@ -182,14 +183,14 @@ class Builder:
                 self.made[head] = tied = LoRATiedLinear(below, layer)
                 if factors and not all(map(torch.equal, factors, tied.factors())):
                     raise ValueError(
-                        f"{WEIGHTS_NAME}: {head} is tied to {name}, but their factors differ"
+                        f"{self.where}: {head} is tied to {name}, but their factors differ"
                     )
 
     def _bias(self, name: str, value: Tensor) -> None:
         if name in self.found.in_attention:
             raise ValueError(f"load_peft: the bias of {name!r} lies inside nn.MultiheadAttention")
         layer = TrainedBias(self.top(name))
-        where = f"{WEIGHTS_NAME}: {name}"
+        where = f"{self.where}: {name}"
         bias = stored_parameter("load_peft", innermost(layer), "bias")
         check_values(where, {"bias": value}, {"bias": bias})
         delta = value.to(bias.device, torch.float32) - bias.float()
@@ -197,7 +198,7 @@ class Builder:
         self.made[name] = layer
 
     def _saved(self, name: str, values: Mapping[str, Tensor], layer: TrainedModule) -> None:
-        where, names = f"{WEIGHTS_NAME}: {name}", PlainNames(layer.copy)
+        where, names = f"{self.where}: {name}", PlainNames(layer.copy)
         state = layer.copy.state_dict(keep_vars=True)
         inner = {names.plain(key): f"copy.{key}" for key in state}
         inner |= {names.plain(key): f"copy.{key}" for key, _ in layer.copy.named_parameters()}
@@ -218,7 +219,7 @@ class Builder:
     def _tokens(self, name: str, ids: list[int], rows: Tensor) -> None:
         if name in self.made and isinstance(self.made[name], TrainedLogits | LongerHead):
             return  # follows the embedding
-        module, where = self.top(name), f"{WEIGHTS_NAME}: {name}"
+        module, where = self.top(name), f"{self.where}: {name}"
         head = self._is_linear(name)
         before = self.training.get(name, PLAIN).rows_before
         if (base := behind(where, self.model, module, before, ids, self.name)) is not None:

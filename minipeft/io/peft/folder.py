@@ -34,13 +34,19 @@ def read_weights(
         NotOneSave: the weights were saved with another configuration.
         ValueError: no such file, a damaged file or index, a pickle of anything but tensors.
     """
-    single, pickled = directory / WEIGHTS_NAME, directory / PICKLED_NAME
-    if current(single).is_file():
-        return read_sealed(single, config, CONFIG_NAME)
-    for index in (directory / INDEX_NAME, directory / f"{PICKLED_NAME}.index.json"):
-        if index.is_file():
-            with indexed(index) as reader:
-                return {name: reader.read(name) for name in reader.specs}, {}
-        if pickled.is_file():
-            return read_pickled(pickled), {}
-    return read_sealed(single, config, CONFIG_NAME)  # says that there is no such file
+    path = weights_file(directory)
+    if path.name.endswith(".index.json"):
+        with indexed(path) as reader:
+            return {name: reader.read(name) for name in reader.specs}, {}
+    if path.name == PICKLED_NAME:
+        return read_pickled(path), {}
+    return read_sealed(path, config, CONFIG_NAME)
+
+
+def weights_file(directory: Path) -> Path:
+    """The file that is read: weights or an index; where there is none, the name of the first."""
+    if current(directory / WEIGHTS_NAME).is_file():
+        return directory / WEIGHTS_NAME
+    others = (INDEX_NAME, PICKLED_NAME, f"{PICKLED_NAME}.index.json")
+    found = (directory / name for name in others if (directory / name).is_file())
+    return next(found, directory / WEIGHTS_NAME)

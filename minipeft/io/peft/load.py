@@ -17,9 +17,9 @@ from minipeft.adapters.targets import Names, visible_modules
 from minipeft.inject import freeze, restoring, swap_shared
 from minipeft.io.fields import is_off, read_config
 from minipeft.io.peft.build import Builder, new_layers
-from minipeft.io.peft.config import CONFIG_NAME, OTHER_READER, PROMPT_KINDS, WEIGHTS_NAME, checked
+from minipeft.io.peft.config import CONFIG_NAME, OTHER_READER, PROMPT_KINDS, checked
 from minipeft.io.peft.contents import sort_out
-from minipeft.io.peft.folder import read_weights
+from minipeft.io.peft.folder import read_weights, weights_file
 from minipeft.io.peft.located import Located, locate
 from minipeft.io.peft.matched import matched
 from minipeft.io.peft.merged import from_peft_02
@@ -85,7 +85,7 @@ def _load(model: nn.Module, directory: Path, name: str, *, strict: bool) -> Load
     if content.get("peft_type") in PROMPT_KINDS:
         names, unexpected = load_prompts(model, directory, content, name, strict=strict)
         return Loaded(names, [], unexpected, {})
-    where = directory / WEIGHTS_NAME
+    where = weights_file(directory)
     if is_off(content.get("enable_lora")):
         checked(content, strict=strict)
         tensors, training = read_weights(directory, content)
@@ -128,7 +128,7 @@ def put(
     _say_dense(found, training_of, level)
     with restoring(model):
         built = Builder(
-            model, found, config, contents, name=name, strict=strict, training=training_of
+            model, found, config, contents, where, name=name, strict=strict, training=training_of
         ).build()
         if not built:
             raise ValueError(f"{where}: holds no adapter")

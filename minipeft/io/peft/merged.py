@@ -106,6 +106,11 @@ def from_peft_02(
         if factors.keys() != {"A", "B"}:
             raise ValueError(f"{where}: {module:.80} has lora_{next(iter(factors))} alone")
         (a_key, a), (b_key, b) = factors["A"], factors["B"]
+        if len(a) != sum(enabled) * rank:
+            raise ValueError(
+                f"{where}: {module:.80}: lora_A is {tuple(a.shape)}; expected {sum(enabled)} parts "
+                f"of r = {rank} rows; is the configuration of this file?"
+            )
         pairs, rows = merged_parts(f"{where}: {module:.80}", a, b, enabled)
         made = sliced(f"{where}: {module:.80}", pairs, rows, alpha / rank)
         result[a_key], result[b_key] = made.a, made.b

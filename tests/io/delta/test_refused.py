@@ -226,3 +226,34 @@ def test_ten_thousand_flipped_bits_are_refused_or_change_nothing(tmp_path, form)
 def test_an_index_that_leads_elsewhere_is_refused(made, places):
     (made / "delta" / INDEX["safetensors"]).write_text(json.dumps({"weight_map": places}))
     refuse(made, r"model.safetensors.index.json: ")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_delta_of_8_bits_is_not_added_twice(tmp_path, dtype):
+    write(tmp_path / "base", {"a": torch.arange(6.0).to(dtype)}, files=1)
+    write(tmp_path / "tuned", {"a": torch.ones(6).to(dtype)}, files=1)
+    make_delta(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta")
+    apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "once")
+    refuse(tmp_path, "is the result of adding this delta already", base="once")
+
+
+def test_another_sum_names_the_folder_with_the_result(tmp_path):
+    write(tmp_path / "base", {"a": torch.ones(4)}, files=1)
+    write(tmp_path / "delta", {"a": torch.ones(4)}, files=1)
+    with pytest.raises(ValueError, match=r"out.unfinished: the sum .* is 8.0000 .*delete this"):
+        apply_delta(
+            tmp_path / "base", tmp_path / "delta", tmp_path / "out", published_sum=4, progress=False
+        )
+    assert not (tmp_path / "out").exists()
+    apply_delta(tmp_path / "base", tmp_path / "delta", tmp_path / "out", published_sum=8)
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_a_folder_of_something_else_keeps_its_files(made):
+    other = made / "out.unfinished"
+    other.mkdir()
+    (other / ".notes.tmp").write_text("mine")
+    (other / "more").write_text("mine")
+    with pytest.raises(ValueError, match="left by a run with another source"):
+        apply_delta(made / "base", made / "delta", made / "out")
+    assert sorted(path.name for path in other.iterdir()) == [".notes.tmp", "more"]

@@ -448,3 +448,80 @@ def test_peft_02(enabled, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "enable_lora": "all"}))
     with pytest.raises(ValueError, match="enable_lora = 'all'"):
         mp.load_peft(Glm(), tmp_path)
+
+
+def configured(folder, tensors, file, config):
+    folder.mkdir()
+    save_file(tensors, folder / file)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("program", ["PEFT", "MLX"])
+def test_dora_without_its_magnitudes_is_refused(program, tmp_path):
+    """Read as LoRA it would compute something else."""
+    a, b = pairs(1, (RANK, IN), (IN, RANK))
+    if program == "PEFT":
+        tensors = {f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b}
+        config = {"r": RANK, "lora_alpha": 4, "use_dora": True}
+        folder = configured(tmp_path / "f", tensors, "adapter_model.safetensors", config)
+    else:
+        tensors = {f"{Q}.lora_a": a.T.contiguous(), f"{Q}.lora_b": b.T.contiguous()}
+        config = {"fine_tune_type": "dora", "lora_parameters": {"rank": RANK, "scale": 2.0}}
+        folder = configured(tmp_path / "f", tensors, "adapters.safetensors", config)
+    model = Llama()
+    state = before(model)
+    with pytest.raises(ValueError, match="says DoRA, and the file has modules without a magnitude"):
+        load_lora(model, folder)
+    assert same(model, state)
+
+
+def test_another_rank_than_mlx_says_is_refused(tmp_path):
+    a, b = pairs(1, (IN, RANK), (RANK, IN))
+    config = {"lora_parameters": {"rank": RANK + 1, "scale": 2.0}}
+    tensors = {f"{Q}.lora_a": a, f"{Q}.lora_b": b}
+    folder = configured(tmp_path / "f", tensors, "adapters.safetensors", config)
+    with pytest.raises(ValueError, match=f"has rank {RANK}, the configuration says {RANK + 1}"):
+        load_lora(Llama(), folder)
+
+
+def test_an_alpha_beside_a_merged_linear_is_not_passed_over():
+    name = "transformer.layers.0.attention.query_key_value"
+    a, b = pairs(1, (2 * RANK, IN), (2 * IN, RANK))
+    state = {f"{name}.lora_A": a, f"{name}.lora_B": b, f"{name}.alpha": torch.tensor(7.0)}
+    with pytest.raises(ValueError, match="alpha=2, but the file has its own"):
+        load_lora(Glm(), state, alpha=2, enable_lora=[True, False, True])
+
+
+def test_errors_name_what_was_read_and_an_alpha_of_nothing_is_no_crash():
+    a, b = pairs(1, (RANK, IN), (IN, RANK))
+    with pytest.raises(ValueError, match=f"the tensors: {Q}: factors of rank 0"):
+        load_lora(Llama(), {f"{Q}.lora_A": a[:0], f"{Q}.lora_B": b[:, :0]}, alpha=1)
+    with pytest.raises(ValueError, match=f"^the tensors: {Q}: .* of shape"):
+        load_lora(Llama(), {f"{Q}.lora_A": a[:, :2], f"{Q}.lora_B": b}, alpha=1)
+    state = {f"{Q}.lora_A": a, f"{Q}.lora_B": b, f"{V}.lora.alpha": torch.tensor(1.0)}
+    with pytest.raises(ValueError, match=r"lora.alpha"):
+        load_lora(Llama(), state, alpha=1, whole=[V])
+
+
+def test_a_rank_that_is_not_peft_02s_is_said_plainly(tmp_path):
+    name = "base_model.model.transformer.layers.0.attention.query_key_value"
+    a, b = pairs(1, (2 * RANK, IN), (2 * IN, RANK, 1))
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["query_key_value"],
+              "enable_lora": [True, False, True]}  # fmt: skip
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    folder = configured(tmp_path / "f", tensors, "adapter_model.safetensors", config)
+    with pytest.raises(ValueError, match=r"lora_A is \(6, 16\); expected 2 parts of r = 4 rows"):
+        mp.load_peft(Glm(), folder)
+
+
+def test_errors_name_the_pickled_file(tmp_path):
+    name = f"base_model.model.{Q}"
+    a, b = pairs(1, (RANK, IN + 1), (IN, RANK))
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    torch.save(tensors, tmp_path / "adapter_model.bin")
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "target_modules": ["q_proj"],
+              "layers_to_transform": [0]}  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"adapter_model.bin: .*q_proj"):
+        mp.load_peft(Llama(), tmp_path)
