@@ -166,7 +166,7 @@ def systems() -> dict[str, System]:
                            ("its pytorch_model.pt", steps.pandagpt), states),
         "TigerBot, BLOOM": System(bloom, FUSED, 64, 16, ("q, k, v apart", steps.slices("bloom")),
                                   bin_),
-        "TigerBot, LLaMA-2": System(lambda: llama(num_key_value_heads=2), "all-linear", 16, 16,
+        "TigerBot, LLaMA-2": System(lambda: llama(num_key_value_heads=2), "all-linear", 64, 16,
                                     ("4-bit codes stay in training", steps.codes_stay), bin_),
     }  # fmt: skip
 

@@ -40,7 +40,10 @@ AS_PLAIN = (
     "write the weights again as plain tensors: safetensors.torch.save_file("
     'safetensors.torch.load_file(path), path, metadata={"format": "pt"})'
 )
-DAMAGED = f"the file is damaged, or was changed since; to load a changed one as it is, {AS_PLAIN}"
+DAMAGED = (
+    "the file is damaged, or was changed since: get it again; to load one that you changed as it "
+    f"is, {AS_PLAIN}"
+)
 _LARGEST = 100_000_000  # bytes of a header, as in safetensors
 
 

@@ -126,6 +126,8 @@ def _check_plain(caller: str, model: nn.Module) -> None:
 
 def _paths(directory: Path) -> list[Path]:
     """The files of the checkpoint in the order of the processes."""
+    if directory.is_file():
+        raise ValueError(f"{directory}: is a file; pass the folder that it is in")
     for suffix in ("pth", "safetensors"):
         paths = sorted(directory.glob(f"consolidated*.{suffix}"))
         if paths and [p.name for p in paths] == [f"consolidated.{suffix}"]:

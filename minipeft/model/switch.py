@@ -43,6 +43,7 @@ def use_adapters(
     `rows` has an entry for each row of the batches to come: a name, None for no adapter, or a list
     of names that add up.  Rows hold until `names` are given.  Another call with as many rows
     compiles nothing again in inference; a compiled training step compiles once for other rows.
+    A batch of a multiple of these rows gives each entry as many rows side by side, as beams stand.
     Returns the names of the modules that are on.
 
     The batch must be axis 0 of what every adapted layer gets.  That is not checked where sizes fit

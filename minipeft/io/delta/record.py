@@ -10,6 +10,7 @@ being number 0 of `start`, int32 places "<name>/<start>/at" and values "<name>/<
 programs read the shards and leave the corrections out.
 """
 
+import glob
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ def entries_in(reader: Reader) -> tuple[dict[str, Entry], str | None, int]:
     """
     said = {path: found[KEY] for path, found in reader.metadata.items() if KEY in found}
     if not said:
+        for path in reader.metadata:
+            if beside := _corrections_of(path):
+                raise ValueError(
+                    f"{path}: {beside[0].name} corrects it, and its own record of the delta is "
+                    "gone: it was written again; get the delta again"
+                )
         return {}, None, CHUNK
     entries: dict[str, Entry] = {}
     settings = set[tuple[object, object]]()
@@ -124,6 +131,10 @@ def report_of(entries: Mapping[str, Entry], numbers: int) -> DeltaReport:
         len(entries), numbers, exact=True, changed=sum(e.corrections for e in entries.values()),
         largest=max((e.largest for e in entries.values()), default=0.0),
     )  # fmt: skip
+
+
+def _corrections_of(shard: Path) -> list[Path]:
+    return sorted(shard.parent.glob(f"{glob.escape(shard.stem)}.corrections-*.safetensors"))
 
 
 class CorrectionWriter:
@@ -175,7 +186,7 @@ class Corrections:
     """
 
     def __init__(self, shard: Path) -> None:
-        paths = sorted(shard.parent.glob(f"{shard.stem}.corrections-*.safetensors"))
+        paths = _corrections_of(shard)
         self._reader = Reader(paths, mmap=False)
 
     def __enter__(self) -> "Corrections":

@@ -280,9 +280,12 @@ def _follows(file: _File, tables: Tables) -> set[str]:
 def _out_of_order(file: _File, files: Sequence[_File], has: str, rows: int) -> str:
     known = [other for other in files if other.rows_after is not None]
     by_size = [str(f.folder) for f in sorted(known, key=lambda f: f.rows_after or 0)]
+    remedy = f"by their sizes the order is {by_size}"
+    if by_size == [str(f.folder) for f in files]:
+        remedy = "an adapter is missing before it, or the model is another"
     return (
         f"merge_in_order: {file.folder} has {has}, and when its turn comes the model has {rows} "
-        f"rows: it was trained before that; by their sizes the order is {by_size}"
+        f"rows: it follows a model of another size; {remedy}"
     )
 
 

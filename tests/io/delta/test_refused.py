@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from minipeft.io.delta import apply_delta, check_delta, make_delta
 from tests.io.delta.checkpoints import INDEX, contents, pair, read, same_bits, write
@@ -45,6 +46,15 @@ def test_a_delta_is_not_added_twice(made):
     apply_delta(made / "base", made / "delta", made / "once")
     for base in ("once", "tuned"):  # tuned: as others saved it
         refuse(made, r"is the result of adding this delta already", base=base)
+
+
+def test_a_shard_written_again_is_not_taken_for_a_plain_delta(made):
+    """The record goes with the metadata; the corrections beside it would be left out."""
+    assert list((made / "delta").glob("*.corrections-*.safetensors"))
+    for path in (made / "delta").glob("*.safetensors"):
+        if ".corrections-" not in path.name:
+            save_file(load_file(path), path, metadata={"format": "pt"})
+    refuse(made, r"corrections-\d+.safetensors corrects it, and its own record .* get the delta")
 
 
 def test_another_base_is_refused(made):
