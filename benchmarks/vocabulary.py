@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     seconds = time.perf_counter() - start
     print(f"{seconds:.0f} s")
-    settings = {k: v for k, v in vars(options).items() if k != "out"}
+    settings = {k: v for k, v in vars(options).items() if k != "output"}
     save_result(options.output, "vocabulary", settings=settings, seconds=seconds, **found)
     return 0
 
