@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from benchmarks import recipes
 from examples.recipes.common import (
     IGNORED,
     TEMPLATES,
@@ -65,6 +66,16 @@ def test_recipe(path, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert 2 <= len(done.stdout.strip().splitlines()) <= 6, done.stdout
+
+
+@pytest.mark.parametrize(("after", "status"), [(1.5, 0), (2.5, 1)])
+def test_the_table_of_recipes_wants_losses_that_fall(after, status, tmp_path, monkeypatch):
+    (tmp_path / "one.py").touch()
+    (tmp_path / "common.py").touch()
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+    monkeypatch.setattr(recipes, "run", lambda path: (3.2, f"4 layers, loss 2.0 -> {after}\n"))
+    assert recipes.main() == status
+    assert f"| [one](one.py) | 3 | 2.0 > {after} |\n" in (tmp_path / "README.md").read_text()
 
 
 def test_there_is_a_recipe_for_each_system():

@@ -30,7 +30,7 @@ with tempfile.TemporaryDirectory() as folder:
     before, after = train(
         model, batches(tokenizer, "alpaca"), lr=2e-5, faster=50, schedule="cosine", warmup=0.03
     )
-    print(f"{sum(p.numel() for p in model.parameters()):,} weights: {before:.3f} -> {after:.3f}")
+    print(f"all weights: loss {before:.3f} -> {after:.3f}")
 
     model.save_pretrained(tuned)
     total = sum(t.double().sum().item() for t in model.state_dict().values())

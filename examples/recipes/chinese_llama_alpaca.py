@@ -48,14 +48,14 @@ with tempfile.TemporaryDirectory() as place:
     plain = [encode_turns(tokenizer, TEMPLATES["tigerbot"], t, everything=True) for t in CHINESE]
     llama = tiny_llama(old)
     pre = stage(llama, len(WORDS), [batch(plain)], first, lr=2e-4, warmup=0.05, weight_decay=0.01)
-    print(f"pre-training: {pre[0]:.3f} -> {pre[1]:.3f}")
+    print(f"pre-training: loss {pre[0]:.3f} -> {pre[1]:.3f}")
 
     mp.remove(llama, merge=True)  # what the second adapter is trained on
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     rows = [encode_turns(tokenizer, TEMPLATES["chinese-alpaca"], talk) for talk in CHINESE]
     data = [batch(rows, tokenizer.pad_token_id)]
     sft = stage(llama, 1, data, second, lr=1e-4, warmup=0.03)
-    print(f"instructions: {sft[0]:.3f} -> {sft[1]:.3f}")
+    print(f"instructions: loss {sft[0]:.3f} -> {sft[1]:.3f}")
 
     merged = tiny_llama(old)
     report = mp.merge_in_order(merged, [first, second])

@@ -43,7 +43,7 @@ talk = [{k: one[k] for k in ("input_ids", "labels")} for one in batches(tokens, 
 first, last = train(glm, talk, lr=2e-5, faster=50, schedule="linear", warmup=0.1)
 third = range(64)  # what their "q" are
 queries = len(set(rows["q"].tolist()) & set(third))
-print(f"ChatGLM: {first:.3f} -> {last:.3f}; {queries} of the first {len(third)} rows are queries")
+print(f"ChatGLM: loss {first:.3f} -> {last:.3f}; {queries} of {len(third)} 'q' rows are queries")
 
 assert after < before and last < first
 assert counts[0] < counts[1]

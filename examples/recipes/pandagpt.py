@@ -57,7 +57,7 @@ before, after = train(
 used = [one["vector"].flip(0) for one in data]
 other = mean_loss(model, [{**one, "vector": v} for one, v in zip(data, used, strict=True)])
 print(
-    f"{len(names)} layers and llama_proj: {before:.3f} -> {after:.3f}; others' images {other:.3f}"
+    f"{len(names)} layers, llama_proj: loss {before:.3f} -> {after:.3f}; others' images {other:.3f}"
 )
 
 theirs = OrderedDict()  # their pytorch_model.pt: what trains, under PEFT's names in llama_model

@@ -27,6 +27,7 @@ from minipeft.io.rotary import ORDERS, halves_from_pairs, head_dim_of
 from minipeft.model.peft_words import in_our_words
 
 _MLX_NAME = "adapters.safetensors"
+_CHANGING = (".dora_scale", ".lora_mid.weight")  # they change what the factors mean
 
 
 @in_our_words
@@ -92,6 +93,11 @@ def load_lora(
                     branch.tensors[role] = halves_from_pairs(branch.tensors[role], dim)
     scales.check_magnitudes("lora_magnitude_vector" in b.tensors for b in branches.values())
     saved, rest = _whole(tensors, rest, whole, where)
+    if changing := [key for key in rest if key.endswith(_CHANGING)]:
+        raise ValueError(
+            f"{where}: {changing[0]!r:.80} ({len(changing)} in all) belongs to LyCORIS's form of "
+            "DoRA or LoCon, which is not read: without it the factors compute something else"
+        )
     if rest and strict:
         raise ValueError(
             f"{where}: {rest[0]!r:.80} ({len(rest)} in all) is no factor of LoRA; whole= names "

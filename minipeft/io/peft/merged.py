@@ -19,6 +19,7 @@ from minipeft.io.peft.training import runs
 from minipeft.layers.fused import Rows, blocks
 
 Pair = tuple[Tensor, Tensor]
+_NEWER = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias")
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<letter>[AB])(\.weight)?")
 
 
@@ -96,6 +97,11 @@ def from_peft_02(
         raise ValueError(f"{where}: enable_lora = {enabled!r:.80}; expected a list of true, false")
     if type(rank) is not int or not isinstance(alpha, int | float) or rank < 1:
         raise ValueError(f"{where}: r = {rank!r:.40}, lora_alpha = {alpha!r:.40}; expected numbers")
+    if newer := [key for key in _NEWER if content.get(key)]:
+        raise ValueError(
+            f"{where}: enable_lora beside {newer}, which PEFT 0.2 did not have; which of them "
+            "holds is not known"
+        )
     found: dict[str, dict[str, tuple[str, Tensor]]] = {}
     result = dict(tensors)
     for key, value in tensors.items():

@@ -515,6 +515,30 @@ def test_a_rank_that_is_not_peft_02s_is_said_plainly(tmp_path):
         mp.load_peft(Glm(), folder)
 
 
+@pytest.mark.parametrize("name", ["dora_scale", "lora_mid.weight"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_tensors_that_change_what_factors_mean_are_never_passed_over(name, strict):
+    a, b = pairs(1, (RANK, IN), (IN, RANK))
+    state = {f"{Q}.lora_A": a, f"{Q}.lora_B": b, f"{Q}.{name}": torch.ones(IN)}
+    model = Llama()
+    unchanged = before(model)
+    with pytest.raises(ValueError, match=f"{name}.* computes? something else"):
+        load_lora(model, state, alpha=1, strict=strict)
+    assert same(model, unchanged)
+
+
+@pytest.mark.parametrize("newer", ["use_rslora", "use_dora"])
+def test_fields_that_peft_02_lacks_beside_its_own_are_refused(newer, tmp_path):
+    name = "base_model.model.transformer.layers.0.attention.query_key_value"
+    a, b = pairs(1, (2 * RANK, IN), (2 * IN, RANK, 1))
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 4, "enable_lora": [True, False, True],
+              "target_modules": ["query_key_value"], newer: True}  # fmt: skip
+    tensors = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    folder = configured(tmp_path / "f", tensors, "adapter_model.safetensors", config)
+    with pytest.raises(ValueError, match=newer):
+        mp.load_peft(Glm(), folder)
+
+
 def test_errors_name_the_pickled_file(tmp_path):
     name = f"base_model.model.{Q}"
     a, b = pairs(1, (RANK, IN + 1), (IN, RANK))
