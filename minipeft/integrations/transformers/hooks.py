@@ -163,7 +163,15 @@ class _Before:
                 f"{type(holder).__name__}: position_ids start anew within a row, which says that "
                 "texts are packed; a prefix that windows leave behind needs each text padded"
             )
-        batch = positions.tokens(given).shape[0]
+        batch, length = positions.tokens(given).shape[:2]
+        if (
+            torch.compiler.is_compiling()
+            and prefix.window == "like_token"
+            and prefix.has_windows
+            and all(given[n] is None for n in ("attention_mask", "position_ids", "past_key_values"))
+        ):  # a traced model without a mask always asks for packed texts, which moved() would miss
+            device = positions.tokens(given).device
+            given["attention_mask"] = torch.ones(batch, length, dtype=torch.long, device=device)
         takes_numbers = "position_ids" in hooks.names[self.index]
         if hooks.rule is not None and takes_numbers:
             counted = prefix.shift(batch)
