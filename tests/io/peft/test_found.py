@@ -333,7 +333,7 @@ REFUSED = {
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     "QALoRA": ({"use_qalora": True}, "use_qalora"),
     "BD-LoRA": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
-    "slices of PEFT 0.2": ({"enable_lora": [True, False, True]}, "enable_lora"),
+    "slices of PEFT 0.2": ({"enable_lora": [True, False, True]}, "expected 2 parts of r"),
     "raw PiSSA": ({"init_lora_weights": "pissa"}, "pissa.*path_initial_model"),
     "raw LoftQ": ({"init_lora_weights": "loftq"}, "loftq"),
     "lora_bias without biases": ({"lora_bias": True}, "missing lora_B.bias"),
