@@ -96,7 +96,8 @@ def checked_example(model: nn.Module, example: dict[str, Any] | None) -> dict[st
     """The example with its tensors where the model computes.
 
     Raises:
-        ValueError: no dict of arguments of the model's forward, or no tensor among them.
+        ValueError: no dict of arguments of the model's forward, no tensor among them, or one that
+            has no values.
     """
     if example is None:
         return None
@@ -108,6 +109,8 @@ def checked_example(model: nn.Module, example: dict[str, Any] | None) -> dict[st
         )
     if "kwargs" not in takes and (unknown := [name for name in example if name not in takes]):
         raise ValueError(f"example has {unknown}; {type(model).__name__} takes {takes}")
+    if empty := [name for name, v in example.items() if isinstance(v, Tensor) and v.is_meta]:
+        raise ValueError(f"example: {empty[0]} has no values (meta device); pass real ones")
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in example.items()}
 

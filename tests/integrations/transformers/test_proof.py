@@ -282,6 +282,8 @@ def test_rows_of_a_vision_encoder_use_their_own():
     ({}, "expected the keyword arguments"), ({"pixel_values": 3}, "tensors among them"),
     ({"waves": torch.zeros(1, 3)}, r"example has \['waves'\]; LlamaForCausalLM takes"),
     ({"input_ids": torch.zeros(1, 4, 4, 4)}, "could not be run on a few tokens"),
+    ({"input_ids": torch.full((1, 6), 10**6)}, "could not be run on a few tokens"),
+    ({"input_ids": torch.zeros(1, 6, dtype=torch.long, device="meta")}, r"no values \(meta"),
 ])  # fmt: skip
 def test_examples_that_do_not_fit_are_refused(example, message):
     model = llama()
@@ -289,6 +291,18 @@ def test_examples_that_do_not_fit_are_refused(example, message):
         model.forward = lambda input_ids=None, attention_mask=None: None
     with pytest.raises(ValueError, match=f"attach_prefix: .*{message}"):
         mp.attach_prefix(model, 4, example=example)
+
+
+@pytest.mark.parametrize("window", [4, 16])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_an_example_shorter_than_the_window_is_no_hindrance(window, tokens):
+    model = build("MistralConfig", "MistralForCausalLM", sliding_window=window)
+    ids = torch.arange(3, 3 + 12)[None]
+    plain = model(ids).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is proved, and nothing is left to tell
+        prefix = mp.attach_prefix(model, 4, example={"input_ids": ids[:, :tokens]})
+    assert prefix.report() == "3 layers of self" and not torch.equal(model(ids).logits, plain)
 
 
 def hybrid():
