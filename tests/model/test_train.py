@@ -169,8 +169,11 @@ def test_trained_tokens_are_rows_of_the_table_and_of_a_tied_head(tied):
     assert names == (["embed", "head"] if tied else ["embed"])
     with mp.disable_adapters(model):
         assert torch.equal(model(IDS), plain)
-    # the rows' logits have a product of their own: float32, sums of 8
-    torch.testing.assert_close(model(IDS), plain, rtol=1e-5, atol=1e-5)
+    # the rows' logits have a product of their own: float32, sums of 8, measured 2e-7
+    torch.testing.assert_close(model(IDS), plain, rtol=1e-6, atol=1e-6)
+    if tied:
+        others = [token for token in range(plain.shape[-1]) if token not in (4, 9)]
+        assert torch.equal(model(IDS)[..., others], plain[..., others])
     randomise(model)
     rows = model.embed.token_rows
     table = base.detach().clone()
