@@ -1,7 +1,7 @@
 """A longer vocabulary: rows for new tokens behind a frozen table and behind its head.
 
-    extend_vocabulary(model, 200)               200 new rows train, all else is frozen
-    extend_vocabulary(model, 200, whole=True)   the old rows train too (dense tables)
+    extend_vocabulary(model, 200)                     200 new rows train, all else is frozen
+    extend_vocabulary(model, 200, whole_table=True)   the old rows train too (dense tables)
 
 `model.resize_token_embeddings` of transformers makes new tables instead, whose old rows train with
 the new ones or not at all.

@@ -9,6 +9,8 @@ in 16 bits is rounded.  So make_delta computes the total too and keeps what diff
 around, and truth values are combined by exclusive or: both are exact.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -46,9 +48,10 @@ class Base:
         return torch.cat([own.to(made.dtype), made])
 
 
-def chunks_of(numbers: int, size: int = CHUNK) -> list[tuple[int, int]]:
+def chunks_of(numbers: int, size: int = CHUNK) -> Iterator[tuple[int, int]]:
     """First and last (excluded) number of each chunk."""
-    return [(start, min(start + size, numbers)) for start in range(0, numbers, size)]
+    for start in range(0, numbers, size):
+        yield start, min(start + size, numbers)
 
 
 def difference(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor:

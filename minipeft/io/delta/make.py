@@ -159,7 +159,7 @@ def _write(
     with bar_over(expected, "making the delta", progress) as bar:
         for file in files_left(folder, expected, bar):
             own = expected[file]
-            entries = {n: Entry(others.specs[n][0], bases.specs[n][1]) for n in own}
+            entries = {n: Entry(others.specs[n][0]) for n in own}
             corrections = CorrectionWriter(folder / file)
             with ShardWriter(folder / file, own, metadata={KEY: text_of(entries, rows)}) as writer:
                 for name in own:
@@ -198,7 +198,7 @@ def _write_tensor(
 
     writer.write_parts(name, parts())
     return Entry(
-        tuned.dtype, tuple(first.shape), bases.checksum(name) or digest(first),
+        tuned.dtype, bases.checksum(name) or digest(first),
         others.checksum(name) or digest(tuned), changed, largest,
     )  # fmt: skip
 

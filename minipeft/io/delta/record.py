@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minipeft.io.delta.chunks import CHUNK
-from minipeft.io.fields import TEXT, Kind, check, list_of, one_of, parse_object, whole
+from minipeft.io.fields import TEXT, Kind, check, one_of, parse_object, whole
 from minipeft.io.header import DAMAGED, DTYPES, NAMES
 from minipeft.io.shards import Reader, ShardWriter
 
@@ -29,11 +29,11 @@ KEY = "minipeft_delta"
 _FLUSH = 2**23  # bytes of corrections in one file, about
 _HASH = Kind("a sha256", lambda value: isinstance(value, str) and len(value) == 64)
 _HEAD = {
-    "version": one_of(1), "rows": one_of(None, "zeros", "mean"), "chunk": whole(1),
+    "version": one_of(1), "rows": one_of(None, "zeros", "mean"), "chunk": whole(16, 2**24),
     "tensors": Kind("an object", lambda value: isinstance(value, dict)),
 }  # fmt: skip
 _FIELDS = {
-    "dtype": one_of(*DTYPES), "shape": list_of(whole(0)), "base": _HASH, "tuned": _HASH,
+    "dtype": one_of(*DTYPES), "base": _HASH, "tuned": _HASH,
     "corrections": TEXT, "largest": TEXT,
 }  # fmt: skip
 
@@ -57,10 +57,9 @@ class DeltaReport:
 
 
 class Entry(NamedTuple):
-    """What is known of one tensor: of the tuned one its dtype, of the base one its shape."""
+    """What is known of one tensor; dtype: the tuned one's.  A sha256 covers dtype and shape too."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
     base: str = "0" * 64
     tuned: str = "0" * 64
     corrections: int = 0
@@ -71,8 +70,8 @@ def text_of(entries: Mapping[str, Entry], rows: str | None) -> str:
     """The metadata of a shard; its length does not depend on sums and counts."""
     tensors = {
         name: {
-            "dtype": NAMES[entry.dtype], "shape": list(entry.shape), "base": entry.base,
-            "tuned": entry.tuned, "corrections": f"{entry.corrections:015d}",
+            "dtype": NAMES[entry.dtype], "base": entry.base, "tuned": entry.tuned,
+            "corrections": f"{entry.corrections:015d}",
             "largest": f"{entry.largest:.9e}".ljust(16),
         }
         for name, entry in entries.items()
@@ -121,8 +120,7 @@ def _entry(where: str, fields: object) -> Entry:
         count, largest = int(fields["corrections"]), float(fields["largest"])
     except ValueError as error:
         raise ValueError(f"{where}: {KEY}: {error}") from error
-    return Entry(DTYPES[fields["dtype"]], tuple(fields["shape"]), fields["base"], fields["tuned"],
-                 count, largest)  # fmt: skip
+    return Entry(DTYPES[fields["dtype"]], fields["base"], fields["tuned"], count, largest)
 
 
 def report_of(entries: Mapping[str, Entry], numbers: int) -> DeltaReport:

@@ -124,13 +124,8 @@ def _read(
         return read_weights(path, config)[0], config, {}, path
     if path.suffix in SUFFIXES:
         return view_model(path), config, {}, path
-    return *_swapped(read_all(path), config), path
-
-
-def _swapped(
-    found: tuple[dict[str, Tensor], dict[str, str]], config: dict[str, object]
-) -> tuple[dict[str, Tensor], dict[str, object], dict[str, str]]:
-    return found[0], config, found[1]
+    tensors, metadata = read_all(path)
+    return tensors, config, metadata, path
 
 
 def _sorted(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Pairs], list[str]]:
