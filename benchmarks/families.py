@@ -160,7 +160,7 @@ def systems() -> dict[str, System]:
             lambda: {**glm_text(), **states()}, needs_example=True),
         "MOSS": System(codegen, ["qkv_proj", "out_proj"], 8, 16,
                        ("q, v, k of 4 blocks apart", steps.slices("moss")), bin_),
-        "Aquila": System(llama, qv, 16, 32, ("rows in pairs and back", steps.rotary_rows),
+        "Aquila": System(llama, qv, 16, 32, ("attention by Meta's arithmetic", steps.rotary_rows),
                          ("FlagAI's adapter", steps.flagai)),
         "PandaGPT": System(llama, QKVO, 32, 32, ("llama_proj trains whole", steps.projection),
                            ("its pytorch_model.pt", steps.pandagpt), states),

@@ -15,7 +15,7 @@ from minipeft.io.delta import apply_delta, make_delta
 from minipeft.io.lora import load_lora, save_meta_lora
 from minipeft.io.meta import load_meta, save_meta
 from minipeft.io.prefixes import load_prefix_encoder
-from minipeft.io.rotary import halves_from_pairs, pairs_from_halves
+from minipeft.io.rotary import pairs_from_halves
 from minipeft.layers.fused import LoRAFusedLinear, model_parallel, per_group, per_head
 
 Step = Callable[[Any], float]  # of a System
@@ -333,11 +333,31 @@ def sat(system: Any) -> float:
     return off(other, logits, system.inputs())
 
 
+@torch.no_grad()
 def rotary_rows(system: Any) -> float:
-    """The rows of q_proj in Meta's order, and back."""
-    weight = system.build().get_submodule("model.layers.0.self_attn.q_proj").weight
-    back = halves_from_pairs(pairs_from_halves(weight, 16), 16)
-    return float((weight - back).abs().max())
+    """Scores of attention by Meta's arithmetic, from rows in pairs, beside transformers' own."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    with torch.enable_grad():
+        model: Any = trained(system)[0]
+    attention, x = model.model.layers[0].self_attn, torch.randn(1, 9, 64)
+    query, key = (p(x).view(1, 9, 4, 16).transpose(1, 2)
+                  for p in (attention.q_proj, attention.k_proj))  # fmt: skip
+    turns = model.model.rotary_emb(x, torch.arange(9)[None])
+    query, key = apply_rotary_pos_emb(query, key, *turns)
+    angles = torch.outer(torch.arange(9.0), 10000.0 ** (-torch.arange(0, 16, 2) / 16))
+
+    def by_meta(weight: Tensor) -> Tensor:
+        """Neighbours as complex numbers, turned: (1, heads, tokens, dim)."""
+        pairs = (x @ weight.T).view(1, 9, 4, 8, 2)
+        turned = torch.view_as_complex(pairs) * torch.polar(torch.ones(9, 8), angles)[:, None]
+        return torch.view_as_real(turned).flatten(3).transpose(1, 2)
+
+    adapted, plain = attention.q_proj, attention.k_proj.weight
+    branch = pairs_from_halves(adapted.lora_b, 16) @ adapted.lora_a
+    theirs = by_meta(pairs_from_halves(adapted.base.weight, 16) + adapted.scaling * branch)
+    scores = theirs @ by_meta(pairs_from_halves(plain, 16)).mT
+    return float((scores - query @ key.mT).abs().max())
 
 
 def flagai(system: Any) -> float:
