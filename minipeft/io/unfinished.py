@@ -68,7 +68,7 @@ def working_for(destination: Path, record: str, wanted: Mapping[str, object]) ->
                 "choose another destination"
             )
         for leftover in leftovers:
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)  # write_file takes those of its own file away
         try:
             yield directory
         except ValueError:  # refused: if nothing is done yet, nothing stays

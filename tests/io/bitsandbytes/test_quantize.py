@@ -150,7 +150,10 @@ def test_killed_and_resumed(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("left", [[], [f".{quantize_module.PROGRESS}.1-0123456789abcdef.tmp"]])
+@pytest.mark.parametrize("left", [
+    [], [f".{quantize_module.PROGRESS}.1-0123456789abcdef.tmp"],
+    [f".{quantize_module.PROGRESS}.999999999-0123456789abcdef.tmp"],  # of no process
+])  # fmt: skip
 def test_a_run_that_died_before_its_record_is_gone_on_with(left, tmp_path):
     source(tmp_path / "source")
     (tmp_path / "out.unfinished").mkdir()
