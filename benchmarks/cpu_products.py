@@ -41,7 +41,8 @@ def bits(rounds: int) -> list[Line]:
             torch.manual_seed(case)
             most = 6000 if case % 25 else 300_000  # of these some are work for several threads
             n, size = int(torch.randint(1, most, ())), 2 ** int(torch.randint(5, 13, ()))
-            w = (torch.randn(n) * 2.0 ** torch.randint(-30, 15, (n,))).to(dtype)
+            w = torch.randn(n) * 2.0 ** torch.randint(-30, 15, (n,))
+            w = w.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
             w[torch.rand(n) < 0.1] = 0
             if case % 7 == 0:
                 w[: size if case % 2 else n] = 0
