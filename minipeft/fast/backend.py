@@ -34,7 +34,8 @@ def use_kernels(which: Kernels) -> Iterator[None]:
 
     True: all of them.  False: PyTorch's, no optional kernels.  "plain": the functions that are
     written to be read, which are slow and take more memory.  The environment variable
-    MINIPEFT_KERNELS (1, 0 or plain) does the same for a whole process.
+    MINIPEFT_KERNELS (1, 0 or plain) does the same for a whole process.  Called without `with` this
+    function changes nothing.
 
     Raises:
         ValueError: none of the three.
