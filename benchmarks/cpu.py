@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import save_result
-from benchmarks.report import WIDTH
+from minipeft.measure.report import WIDTH
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {

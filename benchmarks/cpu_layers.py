@@ -18,15 +18,16 @@ from benchmarks.cpu import Line, line
 from benchmarks.cpu_products import has_numba
 from benchmarks.data import Batches
 from benchmarks.lora_speed import in_turn, ratio
-from benchmarks.methods import METHODS, optimizer_for
+from benchmarks.loss import loss_of
+from benchmarks.methods import METHODS
 from benchmarks.models import LlamaSizes, load_model
-from benchmarks.worker import loss_of
 from minipeft import ops
 from minipeft.adapters import products
 from minipeft.fast.backend import tried_first
+from minipeft.measure.run import optimizer_for
 
 LAYER = LlamaSizes(4096, 11008, 1, 32, 32, 256)  # LLaMA-7B's, with a small vocabulary
-CONFIG = {"rank": 16, "alpha": 32}
+CONFIG = {"target": "all-linear", "rank": 16, "alpha": 32}
 TIMES = 5  # peers need seconds for a step
 
 

@@ -7,6 +7,7 @@ assistant, whose replies are learnt.  Each conversation is cut to the sequence l
 import hashlib
 import json
 import random
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,33 @@ def conversations() -> list[list[Message]]:
     return found
 
 
+def lines_of(path: Path) -> list[list[Message]]:
+    """A JSON Lines file: in each line {"messages": [{"role": ..., "content": ...}, ...]}.
+
+    A line {"text": ...} is one reply, so that all of it is learnt.
+
+    Raises:
+        ValueError: another line; its number and the file are named.
+    """
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            if "text" in entry:
+                entry = {"messages": [{"role": "assistant", "content": entry["text"]}]}
+            messages = [{"role": str(m["role"]), "content": str(m["content"])}
+                        for m in entry["messages"]]  # fmt: skip
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f'{path}, line {number}: expected {{"messages": [...]}} or {{"text": ...}} '
+                f"({error!r})"
+            ) from error
+        found.append(messages)
+    return found
+
+
 def encode(tokenizer: Any, messages: list[Message], length: int) -> tuple[list[int], list[int]]:
     """Token ids of a conversation in ChatML, and labels: reply tokens and their end mark."""
     ids: list[int] = []
@@ -81,10 +109,14 @@ def split(count: int, seed: int) -> list[int]:
 
 
 def chat_batches(
-    tokenizer: Any, *, train_rows: int, validation_rows: int, length: int, seed: int
-) -> tuple[Batches, Batches]:
-    """Training and validation rows from different conversations; the same for the same seed."""
-    every = conversations()
+    tokenizer: Any, *, train_rows: int, validation_rows: int, length: int, seed: int,
+    data: str | None = None,
+) -> tuple[Batches, Batches]:  # fmt: skip
+    """Training and validation rows from different conversations; the same for the same seed.
+
+    `data` is a JSON Lines file (`lines_of`); None: the chit-chat data set.
+    """
+    every = conversations() if data is None else lines_of(Path(data))
     rows: list[tuple[list[int], list[int]]] = []
     for index in split(len(every), seed):
         ids, labels = encode(tokenizer, every[index], length)

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 import minipeft as mp
 from benchmarks.data import chat_batches
 from benchmarks.harness import commit, hardware, versions
+from benchmarks.loss import loss_of
 from benchmarks.models import data_file, load_model, load_tokenizer
-from benchmarks.worker import loss_of
 from minipeft.adapters.progress import Progress
 from minipeft.adapters.targets import survey
 from minipeft.model.quantize import quantizable

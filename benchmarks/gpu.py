@@ -270,7 +270,7 @@ def add_options(job: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The gpu job; returns the exit status."""
+    """The gpu job with these arguments."""
     arguments.output.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {}
     if not torch.cuda.is_available():

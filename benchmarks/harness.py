@@ -1,75 +1,34 @@
-"""Runs in rounds: every method once, then every method again, one process at a time.
+"""The methods job: minipeft's methods and other libraries', on the same batches.
 
-The first round trains and validates; later rounds only time a few steps.  Drift of a shared
-machine thus hits all methods alike, and a ratio is taken within a round.
+minipeft.measure runs them, in rounds, each in a process of its own.
 """
 
 import json
 import os
-import platform
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.data import Batches, chat_batches, random_batches
+from benchmarks.loss import MakeBatch, MakeModel, Validation, loss_of
 from benchmarks.methods import METHODS
 from benchmarks.models import LlamaSizes, load_tokenizer, require, training_dtype
+from minipeft.measure.benchmark import described
+from minipeft.measure.machine import hardware, versions
+from minipeft.measure.processes import Event, in_a_process, rounds_of
+from minipeft.measure.report import Report
+from minipeft.measure.run import Case
 
 Result = dict[str, Any]
 TIMED_STEPS = 3  # of the later rounds; the first is not counted
 PARAMETERS = 134.5e6  # of SmolLM2-135M, for the estimate
-
-
-# each limits one library to less than the processor has
-LIMITS = (
-    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "NUMBA_CPU_NAME",
-    "NUMBA_CPU_FEATURES",
-)  # fmt: skip
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures depend on: processor and its level, cores, memory, accelerator.
-
-    `cpu_capability` is what ATen uses; `cpu_amx` whether there are AMX tiles, which oneDNN uses for
-    bfloat16; `cpu_limits` the variables that keep libraries from using what there is.
-    """
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = names[0].split(":", 1)[1].strip() if names else name
-    found: dict[str, Any] = {"processor": name, "cores": os.cpu_count()}
-    found["cpu_capability"] = torch.backends.cpu.get_cpu_capability()
-    found["cpu_amx"] = bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
-    found["cpu_limits"] = {name: os.environ[name] for name in LIMITS if os.environ.get(name)}
-    try:
-        import psutil
-
-        found["memory_gib"] = round(psutil.virtual_memory().total / 2**30, 1)
-    except ImportError:
-        pass
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of everything whose version can change a figure."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("minipeft", "torch", "transformers", "peft", "bitsandbytes", "numpy", "numba"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def commit() -> str | None:
@@ -107,7 +66,7 @@ def make_batches(options: Result) -> tuple[Batches, Batches]:
     }
     if options["sizes"] is not None:
         return random_batches(options["sizes"]["vocabulary"], **rows)
-    return chat_batches(load_tokenizer(), **rows)
+    return chat_batches(load_tokenizer(options["folder"]), data=options["data"], **rows)
 
 
 def estimate_seconds(options: Result) -> float:
@@ -132,86 +91,70 @@ def estimate_seconds(options: Result) -> float:
     return 12 * processes + len(options["methods"]) * (train + later)
 
 
-def run_worker(config: Result, on_progress: Callable[[Result], None], folder: Path) -> Result:
-    """Run one configuration in a process of its own and return its result."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(config))
-    root = Path(__file__).parent.parent
-    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p), "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }  # fmt: skip
-    with (folder / "errors.txt").open("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", str(path)],
-            stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=root,
-        )  # fmt: skip
-        result: Result | None = None
-        assert process.stdout is not None  # a pipe was asked for
-        try:
-            for line in process.stdout:
-                kind, _, body = line.partition(" ")
-                if kind == "progress":
-                    on_progress(json.loads(body))
-                elif kind == "result":
-                    result = json.loads(body)
-        finally:
-            if process.poll() is None and sys.exc_info()[0] is not None:
-                process.kill()
-            process.wait()
-        if result is None:
-            errors.seek(0)
-            tail = errors.read().strip().splitlines()[-3:]
-            reason = "killed (out of memory?)" if process.returncode == -9 else " | ".join(tail)
-            result = {"failed": f"exit status {process.returncode}: {reason}"}
-    return result
-
-
-def run_all(options: Result, on_progress: Callable[[str, Result], None]) -> Result:
-    """All runs of the job; the report's input, as it goes into results/*.json."""
+def run_all(options: Result, on_event: Event) -> Report:
+    """All runs of the job."""
     require("safetensors", "hf")
     from safetensors.torch import save_file
 
     start = time.perf_counter()
     train, validation = make_batches(options)
-    runs: list[Result] = []
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        path = str(Path(name) / "batches.safetensors")
         tensors = {f"train.{k}": v.contiguous() for k, v in train._asdict().items()}
         tensors |= {f"validation.{k}": v.contiguous() for k, v in validation._asdict().items()}
-        save_file(tensors, folder / "batches.safetensors")
-        shared = {**options, "batches": str(folder / "batches.safetensors")}
-
-        def work(method: str, number: int) -> Result:
-            steps = options["steps"] if number == 0 else TIMED_STEPS
-            config = {**shared, "method": method, "steps": steps, "validate": number == 0}
-            on_progress("start", {"method": method, "round": number})
-            result = run_worker(config, lambda event: on_progress("step", event), folder)
-            on_progress("end", {"method": method, "round": number, "result": result})
-            return {"method": method, "round": number, **result}
-
-        base = work("base", 0)
-        stopped = set()
-        for number in range(options["rounds"]):
-            for method in options["methods"]:
-                if method not in stopped:
-                    runs.append(work(method, number))
-                    if "step_seconds" not in runs[-1]:
-                        stopped.add(method)
+        save_file(tensors, path)
+        shared = case_of(options, path)
+        untouched = replace(shared, method=METHODS["full"], steps=0, flops=False)
+        on_event("start", {"method": "base", "round": 0})
+        base = in_a_process(untouched, lambda values: on_event("step", values))
+        on_event("end", {"method": "base", "round": 0, "result": base})
+        cases = {name: replace(shared, method=METHODS[name]) for name in options["methods"]}
+        runs = rounds_of(cases, options["rounds"], TIMED_STEPS, on_event)
     check_counts(runs)
-    return {
+    return Report({
         "job": "methods",
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
+        "about": about(options),
         "commit": commit(),
         "hardware": hardware(),
         "versions": versions(),
         "options": options,
         "batches": {"train": train.digest(), "validation": validation.digest()},
         "seconds": time.perf_counter() - start,
+        "methods": described({name: METHODS[name] for name in options["methods"]}),
         "base": base,
         "runs": runs,
-    }
+    })  # fmt: skip
+
+
+def case_of(options: Result, path: str) -> Case:
+    """What every run of the job has in common; `path` has the batches."""
+    sizes = None if options["sizes"] is None else LlamaSizes(**options["sizes"])
+    dtype = getattr(torch, options["dtype"])
+    model = MakeModel(sizes, dtype, options["seed"], options["checkpointing"], options["folder"])
+    settings = {name: options[name] for name in ("rank", "alpha", "prefix_length", "checkpointing")}
+    return Case(
+        METHODS["full"], model, MakeBatch(path, options["batch"]),
+        partial(loss_of, chunked=options["chunked_loss"]), steps=options["steps"],
+        settings={"target": "all-linear", **settings}, learning_rate=options["learning_rate"],
+        device=options["device"], threads=options["threads"], seed=options["seed"],
+        after=Validation(path, options["batch"], options["device"]),
+    )  # fmt: skip
+
+
+def about(options: Result) -> str:
+    """Model and settings in one line."""
+    model = "SmolLM2-135M" if options["sizes"] is None else f"LLaMA {options['sizes']}"
+    if options.get("folder"):
+        model = Path(options["folder"]).name
+    rank = f"rank {options['rank']}"
+    if {"ptuning", "peft-prefix"} & set(options["methods"]):
+        rank += f", prefix {options['prefix_length']}"
+    return (
+        f"{model}, {options['dtype']}, {options['steps']} steps of {options['batch']} x "
+        f"{options['length']} tokens, {rank}"
+    )
 
 
 def check_counts(runs: list[Result]) -> None:
@@ -229,7 +172,14 @@ def check_counts(runs: list[Result]) -> None:
 
 def options_from(arguments: Any) -> Result:
     """The parsed command line as the plain dictionary that workers and the report get."""
-    sizes = None
+    sizes, folder = None, None
+    if arguments.model not in ("smollm2", "llama"):
+        folder = arguments.model
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(
+                f"--model {folder}: expected smollm2, llama, a folder with a config.json, or "
+                "file.py:function"
+            )
     if arguments.model == "llama":
         names = LlamaSizes.__dataclass_fields__
         sizes = {name: getattr(arguments, name) for name in names}
@@ -245,6 +195,8 @@ def options_from(arguments: Any) -> Result:
         )
     return {
         "sizes": sizes,
+        "folder": folder,
+        "data": str(arguments.data) if arguments.data else None,
         "methods": methods,
         "dtype": str(dtype).removeprefix("torch."),
         "device": arguments.device,

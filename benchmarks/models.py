@@ -87,11 +87,11 @@ def smollm2_folder() -> Path:
     return folder
 
 
-def load_tokenizer() -> Any:
-    """SmolLM2's tokenizer, with its chat template."""
+def load_tokenizer(folder: str | None = None) -> Any:
+    """SmolLM2's tokenizer, with its chat template; or a folder's."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(smollm2_folder())
+    return AutoTokenizer.from_pretrained(folder or smollm2_folder())
 
 
 def training_dtype(wanted: str = "auto", device: str = "cpu") -> torch.dtype:
@@ -116,11 +116,15 @@ def enable_checkpointing(model: Any, *, reentrant: bool = False) -> None:
     getattr(model, new if hasattr(model, new) else old)({"use_reentrant": reentrant})
 
 
-def load_model(sizes: LlamaSizes | None, dtype: torch.dtype, seed: int) -> Any:
-    """SmolLM2-135M (`sizes` None), or a LLaMA with random weights drawn from `seed`."""
+def load_model(
+    sizes: LlamaSizes | None, dtype: torch.dtype, seed: int, folder: str | None = None
+) -> Any:
+    """SmolLM2-135M (`sizes` None), a folder's model, or a LLaMA of random weights from `seed`."""
     require("transformers", "hf")
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+    if folder is not None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if sizes is None:
         return LlamaForCausalLM.from_pretrained(smollm2_folder(), dtype=dtype)
     torch.manual_seed(seed)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import minipeft as mp
-from benchmarks.worker import PeakMemory, resident_bytes
+from minipeft.measure.memory import PeakMemory, resident_bytes
 
 MIB = 2**20
 SHAPES = {"16 MiB": (2048, 4096), "1 GiB": (32768, 16384)}

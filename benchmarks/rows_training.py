@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import minipeft as mp
 from benchmarks.harness import hardware, save_result
-from benchmarks.worker import PeakMemory
 from minipeft.adapters.state import named_tensors
+from minipeft.measure.memory import PeakMemory
 
 RANK = 16
 ALLOWED = 1e-6  # of the largest number of a gradient; float32, other heights of matrices

@@ -44,6 +44,7 @@ if _TYPE_CHECKING:
     from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_quantized
     from minipeft.io.peft import load_peft, merge_in_order, save_peft
     from minipeft.io.prefixes import load_prefix, save_prefix
+    from minipeft.measure import benchmark
 
 _derivatives.register()  # of all operators, which the imports above have defined
 _flops.count_products()
@@ -54,6 +55,7 @@ _LATER = {
     "io": "io",
     "attach_prefix": "integrations.transformers",
     "attach_prompt": "integrations.transformers",
+    "benchmark": "measure",
     "load_peft": "io.peft",
     "load_prefix": "io.prefixes",
     "load_quantized": "io.bitsandbytes",
@@ -103,6 +105,7 @@ __all__ = [
     "attach_prompt",
     "backend",
     "base_state_dict",
+    "benchmark",
     "check_gradients",
     "codebooks",
     "combine_adapters",

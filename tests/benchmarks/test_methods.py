@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ pytest.importorskip("transformers")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks import __main__ as main
-from benchmarks import data, harness, methods, models, report, worker
+from benchmarks import compare, data, harness, loss, methods, models, report
+from minipeft.measure import run as measured
+from minipeft.measure.report import Report
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--model", "llama", "--steps", "2", "--rounds", "1", "--length", "16", "--batch", "2",
@@ -34,7 +36,7 @@ def test_a_small_run_from_end_to_end(tmp_path):
     (file,) = tmp_path.glob("*.json")
     assert file.with_suffix(".png").stat().st_size > 5000
     result = report.load(file)
-    runs = {entry["method"]: entry for entry in result["runs"]}
+    runs = {entry["method"]: entry for entry in result.data["runs"]}
     assert set(runs) == {"full", "lora", "qlora"}
     for entry in runs.values():
         assert len(entry["step_seconds"]) == 2
@@ -44,60 +46,54 @@ def test_a_small_run_from_end_to_end(tmp_path):
     assert str(Path.home()) not in file.read_text().replace("/root", str(Path.home()))
     again = run("report", str(file), "--markdown")
     assert "| QLoRA |" in again.stdout
-    assert len(report.rows(result)) == 4
+    assert len(result.rows()) == 4
+    assert runs["lora"]["flops"] == runs["qlora"]["flops"] > 0
 
 
-def test_a_failing_gate_gives_no_figures(monkeypatch, tmp_path):
-    def broken(model, config):
-        prepared = methods.METHODS["lora"].prepare(model, config)
+def test_a_failing_gate_gives_no_figures(tmp_path):
+    lora = methods.METHODS["lora"].prepare
+
+    def disturbed(model, settings):
+        prepared = lora(model, settings)
         torch.nn.init.ones_(next(p for n, p in model.named_parameters() if n.endswith("lora_b")))
         return prepared
 
-    monkeypatch.setitem(methods.METHODS, "broken", methods.Method("broken", broken, 1e-3))
-    config = small_config(tmp_path, "broken")
-    with pytest.raises(worker.GateError, match="untrained adapter"):
-        worker.run(config)
-    frozen = methods.METHODS["lora"].prepare
-    monkeypatch.setitem(
-        methods.METHODS, "broken",
-        methods.Method("broken", lambda m, c: unfreeze(frozen(m, c)), 1e-3),
-    )  # fmt: skip
-    with pytest.raises(worker.GateError, match="no finite gradient"):
-        worker.run(config)
+    def with_unused(model, settings):
+        prepared = lora(model, settings)
+        prepared.model.unused = torch.nn.Parameter(torch.zeros(1))
+        return prepared
+
+    for prepare, why in ((disturbed, "untrained adapter"), (with_unused, "no finite gradient")):
+        case = replace(small_case(tmp_path), method=methods.Method("broken", prepare))
+        with pytest.raises(measured.GateError, match=why):
+            measured.run(case)
 
 
-def unfreeze(prepared):
-    prepared.model.unused = torch.nn.Parameter(torch.zeros(1))
-    return prepared
-
-
-def small_config(tmp_path, method):
+def small_case(tmp_path, *words):
     from safetensors.torch import save_file
 
-    batches = data.random_batches(256, train_rows=4, validation_rows=2, length=8, seed=0)
+    given = compare.parser().parse_args([*SMALL, "--dtype", "fp32", *words])
+    options = harness.options_from(given)
+    path = tmp_path / "batches.safetensors"
+    batches = harness.make_batches(options)
     save_file(
         {f"{part}.{name}": tensor.contiguous() for part, rows in
          zip(("train", "validation"), batches, strict=True)
          for name, tensor in rows._asdict().items()},
-        tmp_path / "batches.safetensors",
+        path,
     )  # fmt: skip
-    return {
-        "sizes": vars(models.LlamaSizes()), "method": method, "dtype": "float32", "device": "cpu",
-        "batch": 2, "steps": 2, "rank": 4, "alpha": 8, "learning_rate": None, "seed": 0,
-        "checkpointing": False, "chunked_loss": False, "threads": None, "validate": True,
-        "batches": str(tmp_path / "batches.safetensors"),
-    }  # fmt: skip
+    return harness.case_of(options, str(path))
 
 
 @pytest.mark.skipif(
     not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="torch 2.13 has it"
 )
 def test_the_chunked_loss_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "CHUNK", 3)  # of seven positions in a text
+    monkeypatch.setattr(loss, "CHUNK", 3)  # of fifteen positions in a text
     found = []
-    for chunked in (False, True):
-        config = small_config(tmp_path, "qlora") | {"chunked_loss": chunked}
-        found.append(worker.run(config)["train_losses"])
+    for words in ([], ["--chunked-loss"]):
+        case = replace(small_case(tmp_path, *words), method=methods.METHODS["qlora"])
+        found.append(measured.run(case)["train_losses"])
     # float32: two steps of the same sums in another order, of losses near 5.5; measured 5e-7
     assert found[1] == pytest.approx(found[0], rel=3e-6)
 
@@ -108,7 +104,7 @@ def test_the_chunked_loss_is_the_same(tmp_path, monkeypatch):
 def test_a_chunked_loss_that_cannot_be_is_refused(words, why, monkeypatch):
     if not words:
         monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
-    given = main.parser().parse_args(["methods", "--chunked-loss", "--dtype", "fp32", *words])
+    given = compare.parser().parse_args(["--chunked-loss", "--dtype", "fp32", *words])
     with pytest.raises(ValueError, match=why):
         harness.options_from(given)
 
@@ -129,9 +125,11 @@ def test_a_chunked_loss_that_cannot_be_is_refused(words, why, monkeypatch):
     ],
 )
 def test_the_table_says_the_level_of_the_cpu(found, said):
-    given = main.parser().parse_args(["methods", "--dtype", "fp32", "--threads", "2"])
-    data = {"options": harness.options_from(given), "hardware": {"processor": "CPU", **found}}
-    assert said in report.caption(data)
+    given = compare.parser().parse_args(["--dtype", "fp32", "--threads", "2"])
+    options = harness.options_from(given)
+    data = {"options": options, "about": harness.about(options), "methods": {}, "runs": [],
+            "hardware": {"processor": "CPU", **found}}  # fmt: skip
+    assert said in Report(data).caption()
     assert {"cpu_capability", "cpu_amx", "cpu_limits"} <= harness.hardware().keys()
 
 

@@ -1,0 +1,102 @@
+"""The loss that methods train on and are validated by: replies of conversations.
+
+Each class here is a function with settings that another process can be given.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.data import IGNORED, Batches
+from benchmarks.models import LlamaSizes, enable_checkpointing, load_model
+
+CHUNK = 256  # rows of logits at a time
+
+
+def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
+    """The transformer without its head, and the head, through PEFT's wrapper if there is one."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.model, inner.lm_head
+
+
+def loss_of(model: Any, batch: Batches, *, chunked: bool = False) -> Tensor:
+    """Mean cross-entropy of the next token where it is learnt.
+
+    Logits are computed for those positions only: over a vocabulary of 49,152 they would take more
+    memory than everything that the methods differ in.  `chunked` lets torch compute them and their
+    gradients a few rows at a time; the loss has then the dtype of the model.
+    """
+    decoder, head = decoder_and_head(model)
+    hidden = decoder(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    ).last_hidden_state
+    targets = batch.labels[:, 1:]
+    learnt = targets != IGNORED
+    rows, own = hidden[:, :-1][learnt], targets[learnt]
+    if chunked:
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
+        return F.linear_cross_entropy(rows, head.weight, own, options=options)
+    return F.cross_entropy(head(rows).float(), own)
+
+
+@dataclass(frozen=True)
+class MakeModel:
+    """SmolLM2, a LLaMA of given sizes, or a folder of Hugging Face's."""
+
+    sizes: LlamaSizes | None
+    dtype: torch.dtype
+    seed: int
+    checkpointing: bool
+    folder: str | None = None
+
+    def __call__(self) -> Any:
+        model = load_model(self.sizes, self.dtype, self.seed, self.folder)
+        if self.checkpointing:
+            enable_checkpointing(model)
+        return model
+
+
+@dataclass(frozen=True)
+class MakeBatch:
+    """A step's rows of the batches in a safetensors file."""
+
+    path: str
+    size: int
+
+    def __call__(self, step: int) -> Batches:
+        return load_batches(self.path, "train").rows(step * self.size, (step + 1) * self.size)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The loss on rows that were not trained on, weighted by learnt tokens.
+
+    The model stays in train() mode, which changes nothing here (no dropout): eval() makes
+    bitsandbytes repack its weights on some CPUs, after which it trains wrongly.
+    """
+
+    path: str
+    size: int
+    device: str
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        batches, total, count = load_batches(self.path, "validation"), 0.0, 0.0
+        with torch.no_grad():
+            for first in range(0, len(batches.input_ids), self.size):
+                rows = batches.rows(first, first + self.size)
+                batch = Batches(*(tensor.to(self.device) for tensor in rows))
+                learnt = float((batch.labels[:, 1:] != IGNORED).sum())
+                total += float(loss_of(model, batch)) * learnt
+                count += learnt
+        return {"validation_loss": total / count}
+
+
+def load_batches(path: str, part: str) -> Batches:
+    """Training or validation batches that the parent process wrote."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return Batches(*(file.get_tensor(f"{part}.{field}") for field in Batches._fields))
