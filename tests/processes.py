@@ -33,7 +33,9 @@ def run_together(module: str, n: int, folder: Path, *arguments: str, limit: floa
         while any(process.poll() is None for process in started):
             failed = [r for r, process in enumerate(started) if process.poll() not in (None, 0)]
             assert not failed, f"process {failed[0]}: {outputs[failed[0]].read_text()[-4000:]}"
-            assert time.monotonic() < end, f"not done in {limit} s: {outputs[0].read_text()[-4000:]}"
+            assert time.monotonic() < end, (
+                f"not done in {limit} s: {outputs[0].read_text()[-4000:]}"
+            )
             time.sleep(0.05)
     finally:
         for process in started:

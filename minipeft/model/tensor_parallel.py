@@ -321,7 +321,7 @@ def _hook(style: Any, cut: _Cut, module: nn.Module, mesh: DeviceMesh) -> None:
             for name, p in layer._parameters.items():
                 skipped = name == "bias" and cut.axis == COLUMNS and mesh.get_local_rank() > 0
                 if isinstance(p, DTensor):
-                    layer._parameters[name] = None if skipped else _local(p)  # type: ignore[assignment]
+                    layer._parameters[name] = None if skipped else _local(p)
             vars(layer).update(_local_sizes(cut.axis, sizes, mesh.size()))
         return (x, *args[1:]), kwargs
 

@@ -5,10 +5,10 @@ cut where no block of codes is cut:
 
     rows (out_features)     at every row, where rows hold whole blocks
     columns (in_features)   at multiples of the block size, where rows hold whole blocks
-    a flat layer            blocks run over the ends of rows: rows alone, and only where a block ends
+    a flat layer            its blocks run over the ends of rows: rows, where a block ends too
 
 Codes are copied, never decoded.  8-bit codes of scales stay where no group of 256 of them is cut;
-anywhere else the scales are decoded to float32, which changes no bit of the weight and takes 32 / 64
+anywhere else the scales are decoded to float32, which changes no bit of the weight and takes 0.5
 instead of 0.127 bits a weight (blocks of 64).
 """
 
@@ -105,8 +105,8 @@ def stored_for_cuts(
 def _check_kind(caller: str, layer: object) -> None:
     if type(layer) not in (NF4Linear, NF4Conv1D):
         raise TypeError(
-            f"{caller}: {type(layer).__name__}; expected an NF4Linear or an NF4Conv1D (what another "
-            "class adds to them is not known here)"
+            f"{caller}: {type(layer).__name__}; expected an NF4Linear or an NF4Conv1D (what "
+            "another class adds to them is not known here)"
         )
 
 

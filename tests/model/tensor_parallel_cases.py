@@ -52,9 +52,9 @@ class MLP(nn.Module):
 
 def adapted(model: nn.Module, kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The model in `dtype` with adapters of this kind, whose B is not zero."""
-    model = model.to(dtype)
     if "nf4" in kind:
         mp.quantize_model(model, block_size=BLOCK, skip=["lm_head"] if "llama" in kind else ())
+    model = model.to(dtype)
     if not kind.startswith("plain"):
         named = {n.split(".")[-1] for n, _ in model.named_modules()}
         columns, rows = ([n for n in names if n in named] for names in (COLUMNS, ROWS))
@@ -72,7 +72,11 @@ def adapted(model: nn.Module, kind: str, dtype: torch.dtype = torch.float64) -> 
 
 def plan(model: nn.Module) -> dict[str, Any]:
     """Styles for the layers of an MLP or a Llama, by name."""
-    prefixes = {"gate": "", "gate_proj": "model.layers.*.mlp.", "q_proj": "model.layers.*.self_attn."}
+    prefixes = {
+        "gate": "",
+        "gate_proj": "model.layers.*.mlp.",
+        "q_proj": "model.layers.*.self_attn.",
+    }
     names = ["gate", "up", "down"]
     if not isinstance(model, MLP):
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -209,7 +213,9 @@ def refusals(mesh: DeviceMesh) -> Iterator[tuple[str, str, bool]]:
     """What each refusal says here, and whether everything stayed as it was."""
     rank = mesh.get_rank()
 
-    def tried(model: nn.Module, styles: dict[str, Any], by: Any = mp.parallelize) -> tuple[str, bool]:
+    def tried(
+        model: nn.Module, styles: dict[str, Any], by: Any = mp.parallelize
+    ) -> tuple[str, bool]:
         before = {n: (p, _here(p).clone()) for n, p in model.named_parameters()}
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
         try:
