@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def run_together(module: str, n: int, folder: Path, *arguments: str, limit: float = 240) -> str:
+def run_together(module: str, n: int, folder: Path, *arguments: str, limit: float = 600) -> str:
     """`python -m module arguments` in n processes that meet in a file; what the first printed.
 
     Each gets RANK, WORLD_SIZE, and MEET, a path for `init_method=f"file://{MEET}"`.  When one

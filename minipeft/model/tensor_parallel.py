@@ -9,7 +9,8 @@ B (out, rank), and x the input:
 
 Parameters are DTensors on the mesh, `Shard` or `Replicate`, so `full_tensor()` gathers them.  While
 the layer runs, its modules hold the local tensors and local sizes, put there by a hook before
-`forward` and taken away by one after it, so that every kind of layer computes as it always does.
+`forward` and taken away by one after it, so that every kind of layer computes as it always does,
+also under checkpointing and torch.compile.
 The gradient of a factor that is whole on each process is a sum over processes, taken in backward;
 so is that of a ColwiseParallel input.  The outputs of RowwiseParallel are summed in their dtype,
 and the bias is added by the first process alone.
@@ -289,7 +290,8 @@ def _cut(style: Any, cut: _Cut, module: nn.Module, mesh: DeviceMesh) -> nn.Modul
     for layer, new in zip(_stack(module), made, strict=True):
         layer._parameters.clear()
         layer._parameters.update(new)
-    _hook(style, cut, module, mesh)
+    for layer in _stack(module):  # each, so that they work when adapters over them are taken off
+        _hook(style, cut, layer, mesh)
     return module
 
 
@@ -309,6 +311,11 @@ def _hook(style: Any, cut: _Cut, module: nn.Module, mesh: DeviceMesh) -> None:
         if not args:
             raise TypeError(f"{type(style).__name__}: give the input by position")
         put_back(module)  # after a forward that was interrupted
+        stored = [p for layer in _stack(module) for p in layer._parameters.values()]
+        if not any(isinstance(p, DTensor) for p in stored):
+            return None  # an adapter over this layer has entered already
+        if any(getattr(layer, "merged_module", None) is not None for layer in _stack(module)):
+            raise RuntimeError(f"{type(style).__name__}: merged after it was cut; unmerge it first")
         x = args[0]
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, style.input_layouts, run_check=False)
@@ -330,15 +337,17 @@ def _hook(style: Any, cut: _Cut, module: nn.Module, mesh: DeviceMesh) -> None:
             layer._parameters.update(parameters)
             vars(layer).update(sizes)
 
-    def leave(_: nn.Module, args: Any, out: Tensor) -> Tensor:
+    def leave(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        if _OUTSIDE not in vars(module):
+            return out
         made = DTensor.from_local(out, mesh, [cut.made], run_check=False)
         made = made.redistribute(placements=style.output_layouts)
         return made.to_local() if style.use_local_output else made
 
     module.register_forward_pre_hook(enter, with_kwargs=True)
+    module.register_forward_hook(leave)
     # also after an exception, such as the one by which checkpointing ends a recomputation early
     module.register_forward_hook(put_back, always_call=True)
-    module.register_forward_hook(leave)
 
 
 def _local(whole: DTensor) -> Tensor:

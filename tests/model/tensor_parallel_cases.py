@@ -120,7 +120,7 @@ def compared(
         worst = {"output": off(out_cut, out), "input gradient": off(dx_cut, dx)}
         pairs = list(zip(mp.adapter_parameters(one), mp.adapter_parameters(cut), strict=True))
         worst["gradients"] = max((off(b.grad, a.grad) for a, b in pairs), default=0.0)
-        found["gradients"] = len(pairs)
+        found["gradients"] = sum(a.grad is not None for a, _ in pairs)
         for model in (one, cut):
             if parameters := list(mp.adapter_parameters(model)):
                 optimizer = torch.optim.SGD(parameters, lr=0.5)
@@ -164,6 +164,8 @@ def mlp_case(mesh: DeviceMesh, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     one = adapted(MLP(hidden), kind, dtype)
     cut = spoiled(copy.deepcopy(one), mesh.get_rank())
     names = mp.parallelize(cut, mesh, plan(cut))
+    if "compiled" in kind:
+        cut.compile(backend="aot_eager", fullgraph=True)
     given = torch.randn(6, hidden, dtype=dtype)
 
     def run(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -183,6 +185,10 @@ def mlp_case(mesh: DeviceMesh, kind: str, dtype: torch.dtype) -> dict[str, Any]:
         while not isinstance(plain[0], mp.NF4Linear):
             plain = [layer.base for layer in plain]
         found["double_quant"] = [layer.double_quant for layer in plain]
+    if not kind.startswith("plain"):
+        mp.remove(one)
+        mp.remove(cut)
+        found["removed"] = off(cut(given), one(given))
     return found
 
 
