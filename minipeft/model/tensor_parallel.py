@@ -10,7 +10,8 @@ B (out, rank), and x the input:
 Parameters are DTensors on the mesh, `Shard` or `Replicate`, so `full_tensor()` gathers them.  While
 the layer runs, its modules hold the local tensors and local sizes, put there by a hook before
 `forward` and taken away by one after it, so that every kind of layer computes as it always does,
-also under checkpointing and torch.compile.
+under checkpointing or under torch.compile (fullgraph).  Both at once, checkpointing inside compiled
+code, is refused by torch: it takes what the hooks do for a side effect.
 The gradient of a factor that is whole on each process is a sum over processes, taken in backward;
 so is that of a ColwiseParallel input.  The outputs of RowwiseParallel are summed in their dtype,
 and the bias is added by the first process alone.
