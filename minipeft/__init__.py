@@ -45,12 +45,15 @@ if _TYPE_CHECKING:
     from minipeft.io.peft import load_peft, merge_in_order, save_peft
     from minipeft.io.prefixes import load_prefix, save_prefix
     from minipeft.measure import benchmark
+    from minipeft.model.tensor_parallel import ColwiseParallel, RowwiseParallel, parallelize
 
 _derivatives.register()  # of all operators, which the imports above have defined
 _flops.count_products()
 
 # a third of all files, imported when one of these names is first asked for
 _LATER = {
+    "ColwiseParallel": "model.tensor_parallel",
+    "RowwiseParallel": "model.tensor_parallel",
     "integrations": "integrations",
     "io": "io",
     "attach_prefix": "integrations.transformers",
@@ -61,6 +64,7 @@ _LATER = {
     "load_quantized": "io.bitsandbytes",
     "merge_in_order": "io.peft",
     "meta_model": "integrations.transformers",
+    "parallelize": "model.tensor_parallel",
     "quantize_checkpoint": "io.bitsandbytes",
     "save_peft": "io.peft",
     "save_prefix": "io.prefixes",
@@ -94,9 +98,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NF4_CODEBOOK",
+    "ColwiseParallel",
     "LoRALinear",
     "NF4Linear",
     "PrefixEncoder",
+    "RowwiseParallel",
     "SlowProductsWarning",
     "__version__",
     "adapter_parameters",
@@ -136,6 +142,7 @@ __all__ = [
     "merge_in_order",
     "meta_model",
     "optim",
+    "parallelize",
     "prefix_attention",
     "quantize_absmax",
     "quantize_checkpoint",
