@@ -1,4 +1,6 @@
-"""`methods` compares the methods, `gpu` times the kernels, `report FILE` draws a result again."""
+"""`methods` compares the methods, `gpu` times the kernels, `memory` predicts and measures memory,
+`report FILE` draws a result again.
+"""
 
 import argparse
 import json
@@ -7,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu, report
+from benchmarks import gpu, memory, report
 from benchmarks.harness import TIMED_STEPS, estimate_seconds, options_from, run_all
 from benchmarks.methods import METHODS
 from benchmarks.models import LlamaSizes, require, smollm2_folder
@@ -53,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--seed", type=int, default=0)
     job.add_argument("--output", type=Path, default=RESULTS)
     gpu.add_options(jobs.add_parser("gpu", help="time the kernels on a GPU beside F.linear"))
+    memory.add_options(jobs.add_parser("memory", help="predicted memory beside measured"))
     again = jobs.add_parser("report", help="table and plot of a result file")
     again.add_argument("file", type=Path)
     again.add_argument("--markdown", action="store_true")
@@ -132,6 +135,8 @@ def main() -> int:
             return methods(arguments)
         if arguments.job == "gpu":
             return gpu.run(arguments)
+        if arguments.job == "memory":
+            return memory.run(arguments)
         data = report.load(arguments.file)
     except (ImportError, ValueError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)

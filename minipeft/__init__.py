@@ -41,6 +41,7 @@ from minipeft.quantized import codebooks
 if _TYPE_CHECKING:
     from minipeft import integrations, io
     from minipeft.integrations.transformers import attach_prefix, attach_prompt, meta_model
+    from minipeft.integrations.transformers.predict import predict_memory
     from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_quantized
     from minipeft.io.peft import load_peft, merge_in_order, save_peft
     from minipeft.io.prefixes import load_prefix, save_prefix
@@ -59,6 +60,7 @@ _LATER = {
     "load_quantized": "io.bitsandbytes",
     "merge_in_order": "io.peft",
     "meta_model": "integrations.transformers",
+    "predict_memory": "integrations.transformers.predict",
     "quantize_checkpoint": "io.bitsandbytes",
     "save_peft": "io.peft",
     "save_prefix": "io.prefixes",
@@ -133,6 +135,7 @@ __all__ = [
     "merge_in_order",
     "meta_model",
     "optim",
+    "predict_memory",
     "prefix_attention",
     "quantize_absmax",
     "quantize_checkpoint",
