@@ -36,8 +36,8 @@ def add_options(job: argparse.ArgumentParser) -> None:
     job.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     job.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     job.add_argument("--allocator", choices=["setting", "default", "both"], default="setting",
-                     help="setting: MALLOC_MMAP_THRESHOLD_=65536; default: as glibc is")  # fmt: skip
-    job.add_argument("--table-only", action="store_true", help="nothing is measured")
+                     help="setting: MALLOC_MMAP_THRESHOLD_=65536; default: glibc")  # fmt: skip
+    job.add_argument("--table-only", action="store_true", help="measure nothing")
     job.add_argument("--batch", type=int, default=1, help="of the table")
     job.add_argument("--length", type=int, default=512, help="of the table")
     job.add_argument("--rank", type=int, default=16, help="of the table")
