@@ -41,6 +41,7 @@ from minipeft.quantized import codebooks
 if _TYPE_CHECKING:
     from minipeft import integrations, io
     from minipeft.integrations.transformers import attach_prefix, attach_prompt, meta_model
+    from minipeft.integrations.transformers.predict import predict_memory
     from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_quantized
     from minipeft.io.peft import load_peft, merge_in_order, save_peft
     from minipeft.io.prefixes import load_prefix, save_prefix
@@ -65,6 +66,7 @@ _LATER = {
     "merge_in_order": "io.peft",
     "meta_model": "integrations.transformers",
     "parallelize": "model.tensor_parallel",
+    "predict_memory": "integrations.transformers.predict",
     "quantize_checkpoint": "io.bitsandbytes",
     "save_peft": "io.peft",
     "save_prefix": "io.prefixes",
@@ -143,6 +145,7 @@ __all__ = [
     "meta_model",
     "optim",
     "parallelize",
+    "predict_memory",
     "prefix_attention",
     "quantize_absmax",
     "quantize_checkpoint",

@@ -34,12 +34,24 @@ def meta_model(path: str | os.PathLike[str]) -> nn.Module:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory}: config.json is not transformers' ({error})") from error
+    return model_of(config, str(directory / "config.json"))
+
+
+def model_of(config: Any, where: str = "config") -> nn.Module:
+    """The model that a transformers config describes, on the meta device.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: the config names no model class of transformers.
+    """
+    import transformers
+
     names = config.architectures or []
     kind = getattr(transformers, str(names[0]), None) if names else None
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
         raise ValueError(
-            f"{directory / 'config.json'}: architectures {names!r} name no model class of "
-            "transformers; build the model yourself under torch.device('meta')"
+            f"{where}: architectures {names!r} name no model class of transformers; build the "
+            "model yourself under torch.device('meta')"
         )
     with torch.device("meta"):
         model: nn.Module = kind(config)

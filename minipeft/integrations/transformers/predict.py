@@ -1,0 +1,317 @@
+"""predict_memory: what a training step will need, without a weight and without the devices.
+
+The model is copied to the meta device, put into the state that the method trains, and two training
+steps run on it.  Nothing is computed there; what would be alive is counted (model/predict/live.py).
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minipeft.adapters.targets import Head, Target
+from minipeft.fast.backend import tried_first
+from minipeft.inject import freeze
+from minipeft.integrations.transformers import attention, probe
+from minipeft.integrations.transformers.meta import model_of
+from minipeft.integrations.transformers.no_values import PlainText
+from minipeft.integrations.transformers.prefixes import NAME, Prefix
+from minipeft.model.peft_words import in_our_words
+from minipeft.model.predict.meta_copy import meta_copy
+from minipeft.model.predict.methods import METHODS, cast, prepare
+from minipeft.model.predict.prediction import MemoryPrediction
+from minipeft.model.predict.step import (
+    GRADIENTS,
+    MOMENTS,
+    PREFIX_ROW,
+    MakeOptimizer,
+    Traced,
+    held,
+    largest_block,
+    shard_of,
+    trace,
+)
+from minipeft.prefix import PrefixEncoder
+
+LLAMA = {  # hidden, intermediate, layers, heads: table 2 of the paper (Touvron et al. 2023)
+    "llama-7b": (4096, 11008, 32, 32),
+    "llama-13b": (5120, 13824, 40, 40),
+    "llama-30b": (6656, 17920, 60, 52),
+    "llama-65b": (8192, 22016, 80, 64),
+}
+OPTIMIZERS: dict[str, Any] = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+SHARDINGS = (None, "ddp", "fsdp2")
+CHUNK = 256  # rows of logits at a time where the loss is computed in chunks
+
+
+@in_our_words
+def predict_memory(
+    model: Any,
+    method: str = "qlora",
+    *,
+    batch: int,
+    length: int,
+    rank: int = 16,
+    target: Target = "all-linear",
+    prefix_length: int = 16,
+    dtype: torch.dtype | None = None,
+    adapter_dtype: torch.dtype = torch.float32,
+    optimizer: str | MakeOptimizer = "adamw",
+    checkpointing: bool = False,
+    chunked_loss: bool = False,
+    device: str = "cpu",
+    world_size: int = 1,
+    sharding: str | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+    head: Head = None,
+    forward: Callable[[nn.Module], Tensor] | None = None,
+) -> MemoryPrediction:
+    """The memory of one training step, in bytes: weights, adapters, gradients, and so on.
+
+    `model` is a module (on the meta device, or with weights, which are neither read nor changed), a
+    transformers config, or one of "llama-7b", "llama-13b", "llama-30b", "llama-65b".  `method` is
+    "full", "lora", "dora", "qlora", "qdora", "prefix", or "as_it_is" for a model that is ready to
+    train.  `batch` and `length` are the tokens of a step on one device.  `dtype` is that of the
+    dense weights; None: the model's own, bfloat16 for a name.  `optimizer` is "adamw", "sgd", or a
+    function from parameters to an optimiser.  `device` "cuda" counts the buffers that kernels take
+    on a GPU, and AdamW's foreach.  `chunked_loss`: torch's linear_cross_entropy, 256 rows at once.
+
+    `sharding` "ddp" counts the buckets of gradients; "fsdp2" divides weights, gradients and
+    moments, and adds two whole blocks and what is in no block.  These two are counted, not run.
+
+    `forward` is a function from the model to its loss; unless given, a transformers model computes
+    its own from `batch` texts of `length` tokens, without padding and without a cache.
+
+    Within the tensors' sizes the prediction is exact; see `MemoryPrediction` for what it leaves
+    out.  Autocast, offloading and paged optimisers are not predicted.
+
+    Raises:
+        ImportError: a config or a name, and transformers is not installed.
+        TypeError: `model` is none of these.
+        ValueError: an unknown word, a number below 1, a module with parameters that have no shape
+            yet, and what the method refuses.  The model given is never changed.
+    """
+    where = "predict_memory"
+    numbers = {
+        "batch": batch, "length": length, "rank": rank, "world_size": world_size,
+        "prefix_length": prefix_length,
+    }  # fmt: skip
+    for name, number in numbers.items():
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{where}: {name}={number!r}; expected a whole number of at least 1")
+    for name, value, known in (
+        ("method", method, METHODS), ("sharding", sharding, SHARDINGS),
+        ("device", device, ("cpu", "cuda")),
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"{where}: {name}={value!r}; choose one of {known}")
+    if (sharding is None) != (world_size == 1):
+        raise ValueError(
+            f"{where}: world_size={world_size} and sharding={sharding!r}; several devices share "
+            "the work by 'ddp' or 'fsdp2', one device by None"
+        )
+    make_optimizer = _optimizer(optimizer, device)
+    copied = _on_meta(model)
+    cast(copied, dtype or (torch.bfloat16 if isinstance(model, str) else None))
+    copied.train()
+    if checkpointing:
+        _enable_checkpointing(copied)
+    prefixes: list[Prefix] = []
+    try:
+        options = {"dtype": adapter_dtype}
+        prepare(
+            copied, method, rank=rank, target=target, head=head, options=options,
+            quantisation={"block_size": block_size, "double_quant": double_quant},
+            attach=lambda m: prefixes.append(attach_without_values(m, prefix_length)),
+        )  # fmt: skip
+        scores = _head_of(copied)
+        with tried_first(PREFIX_ROW) if device == "cpu" else nullcontext():
+            traced = trace(
+                copied, forward or _loss(copied, scores, batch, length, chunked_loss),
+                make_optimizer, device_type=device, head=scores,
+            )  # fmt: skip
+    finally:
+        for prefix in prefixes:
+            prefix.hooks.remove()
+    settings = {
+        "method": method, "batch": batch, "length": length, "checkpointing": checkpointing,
+        "device": device, "world_size": world_size, "sharding": sharding,
+    }  # fmt: skip
+    return _per_device(copied, traced, settings)
+
+
+def _per_device(model: nn.Module, traced: Traced, settings: dict[str, Any]) -> MemoryPrediction:
+    """What one of the devices has of it."""
+    world_size, sharding = settings["world_size"], settings["sharding"]
+    whole, share, gathered, buckets = held(model), None, 0, 0
+    if sharding == "fsdp2":
+        share = shard_of(world_size)
+        block, outside = largest_block(model)
+        gathered = 2 * block + outside
+    own = held(model, share)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    part = 1.0
+    if share is not None:
+        part = sum(map(share, trained)) / sum(p.numel() * p.element_size() for p in trained)
+    elif sharding == "ddp":
+        buckets = traced.gradients
+    less = sum(vars(whole).values()) - sum(vars(own).values())
+    totals: Counter[str] = Counter()
+    for phase, uses in traced.peaks.items():
+        divided = uses.get(GRADIENTS, 0) + uses.get(MOMENTS, 0)
+        rest = sum(uses.values()) - divided
+        totals[phase] = rest - less + int(divided * part) + gathered + buckets + traced.kernels
+    (phase, peak), *_ = totals.most_common(1)
+    return MemoryPrediction(
+        **settings, **vars(own), gradients=int(traced.gradients * part),
+        moments=int(traced.moments * part), gathered=gathered, buckets=buckets,
+        activations=traced.activations, logits_and_loss=traced.logits_and_loss,
+        largest_temporary=traced.largest_temporary, kernels=traced.kernels, peak=peak,
+        at_peak=phase,
+    )  # fmt: skip
+
+
+def _optimizer(optimizer: str | MakeOptimizer, device: str) -> MakeOptimizer:
+    if not isinstance(optimizer, str):
+        if not callable(optimizer):
+            raise TypeError(
+                f"predict_memory: optimizer={optimizer!r}; expected a name or a function from "
+                "parameters to an optimiser"
+            )
+        return optimizer
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"predict_memory: optimizer={optimizer!r}; choose one of {tuple(OPTIMIZERS)}, or "
+            "pass a function from parameters to an optimiser"
+        )
+    kind = OPTIMIZERS[optimizer]
+    return lambda parameters: kind(parameters, lr=1e-3, foreach=device == "cuda")
+
+
+def _on_meta(model: Any) -> nn.Module:
+    """A model on the meta device that is nobody else's."""
+    if isinstance(model, nn.Module):
+        return meta_copy("predict_memory", model)
+    if isinstance(model, str):
+        if model not in LLAMA:
+            raise ValueError(
+                f"predict_memory: model={model!r}; choose one of {tuple(LLAMA)}, or pass a config "
+                "or minipeft.meta_model(folder)"
+            )
+        return model_of(llama_config(model))
+    if hasattr(model, "to_dict") and hasattr(model, "model_type"):
+        return model_of(copy.deepcopy(model))
+    raise TypeError(
+        f"predict_memory: expected a module, a transformers config or one of {tuple(LLAMA)}; got "
+        f"{type(model).__name__}"
+    )
+
+
+def llama_config(name: str) -> Any:
+    """The config of a LLaMA by its name, one of `LLAMA`; made without a network."""
+    from transformers import LlamaConfig
+
+    hidden, intermediate, layers, heads = LLAMA[name]
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, vocab_size=32000,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Activation checkpointing, under the name that this transformers has for it."""
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        if (enable := getattr(model, name, None)) is not None:
+            enable({"use_reentrant": False})
+            return
+    raise ValueError(
+        f"predict_memory: checkpointing=True, but {type(model).__name__} has no method that turns "
+        "it on; checkpoint in the model's own forward, and leave it out"
+    )
+
+
+def _head_of(model: Any) -> nn.Module | None:
+    """The module that makes scores of tokens."""
+    get = getattr(model, "get_output_embeddings", None)
+    found: nn.Module | None = None if get is None else get()
+    return found
+
+
+def _loss(
+    model: nn.Module, head: nn.Module | None, batch: int, length: int, chunked: bool
+) -> Callable[[nn.Module], Tensor]:
+    """A function that computes the model's loss on made-up texts."""
+    if not hasattr(model, "config"):
+        raise ValueError(
+            f"predict_memory: {type(model).__name__} is no transformers model; pass forward=, a "
+            "function from the model to its loss on tensors of the meta device"
+        )
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    cache = {} if getattr(model.config, "is_encoder_decoder", False) else {"use_cache": False}
+    if not chunked:
+        return lambda m: _asked(m, lambda: m(input_ids=ids, labels=ids, **cache).loss)
+    if head is None or not hasattr(nn, "LinearCrossEntropyOptions"):
+        raise ValueError(
+            "predict_memory: chunked_loss=True needs torch 2.13 and a model with an output head"
+        )
+
+    def chunked_loss(m: Any) -> Tensor:
+        hidden = m.base_model(input_ids=ids, **cache).last_hidden_state
+        rows: Tensor = hidden[:, :-1].flatten(0, 1)
+        weight: Any = head.weight
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
+        found: Tensor = F.linear_cross_entropy(rows, weight, ids[:, 1:].flatten(), options=options)
+        return found
+
+    return lambda m: _asked(m, lambda: chunked_loss(m))
+
+
+def _asked(model: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+    """The loss of a text without values; a ValueError where the model must know them."""
+    try:
+        with PlainText():
+            return compute()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"predict_memory: {type(model).__name__} does not run on the meta device "
+            f"({type(error).__name__}: {error}); pass forward=, a function from it to its loss"
+        ) from error
+
+
+class _Unproved(Prefix):
+    """A prefix whose keys and values have shapes alone."""
+
+    def layer(self, layer: int) -> list[attention.Part]:
+        """Their keys, values and gates in one layer."""
+        return [
+            attention.Part(k, v, encoder.gate(layer), encoder.prefix_length)
+            for encoder in self.taking_part().values()
+            for k, v in (encoder.layer(layer),)
+        ]
+
+
+def attach_without_values(model: nn.Module, prefix_length: int) -> Prefix:
+    """attach_prefix for a model on the meta device, where no trial can prove anything.
+
+    Tokens keep their numbers, which takes the same memory as shifted ones.
+
+    Raises:
+        ValueError: attention is not reached in every layer.
+    """
+    with probe.errors_of("predict_memory"), PlainText():
+        one = torch.zeros(1, 1, dtype=torch.long, device="meta")
+        reach = probe.look(model, input_ids=one)
+    prefix = _Unproved(model, reach, position="none", window="always")
+    with torch.device("meta"):
+        prefix.encoders["default"] = PrefixEncoder(prefix.kv_shapes, prefix_length)
+    model.add_module(NAME, prefix)
+    freeze(model)
+    prefix.hooks.name_attention()
+    return prefix
