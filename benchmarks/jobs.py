@@ -57,7 +57,7 @@ JOBS: dict[str, Job] = {
     "import_time": Job("import_time", "speed", "what an import costs, beside import torch", 1,
                        ("--rounds", "3")),
     "trips": Job("trips", "speed", "files that one call enters, and how often it comes back", 0.2),
-    "memory": Job("memory", "memory", "predicted memory beside measured; which LLaMA fits where", 20,
+    "memory": Job("memory", "memory", "predicted memory beside measured; which LLaMA fits", 20,
                   ("--models", "tiny", "--methods", "lora", "qlora", "--no-table")),
     "nf4_memory": Job("nf4_memory", "memory", "memory while weights are quantised; a LLaMA-7B", 3,
                       ("--layers", "1")),

@@ -18,7 +18,7 @@ from torch import nn
 import minipeft as mp
 from benchmarks.memory_cases import MODELS, Case
 from benchmarks.models import enable_checkpointing
-from benchmarks.worker import resident_bytes
+from minipeft.measure.memory import resident_bytes
 
 
 def anonymous_peak_starts() -> None:

@@ -7,7 +7,6 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from benchmarks import __main__ as main
 from benchmarks import memory, memory_worker
 from benchmarks.memory_cases import MODELS, Case
 
@@ -20,10 +19,10 @@ def test_a_small_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory, "table", lambda *_: [])
     monkeypatch.setattr(
         sys, "argv",
-        ["benchmarks", "memory", "--models", "tiny", "--methods", "lora", "qlora",
+        ["memory", "--models", "tiny", "--methods", "lora", "qlora",
          "--allocator", "both", "--output", str(tmp_path)],
     )  # fmt: skip
-    main.main()  # so small a model is within no tolerance: the buffer of panels is all there is
+    memory.main()  # so small a model is within no tolerance: the buffer of panels is all there is
     (file,) = tmp_path.glob("memory-*.json")
     data = json.loads(file.read_text())
     assert len(data["cases"]) == 2 * 2 * 2  # methods, checkpointing, allocators

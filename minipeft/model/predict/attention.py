@@ -68,14 +68,14 @@ class WithinModules:
     def enter(self, *_: Any) -> None:
         """The outermost module begins, or another within it."""
         if not self.depth:
-            self.mode.__enter__()
+            self.mode.__enter__()  # type: ignore[no-untyped-call]
         self.depth += 1
 
     def leave(self, *_: Any) -> None:
         """It ends."""
         self.depth -= 1
         if not self.depth:
-            self.mode.__exit__(None, None, None)
+            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         """Take the hooks off."""
