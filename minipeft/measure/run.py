@@ -126,6 +126,7 @@ def run(case: Case, say: Say = lambda values: None) -> dict[str, Any]:
     figures |= {"step_seconds": times, "train_losses": losses}
     if case.flops:
         figures["flops"] = count_flops(case, prepared.model, first)
+        figures["predicted_bytes"], figures["no_prediction"] = predicted(case, prepared, first)
     return figures | (case.after(prepared.model) if case.after else {})
 
 
@@ -202,6 +203,24 @@ def count_flops(case: Case, model: Any, batch: Any) -> int:
         case.loss(model, batch).backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
     return int(counter.get_total_flops())
+
+
+def predicted(case: Case, prepared: Prepared, batch: Any) -> tuple[int | None, str | None]:
+    """The peak that predict_memory says of such a step, or why it says none."""
+    from minipeft.integrations.transformers.predict import predict_memory
+
+    if case.method.is_peer:
+        return None, "another library's"
+    on_meta = moved(batch, torch.device("meta"))
+    try:
+        found = predict_memory(
+            prepared.model, "as_it_is", batch=1, length=1,
+            device="cuda" if case.device.startswith("cuda") else "cpu",
+            forward=lambda model: case.loss(model, on_meta),
+        )  # fmt: skip
+    except Exception as error:  # whatever a model or a loss that reads values raises
+        return None, f"{type(error).__name__}: {error}"
+    return found.peak, None
 
 
 def checksum(model: Any) -> int:

@@ -37,6 +37,8 @@ def test_the_figures_of_a_run(method):
         inside = [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
         sizes = [m.in_features + m.out_features for m in inside]
         assert found["trainable_parameters"] == 4 * sum(sizes)
+    assert found["no_prediction"] is None
+    assert found["predicted_bytes"] > found["weight_bytes"]
     assert len(found["step_seconds"]) == len(found["train_losses"]) == 3
     assert found["train_losses"][0] != found["train_losses"][1]
     assert (found["bits_per_quantized_weight"] is not None) == (method == "qlora")
