@@ -66,7 +66,9 @@ class Report:
         wanted += ["predicted MB", "GFLOPs", "step s (min-max)", f"/ {first}"]
         wanted += ["ours / peer"] if peers else []
         wanted += ["loss", "val. loss"]
-        has = {name: any(run.get(key) is not None for run in every) for name, key in _OPTIONAL.items()}
+        has = {
+            name: any(run.get(key) is not None for run in every) for name, key in _OPTIONAL.items()
+        }
         if has["val. loss"]:
             wanted.remove("loss")
         return [name for name in wanted if has.get(name, True)]
