@@ -44,6 +44,7 @@ if _TYPE_CHECKING:
     from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_quantized
     from minipeft.io.peft import load_peft, merge_in_order, save_peft
     from minipeft.io.prefixes import load_prefix, save_prefix
+    from minipeft.io.training_state import load_training_state, save_training_state
 
 _derivatives.register()  # of all operators, which the imports above have defined
 _flops.count_products()
@@ -57,12 +58,14 @@ _LATER = {
     "load_peft": "io.peft",
     "load_prefix": "io.prefixes",
     "load_quantized": "io.bitsandbytes",
+    "load_training_state": "io.training_state",
     "merge_in_order": "io.peft",
     "meta_model": "integrations.transformers",
     "quantize_checkpoint": "io.bitsandbytes",
     "save_peft": "io.peft",
     "save_prefix": "io.prefixes",
     "save_quantized": "io.bitsandbytes",
+    "save_training_state": "io.training_state",
 }
 
 
@@ -125,6 +128,7 @@ __all__ = [
     "load_peft",
     "load_prefix",
     "load_quantized",
+    "load_training_state",
     "lora_delta",
     "lora_forward",
     "lora_scaling",
@@ -143,6 +147,7 @@ __all__ = [
     "save_peft",
     "save_prefix",
     "save_quantized",
+    "save_training_state",
     "scale_adapters",
     "starts",
     "tie_heads",
