@@ -20,6 +20,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,12 @@ def trainer(model: Any, folder: Path, *, best: bool = False, dies: bool = False)
         asked += 1
         return {"age": float(asked)}
 
-    return transformers.Trainer(
+    made = transformers.Trainer(
         model=model, args=arguments, train_dataset=rows, callbacks=[Ends()],
         eval_dataset=rows[:2], compute_metrics=age if best else None,
     )  # fmt: skip
+    made.remove_callback(transformers.PrinterCallback)
+    return made
 
 
 def tensors_of(found: Any, place: str = "") -> dict[str, Tensor]:
@@ -231,9 +234,8 @@ class Loop:
         return {name: value.clone() for name, value in found.items()}
 
 
-def run_loop(folder: Path, steps: int) -> None:
+def run_loop(loop: Loop, folder: Path, steps: int) -> None:
     """What the user's program does: go on from what is there, save after every step."""
-    loop = Loop()
     loop.load(folder)
     while loop.step < steps:
         loop.train()
@@ -243,11 +245,10 @@ def run_loop(folder: Path, steps: int) -> None:
 def kill_loop(folder: Path, kills: int, seconds: float, seed: int) -> Counter[str]:
     """Die `kills` times, each within `seconds` of the start; what was there after each."""
     draw, counts = random.Random(seed), Counter[str]()
-    undisturbed, known = Loop(), {}
-    known[0] = undisturbed.state()
+    undisturbed = Loop()
+    known = {0: undisturbed.state()}
 
     def expected(step: int) -> dict[str, Tensor]:
-        nonlocal counts
         while undisturbed.step < step:  # it draws from the generators that a load sets
             torch.set_rng_state(known[undisturbed.step]["torch"])
             random.setstate((3, tuple(known[undisturbed.step]["python"].tolist()), None))
@@ -257,7 +258,8 @@ def kill_loop(folder: Path, kills: int, seconds: float, seed: int) -> Counter[st
 
     ahead = 10**9
     while counts.total() < kills:
-        in_child(lambda: run_loop(folder, ahead), kill_after=draw.uniform(0, seconds))
+        new = Loop()
+        in_child(partial(run_loop, new, folder, ahead), kill_after=draw.uniform(0, seconds))
         found = Loop()
         try:
             there = found.load(folder)
@@ -274,7 +276,7 @@ def kill_loop(folder: Path, kills: int, seconds: float, seed: int) -> Counter[st
     last = Loop()
     last.load(folder)
     end = last.step + 3
-    run_loop(folder, end)
+    run_loop(Loop(), folder, end)
     last.load(folder)
     state = last.state()
     counts["end as undisturbed" if farthest(state, expected(end)) == 0 else "wrong end"] += 1
@@ -306,7 +308,7 @@ def main() -> int:
     """Print what was found; exit status 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=0.6, help="a killed loop lives at most so")
+    parser.add_argument("--seconds", type=float, default=0.3, help="a killed loop lives at most so")
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--print-only", action="store_true", help="write no file of results")

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,3 +398,21 @@ def test_generators_of_other_devices_are_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     refused(loop, tmp_path, "generators of 99 devices of kind 'cuda'.*generators=False")
     assert loop.load(tmp_path, generators=False) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forks")
+def test_fifty_kills_of_a_loop_leave_a_state_of_the_undisturbed_run(capsys):
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(  # a fork wants a process without threads
+        [sys.executable, "-m", "benchmarks.resume", "--print-only", "--methods"],
+        capture_output=True, text=True, cwd=root, env=environment, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    with capsys.disabled():
+        print(f"\n{done.stdout}")
+    assert "'end as undisturbed': 1" in done.stdout
