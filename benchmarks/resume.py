@@ -234,8 +234,9 @@ class Loop:
         return {name: value.clone() for name, value in found.items()}
 
 
-def run_loop(loop: Loop, folder: Path, steps: int) -> None:
+def run_loop(folder: Path, steps: int) -> None:
     """What the user's program does: go on from what is there, save after every step."""
+    loop = Loop()  # here, and not before a fork: Python seeds its generator anew in a child
     loop.load(folder)
     while loop.step < steps:
         loop.train()
@@ -245,6 +246,7 @@ def run_loop(loop: Loop, folder: Path, steps: int) -> None:
 def kill_loop(folder: Path, kills: int, seconds: float, seed: int) -> Counter[str]:
     """Die `kills` times, each within `seconds` of the start; what was there after each."""
     draw, counts = random.Random(seed), Counter[str]()
+    run_loop(folder.with_name("warm"), 2)  # what is imported late is imported before the forks
     undisturbed = Loop()
     known = {0: undisturbed.state()}
 
@@ -258,8 +260,7 @@ def kill_loop(folder: Path, kills: int, seconds: float, seed: int) -> Counter[st
 
     ahead = 10**9
     while counts.total() < kills:
-        new = Loop()
-        in_child(partial(run_loop, new, folder, ahead), kill_after=draw.uniform(0, seconds))
+        in_child(partial(run_loop, folder, ahead), kill_after=draw.uniform(0, seconds))
         found = Loop()
         try:
             there = found.load(folder)
@@ -276,7 +277,7 @@ def kill_loop(folder: Path, kills: int, seconds: float, seed: int) -> Counter[st
     last = Loop()
     last.load(folder)
     end = last.step + 3
-    run_loop(Loop(), folder, end)
+    run_loop(folder, end)
     last.load(folder)
     state = last.state()
     counts["end as undisturbed" if farthest(state, expected(end)) == 0 else "wrong end"] += 1
@@ -308,7 +309,7 @@ def main() -> int:
     """Print what was found; exit status 1 if anything differs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seconds", type=float, default=0.3, help="a killed loop lives at most so")
+    parser.add_argument("--seconds", type=float, default=0.6, help="a killed loop lives at most so")
     parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--print-only", action="store_true", help="write no file of results")

@@ -31,8 +31,8 @@ def pack(value: object, place: str, tensors: dict[str, Tensor]) -> Json:
     if isinstance(value, Tensor):
         tensors[place] = value
         return {"tensor": place}
-    if type(value) in (list, tuple):
-        parts = [pack(v, f"{place}/{i}", tensors) for i, v in enumerate(value)]  # type: ignore[arg-type]
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        parts = [pack(v, f"{place}/{i}", tensors) for i, v in enumerate(value)]
         return parts if isinstance(value, list) else {"tuple": parts}
     if isinstance(value, dict):
         pairs = [[pack(key, place, {}), pack(v, f"{place}/{key}", tensors)]
