@@ -209,7 +209,7 @@ def _described(optimizer: Optimizer, own: _Own, tensors: dict[str, Tensor]) -> d
     """An optimiser as JSON, with names in the place of numbers; its tensors go into `tensors`."""
     found = optimizer.state_dict()
     numbered: dict[object, str] = {}
-    groups = []
+    groups: list[dict[str, Any]] = []
     for group, named in zip(found["param_groups"], own.groups, strict=True):
         numbered |= dict(zip(group["params"], named, strict=True))
         options = {key: value for key, value in group.items() if key not in _OF_GROUP}
@@ -240,8 +240,8 @@ def _check_model(
         if (there := _form(value)) != (here := _form(own.trained[name])):
             raise ValueError(f"{where}: {name} is {there} there, and {here} in the model")
     for place in sorted(settings.keys() | own.settings.keys()):
-        if (there := settings.get(place)) != (here := own.settings.get(place)):
-            raise ValueError(f"{where}: adapter {place!r} has {there} there, and {here} here")
+        if (saved_as := settings.get(place)) != (mine := own.settings.get(place)):
+            raise ValueError(f"{where}: adapter {place!r} has {saved_as} there, and {mine} here")
 
 
 def _moments(
@@ -261,7 +261,9 @@ def _moments(
             f"{len(own.groups)}"
         )
     found = optimizer.state_dict()
-    state, numbered, groups = unpack(saved["state"], tensors), {}, []
+    state = unpack(saved["state"], tensors)
+    numbered: dict[str, object] = {}
+    groups: list[dict[str, Any]] = []
     for index, (group, named) in enumerate(zip(saved["groups"], own.groups, strict=True)):
         forms = dict(group["parameters"])
         _same_names(where, f"group {index} of the optimiser", forms.keys(), named.keys())
