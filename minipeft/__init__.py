@@ -45,6 +45,7 @@ if _TYPE_CHECKING:
     from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_quantized
     from minipeft.io.peft import load_peft, merge_in_order, save_peft
     from minipeft.io.prefixes import load_prefix, save_prefix
+    from minipeft.io.training_state import load_training_state, save_training_state
     from minipeft.measure import benchmark
     from minipeft.model.tensor_parallel import ColwiseParallel, RowwiseParallel, parallelize
 
@@ -63,6 +64,7 @@ _LATER = {
     "load_peft": "io.peft",
     "load_prefix": "io.prefixes",
     "load_quantized": "io.bitsandbytes",
+    "load_training_state": "io.training_state",
     "merge_in_order": "io.peft",
     "meta_model": "integrations.transformers",
     "parallelize": "model.tensor_parallel",
@@ -71,6 +73,7 @@ _LATER = {
     "save_peft": "io.peft",
     "save_prefix": "io.prefixes",
     "save_quantized": "io.bitsandbytes",
+    "save_training_state": "io.training_state",
 }
 
 
@@ -136,6 +139,7 @@ __all__ = [
     "load_peft",
     "load_prefix",
     "load_quantized",
+    "load_training_state",
     "lora_delta",
     "lora_forward",
     "lora_scaling",
@@ -156,6 +160,7 @@ __all__ = [
     "save_peft",
     "save_prefix",
     "save_quantized",
+    "save_training_state",
     "scale_adapters",
     "starts",
     "tie_heads",

@@ -23,7 +23,9 @@ from minipeft.io.peft.save import describe
 from minipeft.io.prefixes import config as own_files
 from minipeft.io.prefixes import save as prefixes
 from minipeft.io.replace import Replacement
+from minipeft.io.resume import load_state, stage_resume
 from minipeft.io.seal import stage
+from minipeft.model.trained_state import trained_state
 
 
 def save_adapters(
@@ -39,6 +41,9 @@ def save_adapters(
     in the format of save_prefix too, in the same directory: load_prefix reads all of
     it, with its network and frozen positions.  Where a prefix shares its name with LoRA, PEFT's
     files hold the LoRA.
+
+    Beside them model.safetensors holds all that training has changed, under the model's own names:
+    Trainer resumes from it and loads its best model (resume.py).
 
     All files of all adapters are of one save, as of save_peft; files of an earlier one that are not
     written now are removed.
@@ -82,19 +87,25 @@ def save_adapters(
             else:
                 for file in files:
                     unit.remove(file)
+        given = state_dict or {}
+        whole = {key: given.get(key, value) for key, value in trained_state(model).items()}
+        stage_resume(unit, whole)
 
 
 def adopt(model: nn.Module) -> None:
-    """Give every Hugging Face model in `model` this `save_pretrained`, or its own back.
+    """Give every Hugging Face model in `model` these two methods, or its own back.
 
-    Its own where neither adapters nor packed layers are left.
+    `save_pretrained`, and the `load_state_dict` of resume.py; its own where neither adapters nor
+    packed layers are left.
     """
     ours = {id(part) for part in model.modules() if is_adapter(part) or is_packed(part)}
     for module in model.modules():
         if not callable(getattr(type(module), "save_pretrained", None)):
             continue
         if any(id(part) in ours for part in module.modules()):
-            # a partial, not a bound method: pickle would look a bound method up by its name
+            # partials, not bound methods: pickle would look a bound method up by its name
             module.save_pretrained = partial(save_adapters, module)  # type: ignore[assignment]
+            module.load_state_dict = partial(load_state, module)  # type: ignore[method-assign]
         else:
-            vars(module).pop("save_pretrained", None)
+            for name in ("save_pretrained", "load_state_dict"):
+                vars(module).pop(name, None)
