@@ -3,7 +3,6 @@
 import os
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +74,32 @@ def test_in_data_parallel_every_function_is_right_or_refuses():
         check(found, found["method"])
 
 
+def each_in_turn(rank, world, folder):
+    """All scenarios at the end of this file, in one pair of processes."""
+    found = {}
+    for name, (scenario, arguments) in SCENARIOS.items():
+        given = [folder / argument if argument in PLACES else argument for argument in arguments]
+        found[name] = sharded.tried(lambda: scenario(rank, world, *given))  # noqa: B023
+        dist.barrier()
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("scenarios")
+    mp.save_peft(adapted(), place / "layouts")
+    (place / "unwritable").write_text("no folder")
+    return place
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder):
+    """{scenario: what each process returned or raised}."""
+    found = together(2, each_in_turn, folder, seconds=240)
+    assert not any(outcome.error for outcome in found), found
+    return {name: [outcome.value[name] for outcome in found] for name in SCENARIOS}
+
+
 def net(dtype=torch.float32):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype)
@@ -86,7 +111,7 @@ def adapted(dtype=torch.float32):
     return model
 
 
-def other_states(rank, world, case, folder):
+def other_states(rank, world, case):
     """Each process loads a state; what the model has afterwards."""
     model = fully_shard(adapted())
     before = mp.adapter_state_dict(model)
@@ -117,9 +142,8 @@ def other_states(rank, world, case, folder):
         ("unread", ["", ""]),
     ],
 )
-def test_processes_that_give_different_states_all_refuse_them(case, messages, tmp_path):
-    found = together(2, other_states, case, str(tmp_path), seconds=60)
-    for outcome, message in zip(found, messages, strict=True):
+def test_processes_that_give_different_states_all_refuse_them(case, messages, outcomes):
+    for outcome, message in zip(outcomes[case], messages, strict=True):
         text, unchanged = outcome.value
         assert message in text and bool(text) == bool(message)
         assert unchanged == (case != "unread")
@@ -152,8 +176,8 @@ def _replicate():
     return [Replicate()]
 
 
-def test_shards_are_taken_where_they_are_cut_alike():
-    for outcome in together(2, shards_as_values, seconds=60):
+def test_shards_are_taken_where_they_are_cut_alike(outcomes):
+    for outcome in outcomes["shards_as_values"]:
         right, texts = outcome.value
         assert right
         assert "is cut as" in texts[0] and "value.full_tensor()" in texts[0]
@@ -190,12 +214,10 @@ def one_that_cannot_write(rank, world, folder):
     return None
 
 
-def test_an_error_of_the_process_that_writes_is_raised_in_all(tmp_path):
-    place = tmp_path / "file"
-    place.write_text("no folder")
-    first, second = together(2, one_that_cannot_write, str(place), seconds=60)
+def test_an_error_of_the_process_that_writes_is_raised_in_all(outcomes, folder):
+    first, second = outcomes["unwritable"]
     assert first.value is not None and "process 0 raised" in second.value
-    assert place.read_text() == "no folder"
+    assert (folder / "unwritable").read_text() == "no folder"
 
 
 def renamed(rank, world):
@@ -227,8 +249,8 @@ def renamed(rank, world):
     return kinds, texts, names
 
 
-def test_layers_that_fully_shard_renamed_are_known():
-    for outcome in together(2, renamed, seconds=60):
+def test_layers_that_fully_shard_renamed_are_known(outcomes):
+    for outcome in outcomes["renamed"]:
         kinds, texts, names = outcome.value
         assert kinds == ["FSDPLoRALinear", "LoRALinear"]
         assert "fully_shard was called on 0 itself" in texts[0]
@@ -258,13 +280,13 @@ def after_a_forward(rank, world, folder):
     return whole, {n: float(t.mean()) for n, t in mp.adapter_state_dict(model).items()}, texts
 
 
-def test_parameters_that_a_forward_left_whole_are_shards_all_the_same(tmp_path):
-    for outcome in together(2, after_a_forward, str(tmp_path), seconds=60):
+def test_parameters_that_a_forward_left_whole_are_shards_all_the_same(outcomes, folder):
+    for outcome in outcomes["forward"]:
         whole, means, texts = outcome.value
         assert whole and set(means.values()) == {0.5}
         assert len(texts) == 2 and all("shards (DTensor)" in text for text in texts)
     again = net()
-    mp.load_peft(again, tmp_path)
+    mp.load_peft(again, folder / "forward")
     assert all((value == 0.5).all() for value in mp.adapter_parameters(again))
 
 
@@ -289,9 +311,8 @@ def other_layouts(rank, world, folder):
     return texts
 
 
-def test_a_file_of_other_layers_is_refused_and_says_to_load_it_first(tmp_path):
-    mp.save_peft(adapted(), tmp_path)
-    for outcome in together(2, other_layouts, str(tmp_path), seconds=60):
+def test_a_file_of_other_layers_is_refused_and_says_to_load_it_first(outcomes):
+    for outcome in outcomes["layouts"]:
         assert len(outcome.value) == 6
         assert all("shards (DTensor)" in t and "then fully_shard" in t for t in outcome.value)
         assert "LoRA of rank 2 and scaling 1" in outcome.value[0]
@@ -318,12 +339,13 @@ def gathered_by_hand(rank, world, folder):
     return text
 
 
-def test_values_that_were_gathered_elsewhere_are_written_by_one_process(tmp_path):
-    first, second = together(2, gathered_by_hand, str(tmp_path / "cut"), seconds=60)
+def test_values_that_were_gathered_elsewhere_are_written_by_one_process(outcomes, folder):
+    first, second = outcomes["by_hand"]
     assert "0.lora_a is a shard" in first.value and second.value == ""
-    mp.save_peft(adapted(), tmp_path / "whole")
-    files = [sorted(Path(tmp_path / name).iterdir()) for name in ("cut", "whole")]
-    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    again, source = net(), adapted()
+    mp.load_peft(again, folder / "by_hand")
+    pairs = zip(mp.adapter_parameters(again), mp.adapter_parameters(source), strict=True)
+    assert all(torch.equal(mine, its) for mine, its in pairs)
 
 
 def mixed_dtypes(rank, world):
@@ -341,9 +363,9 @@ def mixed_dtypes(rank, world):
     return trained, ""
 
 
-def test_float32_adapters_train_beside_16_bit_modules_in_one_group():
+def test_float32_adapters_train_beside_16_bit_modules_in_one_group(outcomes):
     """torch asks for one dtype of all that trains in a group, and the base does not train."""
-    for outcome in together(2, mixed_dtypes, seconds=60):
+    for outcome in outcomes["mixed_dtypes"]:
         trained, text = outcome.value
         assert trained == 4
         assert "uniform original parameter dtype" in text
@@ -385,14 +407,14 @@ def two_adapters(rank, world, finds):
     return float((mine - its).abs().max() / its.abs().max())
 
 
-def test_in_data_parallel_adapters_are_switched_between_steps():
-    for outcome in together(2, two_adapters, True, seconds=60):
+def test_in_data_parallel_adapters_are_switched_between_steps(outcomes):
+    for outcome in outcomes["switched"]:
         # float32 sums in another order; AdamW divides by their roots
         assert outcome.error == "" and outcome.value <= 1e-4
 
 
-def test_data_parallel_that_would_wait_for_what_is_off_is_refused_with_the_way_out():
-    for outcome in together(2, two_adapters, False, seconds=60):
+def test_data_parallel_that_would_wait_for_what_is_off_is_refused_with_the_way_out(outcomes):
+    for outcome in outcomes["waiting"]:
         assert outcome.error == "ValueError"
         assert "'b' would be off" in outcome.text
         assert "find_unused_parameters=True" in outcome.text
@@ -411,14 +433,14 @@ def frozen_before(rank, world):
     for parameter in mp.adapter_parameters(model, name="b"):
         parameter.requires_grad_(True)
     try:
-        mp.use_adapters(model, "b")
+        mp.use_adapters(model, ["a", "b"])
     except ValueError as error:
         return str(error)
     return ""
 
 
-def test_what_data_parallel_does_not_know_of_is_not_trained_with_it():
-    for outcome in together(2, frozen_before, seconds=60):
+def test_what_data_parallel_does_not_know_of_is_not_trained_with_it(outcomes):
+    for outcome in outcomes["frozen_before"]:
         assert "'b' trains, and did not when" in outcome.value
 
 
@@ -428,3 +450,19 @@ def test_without_torch_distributed_nothing_is_a_shard():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mp.load_adapter_state_dict(model, mp.adapter_state_dict(model))
+
+
+PLACES = ("unwritable", "forward", "layouts", "by_hand")  # in the folder of the scenarios
+SCENARIOS = {
+    **{case: (other_states, (case,)) for case in ("key", "shape", "value", "unread")},
+    "shards_as_values": (shards_as_values, ()),
+    "unwritable": (one_that_cannot_write, ("unwritable",)),
+    "renamed": (renamed, ()),
+    "forward": (after_a_forward, ("forward",)),
+    "layouts": (other_layouts, ("layouts",)),
+    "by_hand": (gathered_by_hand, ("by_hand",)),
+    "mixed_dtypes": (mixed_dtypes, ()),
+    "switched": (two_adapters, (True,)),
+    "frozen_before": (frozen_before, ()),
+    "waiting": (two_adapters, (False,)),
+}
