@@ -132,6 +132,8 @@ def saved(save: Callable[[Any, Path], object]) -> Callable[..., Found]:
     """A save, and its files."""
 
     def run(model: Any, folder: Path, rank: int, world: int) -> Found:
+        if isinstance(model, nn.parallel.DistributedDataParallel):  # each has the whole model
+            folder = folder / str(rank)
         save(model, folder)
         return contents(folder)
 

@@ -15,10 +15,8 @@ from minipeft.adapters.protocol import Adapter
 Places = Mapping[str, Iterable[Adapter]]  # layers by the names of their modules
 
 
-def check_replicas(
-    caller: str, model: nn.Module, on: Mapping[str, Places], off: Mapping[str, Places]
-) -> None:
-    """Raise ValueError if these adapters, by their names, cannot be on and off in a DDP.
+def check_replicas(caller: str, model: nn.Module, off: Mapping[str, Places]) -> None:
+    """Raise ValueError if adapters that are to be off, by their names, are waited for by a DDP.
 
     Only a model that holds the DDP, or is one, can be asked; the module inside knows nothing of it.
     """
@@ -26,28 +24,21 @@ def check_replicas(
         if not isinstance(module, nn.parallel.DistributedDataParallel):
             continue
         ddp: Any = module
-        known = {id(p) for p in getattr(ddp, "_module_parameters", ()) if p.requires_grad}
         finds = ddp.find_unused_parameters or getattr(ddp, "static_graph", False)
-        if not finds and (waits := _first(off, known, among=True)):
+        if not finds and (waits := _first_that_trains(off)):
             raise ValueError(
                 f"{caller}: {waits!r} would be off, and DistributedDataParallel waits for its "
                 "gradients in every step; make that with find_unused_parameters=True, or freeze "
                 f"{waits!r} before you make it (requires_grad_(False) on "
                 f"minipeft.adapter_parameters(model, name={waits!r}))"
             )
-        if unknown := _first(on, known, among=False):
-            raise ValueError(
-                f"{caller}: {unknown!r} trains, and did not when DistributedDataParallel was made, "
-                "so processes would not keep its gradients equal; make that anew"
-            )
 
 
-def _first(adapters: Mapping[str, Places], known: set[int], *, among: bool) -> str | None:
-    """The first adapter with a trainable parameter that is (or is not) `among` the known ones."""
+def _first_that_trains(adapters: Mapping[str, Places]) -> str | None:
+    """The name of the first adapter that has a trainable parameter."""
     for name, places in adapters.items():
         for layers in places.values():
             for layer in layers:
-                own = layer.adapter_parameters().values()
-                if any(p.requires_grad and (id(p) in known) == among for p in own):
+                if any(p.requires_grad for p in layer.adapter_parameters().values()):
                     return name
     return None

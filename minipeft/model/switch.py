@@ -75,11 +75,10 @@ def use_adapters(
 
     Raises:
         ValueError: no such adapter, a merged model, neither or both of names and rows; names that
-            the DistributedDataParallel around the model (if that is given) could not train; with
-            rows, shards,
-            an adapter with layers that cannot tell them apart (experts, nn.MultiheadAttention,
-            tables of positions), or in training something that mixes rows (statistics of the
-            batch, a router's balance loss).  Nothing has changed then.
+            leave off what a DistributedDataParallel waits for (if `model` is one); with rows,
+            shards, an adapter with layers that cannot tell them apart (experts,
+            nn.MultiheadAttention, tables of positions), or in training something that mixes rows
+            (statistics of the batch, a router's balance loss).  Nothing has changed then.
     """
     if (names is None) == (rows is None):
         raise ValueError("use_adapters: expected names, or rows=, and not both")
@@ -93,7 +92,7 @@ def use_adapters(
     chosen = {name: adapters_called("use_adapters", model, name) for name in wanted}
     everything = named(model)
     off = {name: places for name, places in everything.items() if name not in chosen}
-    check_replicas("use_adapters", model, chosen, off)
+    check_replicas("use_adapters", model, off)
     stop_rows(model)
     for name, places in everything.items():
         for adapter in itertools.chain.from_iterable(places.values()):
