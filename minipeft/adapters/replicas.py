@@ -15,6 +15,13 @@ from minipeft.adapters.protocol import Adapter
 Places = Mapping[str, Iterable[Adapter]]  # layers by the names of their modules
 
 
+def unwrapped(model: Any) -> Any:
+    """The model inside a DistributedDataParallel, whose class and configuration files ask for."""
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    return model
+
+
 def check_replicas(caller: str, model: nn.Module, off: Mapping[str, Places]) -> None:
     """Raise ValueError if adapters that are to be off, by their names, are waited for by a DDP.
 

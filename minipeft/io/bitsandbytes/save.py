@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import is_adapter, is_packed, linear_shape
+from minipeft.adapters.replicas import unwrapped
 from minipeft.adapters.sharded import refuse_shards
 from minipeft.adapters.state import named_adapters
 from minipeft.integrations.transformers.file_names import write_names
@@ -160,6 +161,7 @@ def save_quantized(
     directory = Path(path)
     if max_shard_bytes < 1:
         raise ValueError(f"save_quantized: max_shard_bytes={max_shard_bytes}; expected above 0")
+    model = unwrapped(model)
     refuse_shards(
         "save_quantized", model,
         "the base does not change while adapters train: write it before fully_shard, and the "

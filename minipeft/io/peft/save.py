@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from minipeft.adapters.names import DEFAULT, adapters_called, named
 from minipeft.adapters.plain_names import PlainNames
 from minipeft.adapters.protocol import Adapter, innermost, is_conv1d
+from minipeft.adapters.replicas import unwrapped
 from minipeft.adapters.sharded import own_class
 from minipeft.adapters.targets import matches, visible_modules
 from minipeft.io.files import check_writable
@@ -307,6 +308,7 @@ def save_peft(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_peft: expected a module, got {type(model).__name__}")
+    model = model if state_dict is not None else unwrapped(model)
     names = list(named(model)) if name is None else [name]
     with whole("save_peft", model, state_dict) as writes:
         found = describe(model, names)

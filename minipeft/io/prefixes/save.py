@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, adapters_called
+from minipeft.adapters.replicas import unwrapped
 from minipeft.adapters.sharded import own_class
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
 from minipeft.io.files import check_writable
@@ -78,6 +79,7 @@ def save_prefix(
             is written then.
         OSError: the disk is full, and the like; the old files are as they were.
     """
+    model = model if state_dict is not None else unwrapped(model)
     with whole("save_prefix", model, state_dict) as writes:
         content = describe_prefix(model, name, reparametrization=reparametrization, heads=heads)
         if writes:
