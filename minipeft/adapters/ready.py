@@ -30,9 +30,8 @@ def check_ready(caller: str, model: nn.Module) -> None:
     """Raise unless parameters have their shapes, and this process has the whole of each.
 
     Raises:
-        ValueError: lazy modules before their first call; weights that accelerate keeps elsewhere; a
-            model in DistributedDataParallel or FullyShardedDataParallel, or sharded by fully_shard:
-            each process would draw an adapter of its own, and nothing would keep them equal.
+        ValueError: lazy modules before their first call; weights that accelerate keeps elsewhere;
+            DDP, FSDP or fully_shard: nothing would keep equal what each process draws.
     """
     for name, module in model.named_modules():
         stored = [*module._parameters.values(), *module._buffers.values()]
@@ -41,7 +40,8 @@ def check_ready(caller: str, model: nn.Module) -> None:
                 f"{caller}: {name or 'the model'} ({type(module).__name__}) has parameters without "
                 "a shape yet; call the model once, so that they get one"
             )
-        if any(_is_a(tensor, "torch.distributed.tensor", "DTensor") for tensor in stored):
+        sharded = _is_a(module, "torch.distributed.fsdp", "FSDPModule")  # whole after a forward
+        if sharded or any(_is_a(t, "torch.distributed.tensor", "DTensor") for t in stored):
             raise ValueError(
                 f"{caller}: the parameters of {name or 'the model'} are shards (DTensor); do this "
                 "first, in every process with the same random seed, then fully_shard the model"

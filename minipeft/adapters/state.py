@@ -5,6 +5,7 @@ These functions find adapters through protocol.py alone, so a layer of your own 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,14 @@ from torch import Tensor, nn
 from minipeft.adapters.names import adapters_called, named
 from minipeft.adapters.plain_names import PlainNames, Spellings
 from minipeft.adapters.protocol import Adapter, is_adapter
+from minipeft.adapters.sharded import (
+    agreed,
+    check_equal,
+    gathered,
+    like,
+    resharded,
+    why_unlike,
+)
 
 
 def named_adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -97,9 +106,14 @@ def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str
     Running statistics of modules that train as a whole are there too.  With `name`, the parameters
     of that adapter under its modules' names in the plain model: they fit a model that has no other
     adapter.  Without `name`, the parameters of all adapters under the names of their layers.
+
+    Of a model that `fully_shard` has cut it gathers the whole tensors: every process must call it,
+    and gets them all.  Where one leaves the call out, the others wait for it until the time limit
+    of torch.distributed ends them (`timeout` of init_process_group).
     """
+    resharded(model)
     parameters, buffers = named_tensors("adapter_state_dict", model, name)
-    return {key: value.detach() for key, value in {**parameters, **buffers}.items()}
+    return {key: gathered(value) for key, value in {**parameters, **buffers}.items()}
 
 
 def refuse_merged(caller: str, adapters: Mapping[str, Adapter]) -> None:
@@ -118,30 +132,38 @@ def load_adapter_state_dict(
     wrappers add (`_orig_mod.`, `module.`).  Returns (missing, unexpected) keys, which are empty if
     `strict`.  Running statistics may be missing.
 
+    Into a model that `fully_shard` has cut every process must load, and give the same whole tensors
+    (as `adapter_state_dict` returns them) or shards that are cut as the model's are; each takes its
+    part, and nothing is sent but checksums.
+
     Raises:
         ValueError: a missing or unexpected name (if strict), another shape, no floating-point
-            values, or a merged adapter.  Nothing has been copied then.
+            values, or a merged adapter; in any process that shares the model: then all raise.
+            Nothing has been copied then.
     """
-    caller = "load_adapter_state_dict"
-    refuse_merged(caller, require_adapters(caller, model))
-    parameters, buffers = named_tensors(caller, model, name)
-    own = {**parameters, **buffers}
-    state = understood(caller, state, own)
-    missing = [key for key in parameters if key not in state]
-    return missing, copy_state(caller, own, state, missing, strict=strict)
+    caller, mesh = "load_adapter_state_dict", resharded(model)
+    with agreed(caller, mesh):
+        refuse_merged(caller, require_adapters(caller, model))
+        parameters, buffers = named_tensors(caller, model, name)
+        own = {**parameters, **buffers}
+        state = understood(caller, state, own)
+        missing = [key for key in parameters if key not in state]
+        chosen, unexpected = checked_state(caller, own, state, missing, strict=strict)
+    copy_state(caller, mesh, own, chosen)
+    return missing, unexpected
 
 
-def copy_state(
+def checked_state(
     caller: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor], missing: list[str],
     *, strict: bool,
-) -> list[str]:  # fmt: skip
-    """Copy given tensors into the model's own; all are checked before the first is copied.
+) -> tuple[dict[str, Tensor], list[str]]:  # fmt: skip
+    """Check given tensors beside the model's own: those to copy, and the names the model lacks.
 
-    Returns the names that the model lacks; with `strict`, no name may be missing or unexpected.
+    With `strict`, no name may be missing or unexpected.
 
     Raises:
         ValueError: such a name, no tensor, another shape or kind of numbers, the meta device, two
-            values for one tensor.  Nothing has been copied then.
+            values for one tensor, a shard that is cut otherwise.
     """
     unexpected = [key for key in given if key not in own]
     if strict and (missing or unexpected):
@@ -149,9 +171,10 @@ def copy_state(
             f"{caller}: missing {missing[:5]} ({len(missing)} in all), unexpected {unexpected[:5]} "
             f"({len(unexpected)} in all); is it the state of another model?"
         )
-    chosen = {key: (own[key], value) for key, value in given.items() if key in own}
+    chosen = {key: value for key, value in given.items() if key in own}
     first: dict[int, str] = {}
-    for key, (mine, value) in chosen.items():
+    for key, value in chosen.items():
+        mine = own[key]
         if not isinstance(value, Tensor) or not isinstance(mine, Tensor):
             raise ValueError(
                 f"{caller}: {key} is a {type(value).__name__}, the model's a "
@@ -167,13 +190,27 @@ def copy_state(
         floats = value.is_floating_point() and mine.is_floating_point()
         if value.dtype != mine.dtype and not floats:
             raise ValueError(f"{caller}: {key} is {value.dtype}, the model's is {mine.dtype}")
+        if (why := why_unlike(value, mine)) is not None:
+            raise ValueError(f"{caller}: {key} {why}")
         other = first.setdefault(id(mine), key)
         if other != key and not torch.equal(given[other], value):
             raise ValueError(f"{caller}: {other} and {key} are one tensor, and their values differ")
+    return chosen, unexpected
+
+
+def copy_state(
+    caller: str, mesh: Any, own: Mapping[str, Tensor], chosen: Mapping[str, Tensor]
+) -> None:
+    """Copy tensors that `checked_state` has accepted; of a whole one each process takes its shard.
+
+    Raises:
+        ValueError: processes of the mesh that share the model were given different tensors.
+            Nothing has been copied then.
+    """
+    check_equal(caller, mesh, chosen)
     with torch.no_grad():
-        for mine, value in chosen.values():
-            mine.copy_(value)
-    return unexpected
+        for key, value in chosen.items():
+            own[key].copy_(like(value, own[key]))
 
 
 def understood(

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minipeft.adapters.sharded import is_shard
 from minipeft.io.header import digest, metadata_with
 from minipeft.io.replace import write_file
 from minipeft.io.shards import Reader
@@ -44,6 +45,9 @@ def encoded(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
 def check_writable(tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError if a tensor's values are elsewhere (sharded, offloaded)."""
     for name, tensor in tensors.items():
+        if is_shard(tensor):
+            raise ValueError(f"{name} is a shard (DTensor), of which each process has a part; "
+                             "gather it before saving: tensor.full_tensor()")  # fmt: skip
         if tensor.numel() == 0 or tensor.device.type == "meta":
             raise ValueError(
                 f"{name} has no values here ({tuple(tensor.shape)} on "

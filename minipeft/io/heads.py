@@ -13,32 +13,29 @@ from minipeft.layers.trained import TrainedModule
 Heads = dict[str, dict[str, Tensor]]  # module name: its state
 
 
-def head_tensors(model: nn.Module, name: str, gathered: Mapping[int, Tensor]) -> Heads:
-    """The states of the modules that train whole with the adapter.
-
-    `gathered` maps the id of a parameter to the values to write in its place.
-    """
+def head_tensors(model: nn.Module, name: str) -> Heads:
+    """The states of the modules that train whole with the adapter."""
     found: Heads = {}
     for place, stack in adapters_called("save", model, name).items():
         for layer in stack:
             if isinstance(layer, TrainedModule):
-                found[place] = _state(layer.copy, gathered)
+                found[place] = _state(layer.copy)
     return found
 
 
-def task_heads(model: nn.Module, endings: Iterable[str], gathered: Mapping[int, Tensor]) -> Heads:
+def task_heads(model: nn.Module, endings: Iterable[str]) -> Heads:
     """The states of the model's own modules with these endings of names, as they compute now."""
     found: Heads = {}
     for place, module in model.named_children():
         if place.endswith(tuple(endings)):
             on = isinstance(module, TrainedModule) and module.enabled
-            found[place] = _state(module.copy if on else innermost(module), gathered)  # type: ignore[arg-type]
+            found[place] = _state(module.copy if on else innermost(module))  # type: ignore[arg-type]
     return found
 
 
-def _state(module: nn.Module, gathered: Mapping[int, Tensor]) -> dict[str, Tensor]:
+def _state(module: nn.Module) -> dict[str, Tensor]:
     state = module.state_dict(keep_vars=True)
-    return {key: gathered.get(id(value), value).detach() for key, value in state.items()}
+    return {key: value.detach() for key, value in state.items()}
 
 
 def by_module(tensors: Mapping[str, Tensor], modules: Iterable[str]) -> Heads:

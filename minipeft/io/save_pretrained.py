@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, named
 from minipeft.adapters.protocol import is_adapter, is_packed
+from minipeft.adapters.sharded import gathered, is_shard, resharded
 from minipeft.adapters.state import named_adapters
+from minipeft.io.gathering import whole
 from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress
 from minipeft.io.peft.save import describe
 from minipeft.io.prefixes import config as own_files
@@ -50,6 +52,10 @@ def save_adapters(
 
     Sharding, variants and serialisation options have no meaning for an adapter and are accepted.
 
+    Of a model that fully_shard has cut, every process calls this without a `state_dict`, as of
+    save_peft; `is_main_process` says nothing then.  With a `state_dict` the main one alone does, as
+    accelerate and Trainer call it.
+
     Raises:
         ValueError: packed layers and no adapter, which this format cannot hold; push_to_hub.
     """
@@ -60,36 +66,47 @@ def save_adapters(
             "save_pretrained: the model has 4-bit layers; minipeft.save_quantized writes "
             "them as a checkpoint that from_pretrained (with bitsandbytes) and load_quantized load"
         )
-    if not is_main_process:
+    if not is_main_process and (state_dict is not None or resharded(model) is None):
         return
-    gathered = prefixes.gathered_by_id(model, state_dict or {})
     # two names of files, and what to write into them; None: they are removed
     staged: list[tuple[tuple[str, str], tuple[Any, ...] | None]] = []
-    for name in named(model):
-        inside = "" if name == DEFAULT else f"{name}/"
-        beside = prefixes.has_more_than_prefix(model, name)
-        peft: tuple[Any, ...] | None = None
-        with suppress(CannotExpress):
-            found = describe(model, [name], gathered, beside_prefix=beside, level=3)[name]
-            peft = (found.config, found.tensors, found.training)
-        own = None
-        if prefixes.has_prefix(model, name):
-            own = prefixes.describe_prefix(
-                model, name, gathered, reparametrization=True, heads=not beside
-            )
-        staged.append(((f"{inside}{CONFIG_NAME}", f"{inside}{WEIGHTS_NAME}"), peft))
-        staged.append(((f"{inside}{own_files.CONFIG_NAME}", f"{inside}{own_files.WEIGHTS_NAME}"),
-                       own))  # fmt: skip
-    with Replacement(Path(save_directory)) as unit:
+    with whole("save_pretrained", model, state_dict) as writes:
+        for name in named(model):
+            inside = "" if name == DEFAULT else f"{name}/"
+            beside = prefixes.has_more_than_prefix(model, name)
+            peft: tuple[Any, ...] | None = None
+            with suppress(CannotExpress):
+                found = describe(model, [name], beside_prefix=beside, level=3)[name]
+                peft = (found.config, found.tensors, found.training)
+            own = None
+            if prefixes.has_prefix(model, name):
+                own = prefixes.describe_prefix(
+                    model, name, reparametrization=True, heads=not beside
+                )
+            names = (f"{inside}{CONFIG_NAME}", f"{inside}{WEIGHTS_NAME}")
+            staged.append((names, peft))
+            names = (f"{inside}{own_files.CONFIG_NAME}", f"{inside}{own_files.WEIGHTS_NAME}")
+            staged.append((names, own))
+        given = state_dict or {}
+        trained = {key: given.get(key, value) for key, value in trained_state(model).items()}
+        trained = {key: gathered(v) if is_shard(v) else v for key, v in trained.items()}
+        if writes:
+            _write(Path(save_directory), staged, trained)
+
+
+def _write(
+    directory: Path,
+    staged: list[tuple[tuple[str, str], tuple[Any, ...] | None]],
+    trained: Mapping[str, Tensor],
+) -> None:
+    with Replacement(directory) as unit:
         for files, content in staged:
             if content is not None:
                 stage(unit, files, *content)
             else:
                 for file in files:
                     unit.remove(file)
-        given = state_dict or {}
-        whole = {key: given.get(key, value) for key, value in trained_state(model).items()}
-        stage_resume(unit, whole)
+        stage_resume(unit, trained)
 
 
 def adopt(model: nn.Module) -> None:

@@ -13,13 +13,20 @@ from torch import Tensor, nn
 
 from minipeft.adapters.plain_names import PlainNames
 from minipeft.adapters.protocol import innermost, is_adapter, is_packed
-from minipeft.adapters.state import copy_state, named_adapters, refuse_merged, understood
+from minipeft.adapters.sharded import agreed, resharded
+from minipeft.adapters.state import (
+    checked_state,
+    copy_state,
+    named_adapters,
+    refuse_merged,
+    understood,
+)
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without the adapters, under the names that the plain model had.
 
-    Detached and not copied.
+    Detached and not copied; shards of `fully_shard` stay shards, as in `state_dict`.
     """
     return {key: value.detach() if isinstance(value, Tensor) else value
             for key, value in _own_state(model).items()}  # fmt: skip
@@ -51,21 +58,24 @@ def load_base_state_dict(
     >>> load_base_state_dict(model, plain)
     ([], [])
     """
-    caller = "load_base_state_dict"
-    refuse_merged(caller, named_adapters(model))
-    own = _own_state(model)
-    given = understood(caller, state, own)
-    packed = {name for name, module in plain_modules(model).items() if is_packed(module)}
-    for key in given:
-        place, _, part = key.rpartition(".")
-        if key not in own and place in packed and part == "weight":
-            raise ValueError(
-                f"{caller}: {key} is a dense weight, and {place!r} holds 4-bit codes; load the "
-                "checkpoint before quantize_model, or give the state of a 4-bit model"
-            )
-    held = {id(own[key]) for key in given if key in own}
-    missing = [key for key, value in own.items() if id(value) not in held]
-    return missing, copy_state(caller, own, given, missing, strict=strict)
+    caller, mesh = "load_base_state_dict", resharded(model)
+    with agreed(caller, mesh):
+        refuse_merged(caller, named_adapters(model))
+        own = _own_state(model)
+        given = understood(caller, state, own)
+        packed = {name for name, module in plain_modules(model).items() if is_packed(module)}
+        for key in given:
+            place, _, part = key.rpartition(".")
+            if key not in own and place in packed and part == "weight":
+                raise ValueError(
+                    f"{caller}: {key} is a dense weight, and {place!r} holds 4-bit codes; load the "
+                    "checkpoint before quantize_model, or give the state of a 4-bit model"
+                )
+        held = {id(own[key]) for key in given if key in own}
+        missing = [key for key, value in own.items() if id(value) not in held]
+        chosen, unexpected = checked_state(caller, own, given, missing, strict=strict)
+    copy_state(caller, mesh, own, chosen)
+    return missing, unexpected
 
 
 def _own_state(model: nn.Module) -> dict[str, Tensor]:

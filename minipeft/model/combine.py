@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import adapters_called, check_new_name, give_name
 from minipeft.adapters.ready import check_ready
+from minipeft.adapters.sharded import own_class
 from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names
 from minipeft.inject import build, freeze, restoring, swap_shared
@@ -112,8 +113,8 @@ def _layers(model: nn.Module, names: Iterable[str], missing: str) -> dict[str, d
     names = list(names)
     for name in names:
         for place, stack in adapters_called("combine_adapters", model, name).items():
-            if len(stack) != 1 or type(stack[0]) not in _KINDS:
-                kinds = [type(layer).__name__ for layer in stack]
+            if len(stack) != 1 or own_class(stack[0]) not in _KINDS:
+                kinds = [own_class(layer).__name__ for layer in stack]
                 raise ValueError(
                     f"combine_adapters: {name!r} has {kinds} over {place!r}; expected one of "
                     f"{[kind.__name__ for kind in _KINDS]}"
@@ -225,7 +226,7 @@ def _dare(deltas: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 def _layer(source: LowRank, module: nn.Module, a: Tensor, b: Tensor) -> nn.Module:
     """A layer of the source's kind over the stack, with these factors and scaling 1."""
-    kind: Any = type(source)
+    kind: Any = own_class(source)
 
     def fill(layer: LowRank) -> None:
         with torch.no_grad():

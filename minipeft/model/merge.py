@@ -27,12 +27,18 @@ from minipeft.adapters.protocol import (
     is_packed,
     wraps_module,
 )
+from minipeft.adapters.sharded import is_sharded_module, refuse_shards
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.adapters.targets import shared_parameters
 from minipeft.inject import put, restoring, swap, tell
 from minipeft.model.dense_again import forget_codes
 from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import refuse_rows
+
+_IN_ONE_PROCESS = (
+    "save_peft writes the adapter of shards: load it into the plain model in one process, and "
+    "merge there"
+)
 
 
 def _layer_stacks(
@@ -68,10 +74,11 @@ def merge(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: nothing to merge, a weight that is not finite, a module below an adapter that
-            is not proved to compute the formula of its kind (linearity.py); no layer is merged
-            then.
+            is not proved to compute the formula of its kind (linearity.py), shards of fully_shard;
+            no layer is merged then.
     """
     found = _layer_stacks("merge", model)
+    refuse_shards("merge", model, _IN_ONE_PROCESS)
     outermost = {n: next((x for x in stack if x.enabled), None) for n, stack in found.items()}
     chosen = {name: layer for name, layer in outermost.items() if layer is not None}
     if not chosen:
@@ -138,7 +145,8 @@ def remove(
         ValueError: nothing to remove; a module below an adapter that is not proved to compute the
             formula of its kind (with `merge`); a merged weight that is not finite or belongs to two
             modules (tied embeddings); `merge` of one adapter among others (switch the others off
-            or remove them first).  The model is then as it was.
+            or remove them first); shards (with `merge`), or fully_shard called on an adapter layer
+            itself.  The model is then as it was.
     """
     if not isinstance(merge, bool) or not isinstance(requantize, bool):
         raise TypeError("remove: merge and requantize are True or False")
@@ -153,6 +161,7 @@ def remove(
             )
     if merge:
         found = _layer_stacks("remove", model)
+        refuse_shards("remove(merge=True)", model, _IN_ONE_PROCESS)
         _check_foldable(model, found, requantize)
         _fold_all(model, found, requantize)
         forget_codes(model)
@@ -162,6 +171,13 @@ def remove(
         for own, places in named(model).items() if name in (None, own)
         for stack in places.values() for layer in stack if wraps_module(layer)
     }  # fmt: skip
+    for place, layer in model.named_modules():
+        if id(layer) in layers and is_sharded_module(layer):
+            raise ValueError(
+                f"remove: fully_shard was called on {place} itself, an adapter layer, and without "
+                "it nothing gathers what is below; take it off before fully_shard, or call that on "
+                "the block that holds it"
+            )
     prefixes: list[tuple[str, Any, str]] = [
         (place, holder, own)
         for place, holder in model.named_modules()

@@ -13,11 +13,14 @@ Which adapters are on and which are trained are separate things: `requires_grad`
 
 import itertools
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, adapters_called, named
+from minipeft.adapters.replicas import check_replicas
+from minipeft.adapters.sharded import own_class, refuse_shards
 from minipeft.adapters.state import named_adapters, refuse_merged, require_adapters
 from minipeft.inject import restoring
 from minipeft.lora import LoRALinear
@@ -25,6 +28,9 @@ from minipeft.model.peft_words import in_our_words
 from minipeft.model.rows import Row, serve_rows, stop_rows
 
 Factors = Mapping[str, tuple[Tensor, Tensor, float]]  # module name: a, b, scaling
+_WHOLE_TENSORS = (
+    "adapter_state_dict gives whole tensors of shards, and load_adapter_state_dict takes them"
+)
 
 
 @in_our_words
@@ -39,6 +45,12 @@ def use_adapters(
     An adapter that was never given a name is "default".  `requires_grad` stays as it is.  In a
     compiled training step an adapter that is off gets gradients of zero instead of none: freeze it
     or leave it out of the optimiser, if weight decay must not move it.
+
+    torch's DistributedDataParallel waits in each step for a gradient of every parameter that
+    trained when it was made.  Where some adapters are off, make it with
+    `find_unused_parameters=True`: then what is off is not waited for, and other names may be chosen
+    between any two steps, the same in every process.  Or freeze what is off before you make it, and
+    make it anew to switch.  `fully_shard` needs nothing of that.
 
     `rows` has an entry for each row of the batches to come: a name, None for no adapter, or a list
     of names that add up.  Rows hold until `names` are given.  Another call with as many rows
@@ -62,10 +74,11 @@ def use_adapters(
     forward raises RuntimeError.
 
     Raises:
-        ValueError: no such adapter, a merged model, neither or both of names and rows; with rows,
-            an adapter with layers that cannot tell them apart (experts, nn.MultiheadAttention,
-            tables of positions), or in training something that mixes rows (statistics of the
-            batch, a router's balance loss).  Nothing has changed then.
+        ValueError: no such adapter, a merged model, neither or both of names and rows; names that
+            leave off what a DistributedDataParallel waits for (if `model` is one); with rows,
+            shards, an adapter with layers that cannot tell them apart (experts,
+            nn.MultiheadAttention, tables of positions), or in training something that mixes rows
+            (statistics of the batch, a router's balance loss).  Nothing has changed then.
     """
     if (names is None) == (rows is None):
         raise ValueError("use_adapters: expected names, or rows=, and not both")
@@ -77,8 +90,11 @@ def use_adapters(
     if not wanted:
         raise ValueError("use_adapters: no name; disable_adapters switches all of them off")
     chosen = {name: adapters_called("use_adapters", model, name) for name in wanted}
+    everything = named(model)
+    off = {name: places for name, places in everything.items() if name not in chosen}
+    check_replicas("use_adapters", model, off)
     stop_rows(model)
-    for name, places in named(model).items():
+    for name, places in everything.items():
         for adapter in itertools.chain.from_iterable(places.values()):
             adapter.enabled = name in chosen
     return list(dict.fromkeys(place for places in chosen.values() for place in places))
@@ -88,10 +104,12 @@ def factors_of(model: nn.Module, *, name: str = DEFAULT) -> dict[str, tuple[Tens
     """An adapter's a, b and scaling by the names of its modules, for `replace_adapter`.
 
     Raises:
-        ValueError: no such adapter, or one with other layers than LoRALinear.
+        ValueError: no such adapter, one with other layers than LoRALinear, or shards.
     """
     found = {}
-    for place, layer in _layers("factors_of", model, name).items():
+    layers = _layers("factors_of", model, name)
+    refuse_shards("factors_of", model, _WHOLE_TENSORS)
+    for place, layer in layers.items():
         a, b = layer.factors()
         found[place] = (a.detach(), b.detach(), layer.scaling * layer.scale)
     return found
@@ -100,10 +118,10 @@ def factors_of(model: nn.Module, *, name: str = DEFAULT) -> dict[str, tuple[Tens
 def _layers(caller: str, model: nn.Module, name: str) -> dict[str, LoRALinear]:
     layers: dict[str, LoRALinear] = {}
     for place, stack in adapters_called(caller, model, name).items():
-        if len(stack) != 1 or type(stack[0]) is not LoRALinear:
-            kinds = [type(layer).__name__ for layer in stack]
+        if len(stack) != 1 or own_class(stack[0]) is not LoRALinear:
+            kinds = [own_class(layer).__name__ for layer in stack]
             raise ValueError(f"{caller}: {name!r} has {kinds} over {place!r}; expected LoRALinear")
-        layers[place] = stack[0]
+        layers[place] = cast(LoRALinear, stack[0])
     return layers
 
 
@@ -120,9 +138,10 @@ def replace_adapter(
 
     Raises:
         ValueError: no such adapter, a layer that `name` lacks, a rank above a layer's, other sizes,
-            a merged model.  Nothing has changed then.
+            a merged model, shards.  Nothing has changed then.
     """
     refuse_merged("replace_adapter", named_adapters(model))
+    refuse_shards("replace_adapter", model, _WHOLE_TENSORS)
     layers = _layers("replace_adapter", model, name)
     factors = factors_of(other, name=other_name) if isinstance(other, nn.Module) else other
     if unknown := [place for place in factors if place not in layers]:

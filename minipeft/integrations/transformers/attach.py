@@ -9,6 +9,7 @@ from torch import nn
 
 from minipeft.adapters.names import DEFAULT, check_new_name, give_name
 from minipeft.adapters.protocol import is_adapter
+from minipeft.adapters.sharded import refuse_shards
 from minipeft.adapters.targets import NEW_HEADS
 from minipeft.inject import freeze, restoring, tell
 from minipeft.integrations.transformers import attention, gate_search, positions, probe, proof
@@ -67,6 +68,10 @@ def attach(
         locations = [locations]
     check_key(caller, name)
     refuse_rows(caller, model)
+    refuse_shards(
+        caller, model,
+        "do this first, in every process with the same random seed, then fully_shard the model",
+    )  # fmt: skip
     layers = None if layers is None else list(layers)
     prefix = _present(caller, model, name, position, window, locations, layers)
     doubts: list[str] = []

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import is_adapter, is_packed, linear_shape
+from minipeft.adapters.replicas import unwrapped
+from minipeft.adapters.sharded import refuse_shards
 from minipeft.adapters.state import named_adapters
 from minipeft.integrations.transformers.file_names import write_names
 from minipeft.io import mxfp4
@@ -153,12 +155,18 @@ def save_quantized(
     Raises:
         ValueError: no 4-bit layer, one that the format does not have (embeddings), a
             tensor without values, one that transformers' table of names leads to no file name for,
-            or a directory that holds a checkpoint already.
+            a directory that holds a checkpoint already, or shards of fully_shard.
         OSError: the disk is full, and the like; the directory is then as it was.
     """
     directory = Path(path)
     if max_shard_bytes < 1:
         raise ValueError(f"save_quantized: max_shard_bytes={max_shard_bytes}; expected above 0")
+    model = unwrapped(model)
+    refuse_shards(
+        "save_quantized", model,
+        "the base does not change while adapters train: write it before fully_shard, and the "
+        "adapter with save_peft",
+    )  # fmt: skip
     tensors, layers = _tensors(model, quant_storage)
     if adapters := named_adapters(model):
         warnings.warn(

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT
+from minipeft.adapters.sharded import refuse_shards
 from minipeft.io.llama_names import META, is_rotated, renamed
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX, parse
@@ -31,7 +32,8 @@ def save_meta_lora(
             save_peft refuses.  Nothing is written then.
         OSError: the disk is full, and the like.
     """
-    own = describe(model, [name], {})[name]
+    refuse_shards("save_meta_lora", model, "save_peft writes them; load that in one process")
+    own = describe(model, [name])[name]
     names = {place: renamed(place, _META_NAMES) for place in own.modules}
     wrong = [place for place, meta in names.items() if meta is None]
     wrong += [place for place, said in own.training.get("layers", {}).items() if "slices" in said]  # type: ignore[attr-defined]

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minipeft.adapters.names import DEFAULT, check_new_name, give_name
+from minipeft.adapters.names import DEFAULT, check_new_name, give_name, named
 from minipeft.adapters.plain_names import Spellings
 from minipeft.adapters.protocol import innermost, is_packed
 from minipeft.adapters.ready import check_model
+from minipeft.adapters.sharded import resharded
 from minipeft.adapters.state import named_adapters, refuse_merged
 from minipeft.adapters.targets import Names, visible_modules
 from minipeft.inject import freeze, restoring, swap_shared
@@ -20,6 +21,7 @@ from minipeft.io.peft.build import Builder, new_layers
 from minipeft.io.peft.config import CONFIG_NAME, OTHER_READER, PROMPT_KINDS, checked
 from minipeft.io.peft.contents import sort_out
 from minipeft.io.peft.folder import read_weights, weights_file
+from minipeft.io.peft.into_shards import load_into_shards
 from minipeft.io.peft.located import Located, locate
 from minipeft.io.peft.matched import matched
 from minipeft.io.peft.merged import from_peft_02
@@ -65,11 +67,17 @@ def load_peft(
     `.unexpected`, and the rest is loaded; `.ignored` has the configuration's fields of other
     trainers that were read past, and with `strict=False` those that nobody here knows.
 
+    Into a model that fully_shard has cut no layer can be put.  Where it has the layers of an
+    adapter called `name` already, LoRA or DoRA of the file's ranks and scalings, they get the
+    file's values: every process calls this, reads the file and takes its part.
+
     Raises:
         ValueError: a file missing or damaged, another kind of adapter, a key missing, extra or of
             another shape, an adapter of another model.  The model is then as it was.
     """
     directory = Path(path)
+    if resharded(model) is not None and name in named(model):
+        return Loaded(load_into_shards(model, directory, name, strict=strict), [], [], {})
     return read_whole(directory, lambda: _load(model, directory, name, strict=strict))
 
 

@@ -28,7 +28,7 @@ from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.folder import read_weights
 from minipeft.io.peft.keys import PREFIX
 from minipeft.io.prefixes.load import check_prompt_size, encoder_of_table
-from minipeft.io.prefixes.save import has_more_than_prefix, prefix_of, with_values
+from minipeft.io.prefixes.save import has_more_than_prefix, prefix_of
 from minipeft.layers.prompt import PromptEmbedding, PromptEncoder
 from minipeft.prefix import PrefixEncoder
 
@@ -151,11 +151,9 @@ class CannotExpress(ValueError):
 
 
 def describe_prompts(
-    model: Any, name: str, gathered: Mapping[int, Tensor]
+    model: Any, name: str
 ) -> tuple[dict[str, object], dict[str, Tensor], dict[str, object]]:
     """The configuration, tensors and training settings to write of the prompt called `name`.
-
-    `gathered` maps the id of a parameter to the values to write in its place.
 
     Raises:
         CannotExpress: positions that are not shifted, a prefix that a sliding window does not
@@ -186,9 +184,9 @@ def describe_prompts(
     if prefix.has_windows and prefix.window != "like_token":
         raise refuse("the prefix is seen from outside the sliding window (window='always')")
     task = _task_type(model)
-    encoder, states = with_values(encoder, gathered), head_tensors(model, name, gathered)
+    states = head_tensors(model, name)
     if task in _TASK_HEADS:  # PEFT asks for them whether they train or not
-        states = task_heads(model, _TASK_HEADS[task], gathered) | states
+        states = task_heads(model, _TASK_HEADS[task]) | states
     heads = {f"{_HEAD}{place}.{key}": value
              for place, state in states.items() for key, value in state.items()}  # fmt: skip
     text = model.config.get_text_config()

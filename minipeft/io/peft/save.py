@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from minipeft.adapters.names import DEFAULT, adapters_called, named
 from minipeft.adapters.plain_names import PlainNames
 from minipeft.adapters.protocol import Adapter, innermost, is_conv1d
+from minipeft.adapters.replicas import unwrapped
+from minipeft.adapters.sharded import own_class
 from minipeft.adapters.targets import matches, visible_modules
 from minipeft.io.files import check_writable
+from minipeft.io.gathering import whole
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
 from minipeft.io.peft.new_rows import is_longer, written_rows
 from minipeft.io.peft.prompts import describe_prompts
 from minipeft.io.peft.tensors import lora_biases, written, written_experts
 from minipeft.io.peft.training import described, half
-from minipeft.io.prefixes.save import gathered_by_id, has_prefix, is_prompt
+from minipeft.io.prefixes.save import has_prefix, is_prompt
 from minipeft.io.replace import Replacement
 from minipeft.io.seal import stage
 from minipeft.layers.bias import LoRABias
@@ -85,7 +88,7 @@ def _collect(name: str, places: Mapping[str, list[Adapter]]) -> _Collected:
             continue
         for layer in stack:
             if getattr(layer, "base", None) is None:
-                found.alone[place] = type(layer).__name__
+                found.alone[place] = own_class(layer).__name__
             elif isinstance(layer, LoRAExperts):
                 found.experts[place] = layer
                 by_module.setdefault(place.rpartition(".")[0], []).append(layer)
@@ -281,11 +284,14 @@ def save_peft(
     `name` saves one adapter, into `path` itself.  Writes adapter_model.safetensors (a sha256 for
     each tensor) and adapter_config.json.  The same whether merged or not; the runtime factor of
     `scale_adapters` is not part of an adapter and is not saved.  An initialisation that subtracts
-    its start is written as the plain LoRA of twice the rank that it is.  `state_dict` gives values
-    gathered elsewhere (a sharded model's), under the model's own names.  No name that is
+    its start is written as the plain LoRA of twice the rank that it is.  No name that is
     written or returned has what torch wraps around modules in it (torch.compile, DDP,
     checkpointing); names are the model's of today, as PEFT writes them, not those of its weights in
     checkpoints.
+
+    Of a model that fully_shard has cut, every process calls this: the values are gathered, the
+    first process writes, and the others wait for it.  `state_dict` gives values gathered elsewhere,
+    under the model's own names; then only the process that writes calls this.
 
     All files are of one save: whenever it dies, every adapter is the old one, or the new one, or,
     in a new folder, one that load_peft refuses; io/replace.py says what others see.  What training
@@ -302,30 +308,37 @@ def save_peft(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_peft: expected a module, got {type(model).__name__}")
+    model = model if state_dict is not None else unwrapped(model)
     names = list(named(model)) if name is None else [name]
-    found = describe(model, names, gathered_by_id(model, state_dict or {}))
-    with Replacement(Path(path)) as unit:
+    with whole("save_peft", model, state_dict) as writes:
+        found = describe(model, names)
+        if writes:
+            _write(Path(path), found, name)
+    return list(dict.fromkeys(place for own in found.values() for place in own.modules))
+
+
+def _write(path: Path, found: Mapping[str, Described], name: str | None) -> None:
+    with Replacement(path) as unit:
         for adapter, own in found.items():
             folder = "" if name is not None or adapter == DEFAULT else f"{adapter}/"
             files = f"{folder}{CONFIG_NAME}", f"{folder}{WEIGHTS_NAME}"
             stage(unit, files, own.config, own.tensors, own.training)
-    return list(dict.fromkeys(place for own in found.values() for place in own.modules))
 
 
 def describe(
-    model: nn.Module, names: list[str], gathered: Mapping[int, Tensor], *,
+    model: nn.Module, names: list[str], *,
     beside_prefix: bool = False, level: int = 4,
 ) -> dict[str, Described]:  # fmt: skip
     """What to write of each of these adapters; raises what save_peft raises.
 
-    `gathered` maps the id of a parameter to the values to write in its place.  `beside_prefix`
-    leaves out prefixes and prompts; `level`: how far above this the user's line is, for warnings.
+    `beside_prefix` leaves out prefixes and prompts; `level`: how far above this the user's line is,
+    for warnings.
     """
     found: dict[str, Described] = {}
     for name in names:
         places = PlainNames(model).by_plain(adapters_called("save_peft", model, name))
         if not beside_prefix and has_prefix(model, name):
-            found[name] = Described(*describe_prompts(model, name, gathered), list(places))
+            found[name] = Described(*describe_prompts(model, name), list(places))
             continue
         places = {place: stack for place, stack in places.items() if not is_prompt(place)}
         own = _collect(name, places)
@@ -338,8 +351,7 @@ def describe(
                 "minipeft.save_quantized",
                 stacklevel=level,
             )
-        tensors = {f"{PREFIX}{key}": gathered.get(id(value), value)
-                   for key, value in own.tensors.items()}  # fmt: skip
+        tensors = {f"{PREFIX}{key}": value for key, value in own.tensors.items()}
         config = _config(model, own)
         written = {place: stack for place, stack in places.items() if place not in own.alone}
         modules = [*own.low_rank, *own.experts, *own.biases, *own.saved, *own.tokens]

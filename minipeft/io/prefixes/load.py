@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT
+from minipeft.adapters.sharded import refuse_shards
 from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.attach_prompt import check_decoder
 from minipeft.integrations.transformers.prefixes import Prefix
@@ -60,6 +61,7 @@ def load_prefix(
     """
     directory = Path(path)
     if isinstance(model, PrefixEncoder):
+        refuse_shards("load_prefix", model, "load it first, then fully_shard the model")
         return _fill_encoder(model, load_encoder(directory), directory)
     return read_whole(directory, lambda: _load(model, directory, name, example))
 

@@ -1,17 +1,18 @@
 """Saves a prefix or prompt in minipeft's own format."""
 
-import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, adapters_called
+from minipeft.adapters.replicas import unwrapped
+from minipeft.adapters.sharded import own_class
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
 from minipeft.io.files import check_writable
+from minipeft.io.gathering import whole
 from minipeft.io.heads import head_tensors
 from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME, tensors_of
 from minipeft.io.replace import Replacement
@@ -66,34 +67,34 @@ def save_prefix(
 
     `model` is a model that has it attached, or, for attention of your own, the PrefixEncoder
     itself.  An MLP or a prompt's network is folded into what it produces, unless
-    `reparametrization`: then training can go on from the file.  `state_dict` gives values gathered
-    elsewhere (a sharded model's), under the model's own names.  Both files are of one save, see
+    `reparametrization`: then training can go on from the file.  Both files are of one save, see
     io/replace.py.
+
+    Of a model that fully_shard has cut, every process calls this: the values are gathered, the
+    first process writes, and the others wait for it.  `state_dict` gives values gathered elsewhere,
+    under the model's own names; then only the process that writes calls this.
 
     Raises:
         ValueError: the model has no such prefix, or its values are not here or not finite.  Nothing
             is written then.
         OSError: the disk is full, and the like; the old files are as they were.
     """
-    described = describe_prefix(
-        model, name, gathered_by_id(model, state_dict or {}),
-        reparametrization=reparametrization, heads=heads,
-    )  # fmt: skip
-    with Replacement(Path(path)) as unit:
-        stage(unit, (CONFIG_NAME, WEIGHTS_NAME), *described)
+    model = model if state_dict is not None else unwrapped(model)
+    with whole("save_prefix", model, state_dict) as writes:
+        content = describe_prefix(model, name, reparametrization=reparametrization, heads=heads)
+        if writes:
+            with Replacement(Path(path)) as unit:
+                stage(unit, (CONFIG_NAME, WEIGHTS_NAME), *content)
 
 
 def describe_prefix(
-    model: Any, name: str, gathered: Mapping[int, Tensor], *, reparametrization: bool, heads: bool
+    model: Any, name: str, *, reparametrization: bool, heads: bool
 ) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The configuration and the tensors of one prefix or prompt; arguments as in save_prefix.
-
-    `gathered` maps the id of a parameter to the values to write in its place.
-    """
+    """The configuration and the tensors of one prefix or prompt; arguments as in save_prefix."""
     alone = isinstance(model, PrefixEncoder)
     holder, encoder = (model, model) if alone else prefix_of("save_prefix", model, name)
-    settings, tensors = described(with_values(encoder, gathered), reparametrization)
-    states = head_tensors(model, name, gathered) if heads and not alone else {}
+    settings, tensors = described(encoder, reparametrization)
+    states = head_tensors(model, name) if heads and not alone else {}
     config = {
         "format": 1, **settings, "heads": sorted(states),
         "kv_shapes": [list(shape) for shape in holder.kv_shapes],
@@ -105,7 +106,8 @@ def describe_prefix(
         config |= {
             "position": holder.position, "window": holder.window, "locations": holder.locations,
             "layers": holder.layers,
-            "model": type(model).__name__, "model_type": getattr(model.config, "model_type", ""),
+            "model": own_class(model).__name__,
+            "model_type": getattr(model.config, "model_type", ""),
         }  # fmt: skip
     for place, state in states.items():
         tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
@@ -114,22 +116,6 @@ def describe_prefix(
         if not bool(value.isfinite().all()):
             raise ValueError(f"save_prefix: {key} holds NaN or Inf; look for a diverged training")
     return config, tensors
-
-
-def gathered_by_id(model: nn.Module, state: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Gathered values by the id of the parameter that they belong to."""
-    own = dict(model.named_parameters(remove_duplicate=False))
-    return {id(own[key]): value for key, value in state.items() if key in own}
-
-
-def with_values(encoder: Any, gathered: Mapping[int, Tensor]) -> Any:
-    """The encoder, or a copy that has the gathered values."""
-    if not any(id(parameter) in gathered for parameter in encoder.parameters()):
-        return encoder
-    twin = copy.deepcopy(encoder)
-    for own, other in zip(encoder.parameters(), twin.parameters(), strict=True):
-        other.data = gathered.get(id(own), own).detach().to("cpu", torch.float32)
-    return twin
 
 
 def described(encoder: Any, reparametrization: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minipeft.adapters.names import named, stacks
 from minipeft.adapters.prefix_holder import holds_prefixes
 from minipeft.adapters.protocol import Adapter, innermost
+from minipeft.adapters.sharded import own_class, refuse_shards
 from minipeft.adapters.state import refuse_merged, require_adapters
 from minipeft.inject import restoring, swap, swap_shared
 from minipeft.layers.bank import LoRABank, finite
@@ -36,7 +37,7 @@ class Place(NamedTuple):
     def joined(self) -> bool:
         """Whether a bank can join the factors: one product for each adapter."""
         names = {name for name, _ in self.layers}
-        plain = all(type(layer) in _JOINED for _, layer in self.layers)
+        plain = all(own_class(layer) in _JOINED for _, layer in self.layers)
         return plain and len(names) == len(self.layers)
 
     @property
@@ -69,6 +70,11 @@ def serve_rows(model: nn.Module, rows: Iterable[Row]) -> list[str]:
     if not wanted:
         raise ValueError("use_adapters: rows is empty; expected one name for each row of the batch")
     refuse_merged("use_adapters", require_adapters("use_adapters", model))
+    refuse_shards(
+        "use_adapters(rows=)", model,
+        "run the rows of each adapter in a batch of their own (use_adapters with a name), or serve "
+        "them in one process",
+    )  # fmt: skip
     everything = named(model)
     used = list(dict.fromkeys(name for row in wanted for name in row))
     if unknown := [name for name in used if name not in everything]:

@@ -1,0 +1,92 @@
+"""A model's adapters as they are written: whole, and by one process.
+
+Parameters may have their values elsewhere: in other processes (shards of fully_shard), or with the
+caller, who gathered them.  `whole` puts the values in their places for the time of a save, so that
+what describes an adapter (a PEFT file, a prefix with its network) needs to know nothing of it.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from minipeft.adapters.protocol import innermost
+from minipeft.adapters.sharded import agreed, gathered, is_first, is_shard, resharded
+from minipeft.adapters.state import named_adapters
+from minipeft.layers.trained import TrainedBias
+
+TASK_HEADS = ("classifier", "score", "qa_outputs")  # PEFT's files of prompts hold them untrained
+
+
+@contextmanager
+def whole(caller: str, model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[bool]:
+    """Within this context all that an adapter's file holds is whole.
+
+    Gives whether this process writes.  Of shards that is the first one; every process must enter
+    the context, the others wait at its end for the one that writes, and an error of one is raised
+    in all.  `state_dict` has values by the names of the model's parameters: nothing is gathered
+    then, no process waits for another, and whoever called writes.
+
+    Raises:
+        ValueError: `state_dict` lacks a shard that is to be written.
+    """
+    if state_dict is not None:
+        own = dict(model.named_parameters(remove_duplicate=False))
+        values = {id(own[key]): value for key, value in state_dict.items() if key in own}
+        needed = {id(parameter) for parameter in _written(model)}
+        for name, parameter in own.items():
+            if is_shard(parameter) and id(parameter) in needed - values.keys():
+                raise ValueError(
+                    f"{caller}: {name} is a shard (DTensor), and state_dict lacks it; leave "
+                    "state_dict out and call this in every process: the values are gathered then"
+                )
+        with _in_place(model, values):
+            yield True
+        return
+    mesh = resharded(model)
+    if mesh is None:
+        yield True
+        return
+    with agreed(caller, mesh):
+        values = {id(p): gathered(p) for p in _written(model) if is_shard(p)}
+        with _in_place(model, values):
+            yield is_first(mesh)
+
+
+def _written(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a file's tensors come from, in the same order in every process."""
+    found: dict[int, nn.Parameter] = {}
+    for adapter in named_adapters(model).values():
+        own = [*adapter.adapter_parameters().values()]
+        if isinstance(adapter, TrainedBias):  # a file has the sum of the bias and its change
+            own += [p for p in [innermost(adapter)._parameters.get("bias")] if p is not None]
+        found |= {id(parameter): parameter for parameter in own}
+    for name, child in model.named_children():
+        if name.endswith(TASK_HEADS):
+            found |= {id(parameter): parameter for parameter in child.parameters()}
+    return list(found.values())
+
+
+@contextmanager
+def _in_place(model: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
+    """Within this context parameters have these values, by the ids of the parameters."""
+    before = [
+        (module, name, own)
+        for module in model.modules()
+        for name, own in module._parameters.items()
+        if own is not None and id(own) in values
+    ]
+    made: dict[int, nn.Parameter] = {}  # one that two modules share stays one
+    for _, _, own in before:
+        value = values[id(own)].detach()
+        value = value if own.is_meta else value.to(own.device)
+        trains = own.requires_grad and value.is_floating_point()
+        made[id(own)] = nn.Parameter(value, requires_grad=trains)
+    try:
+        for module, name, own in before:
+            module._parameters[name] = made[id(own)]
+        yield
+    finally:
+        for module, name, own in before:
+            module._parameters[name] = own
