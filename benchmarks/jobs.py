@@ -43,7 +43,7 @@ JOBS: dict[str, Job] = {
                  ("--kills", "3", "--calls", "20", "--seconds", "1", "--print-only")),
     "resume": Job("resume", "exactness", "does training go on in every bit, and after a kill?", 4,
                   ("--methods", "LoRA", "--kills", "2")),
-    "sharded": Job("sharded", "exactness", "each function on shards and in DDP: right or refused", 10,
+    "sharded": Job("sharded", "exactness", "functions on shards and in DDP: right or refused?", 10,
                    ("--methods", "LoRA", "--processes", "2")),
     "methods": Job("compare", "speed", "every method beside PEFT: memory, time, loss", 5,
                    ("--model", "llama", "--steps", "2", "--rounds", "1", "--length", "16")),
