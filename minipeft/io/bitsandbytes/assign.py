@@ -95,4 +95,4 @@ def _take(place: PackedModule, layer: PackedModule) -> None:
         place._parameters.pop("codebook_bytes", None)
     place.weight_dtype = layer.weight_dtype
     if getattr(layer, "compute_dtype", None) is not None:
-        place.compute_dtype = layer.compute_dtype  # type: ignore[assignment]
+        place.compute_dtype = layer.compute_dtype

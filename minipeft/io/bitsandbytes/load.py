@@ -148,7 +148,7 @@ class _Loading:
         for part, whole in found.items():
             keep, device = self.options.mapped, self.options.device
             cut = parts.cut(part, metas[part], whole.detach(), device, keep=keep)
-            scales = whole if whole.dim() == 1 else cut.to_local()  # type: ignore[operator]
+            scales = whole if whole.dim() == 1 else cut.to_local()  # type: ignore[attr-defined]
             if part == "absmax_bytes" and not bool(as_float32(scales).isfinite().all()):
                 raise ValueError("holds scales that are NaN or Inf")
             layer._parameters[part] = cut
