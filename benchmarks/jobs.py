@@ -65,6 +65,9 @@ JOBS: dict[str, Job] = {
                   ("--models", "tiny", "--methods", "lora", "qlora", "--no-table")),
     "nf4_memory": Job("nf4_memory", "memory", "memory while weights are quantised; a LLaMA-7B", 3,
                       ("--layers", "1")),
+    "larger_than_memory": Job(
+        "larger_than_memory", "memory", "a step of models that memory does not hold", 30, None
+    ),
     "attach_cost": Job("attach_cost", "memory", "seconds and memory of attaching a prefix", 2),
     "checkpoint": Job("checkpoint", "memory", "3 GB made 4-bit, killed, resumed", 5,
                       ("--gigabytes", "0.2")),

@@ -104,13 +104,11 @@ def frozen(data: Tensor) -> nn.Parameter:
 
 
 def encoded(weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Tensor]:
-    """NF4 codes and scales of a weight, by the names that layers keep them under.
+    """NF4 codes and scales of a weight, by the names that layers keep them under; on its device.
 
     Raises:
-        ValueError: the weight is on the meta device, or has values that are not finite.
+        ValueError: the weight has values that are not finite.
     """
-    if weight.is_meta:
-        raise ValueError("NF4: the weight is on the meta device and has no values yet")
     packed, absmax = nf4.quantize_nf4(weight.detach(), block_size=block_size)
     if not double_quant:
         return {"packed": packed, "absmax": absmax}

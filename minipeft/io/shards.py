@@ -31,6 +31,7 @@ from minipeft.io.header import (
     metadata_with,
     nbytes,
 )  # fmt: skip
+from minipeft.io.mapped import MappedFile, Watch
 from minipeft.io.replace import current
 
 
@@ -175,7 +176,10 @@ class Reader:
     """Tensors by name from safetensors files of one directory, and from .bin, .pt, .pth files.
 
     Each file is mapped into memory; with `mmap=False` each tensor is read from its file instead,
-    when it is asked for: nothing is mapped, as a disk on the network may want it.  Pickled files
+    when it is asked for: nothing is mapped, as a disk on the network may want it.  With `kept`
+    views stay valid after the context, in the mapped file (mapped.py).  With `verify` None a view
+    is not compared with its checksum, so that a part of it can be read alone; False: nothing is.
+    Pickled files
     are mapped in any case (those from before torch 1.6 are read as a whole).  Damage to the
     structure is found on opening, a wrong checksum when a tensor is read.  Use as a context.
 
@@ -183,8 +187,15 @@ class Reader:
         ValueError: a file that is missing, damaged, or holds a name that another one holds.
     """
 
-    def __init__(self, paths: Iterable[Path], *, mmap: bool = True) -> None:
-        self.mmap = mmap
+    def __init__(
+        self,
+        paths: Iterable[Path],
+        *,
+        mmap: bool = True,
+        kept: bool = False,
+        verify: bool | None = True,
+    ) -> None:
+        self.mmap, self.kept, self.verify = mmap, kept, verify
         self._files: dict[Path, Any] = {}
         self._sums: dict[Path, dict[str, object] | None] = {}
         self.metadata: dict[Path, dict[str, str]] = {}
@@ -201,7 +212,7 @@ class Reader:
             place = current(path)
             if not place.is_file():
                 raise ValueError(f"{path}: no such file")
-            self._files[path], self.metadata[path], specs = _opened(place, self.mmap)
+            self._files[path], self.metadata[path], specs = _opened(place, self.mmap, self.kept)
             self._sums[path] = sums = checksums_in(path, self.metadata[path])
             if sums is not None and (lost := sums.keys() - specs.keys()):
                 raise ValueError(f"{path}: {sorted(lost)[0]:.80} is missing; the file is damaged")
@@ -217,7 +228,9 @@ class Reader:
             ValueError: it cannot be read, or its checksum differs.
         """
         found = self.view(name)
-        return found if isinstance(self._files[self.file_of[name]], UnmappedFile) else found.clone()
+        if self.verify is None:
+            self.check(name, found)
+        return found if type(self._files[self.file_of[name]]) is UnmappedFile else found.clone()
 
     def checksum(self, name: str) -> str | None:
         """The digest of a tensor that its file's metadata holds; None if that holds none."""
@@ -239,10 +252,35 @@ class Reader:
             tensor: Tensor = file.read(name) if own else file.get_tensor(name)
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: {name} cannot be read ({error})") from error
-        sums = self._sums[path]
-        if sums is not None and sums.get(name) != digest(tensor):
-            raise ValueError(f"{path}: {name} differs from its checksum; {DAMAGED}")
+        if self.verify:
+            self.check(name, tensor)
         return tensor
+
+    def check(self, name: str, tensor: Tensor | None = None) -> None:
+        """Compare a tensor, read whole, with its checksum, if its file has any.
+
+        Raises:
+            ValueError: they differ, or it cannot be read.
+        """
+        path = self.file_of[name]
+        sums = self._sums[path]
+        if sums is not None and tensor is None:
+            tensor = self.view(name)
+        if sums is not None and tensor is not None and sums.get(name) != digest(tensor):
+            raise ValueError(f"{path}: {name} differs from its checksum; {DAMAGED}")
+
+    def watch(self) -> Watch:
+        """What asks whether the files, opened with `kept`, are still as they were."""
+        found = Watch()
+        for file in self._files.values():
+            if isinstance(file, MappedFile):
+                found = found + file.watch()
+        return found
+
+    def is_kept(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in one of the files that were opened with `kept`."""
+        files = self._files.values()
+        return any(isinstance(file, MappedFile) and file.holds(tensor) for file in files)
 
     def close(self) -> None:
         """Let the files go."""
@@ -258,7 +296,14 @@ class Reader:
         self.close()
 
 
-def indexed(index: Path, *, largest: int = LARGEST, mmap: bool = True) -> Reader:
+def indexed(
+    index: Path,
+    *,
+    largest: int = LARGEST,
+    mmap: bool = True,
+    kept: bool = False,
+    verify: bool | None = True,
+) -> Reader:
     """The files that an index names: each tensor is in its file, and those files hold no others.
 
     The files are safetensors; those of an index that is called ....bin.index.json are pickled.
@@ -279,7 +324,8 @@ def indexed(index: Path, *, largest: int = LARGEST, mmap: bool = True) -> Reader
                 f"{index}: {name:.80} is in {str(file)[:80]!r}; expected the name of a {suffix} "
                 "file in the same directory"
             )
-    reader = Reader([index.parent / file for file in dict.fromkeys(places.values())], mmap=mmap)
+    paths = [index.parent / file for file in dict.fromkeys(places.values())]
+    reader = Reader(paths, mmap=mmap, kept=kept, verify=verify)
     found = {name: path.name for name, path in reader.file_of.items()}
     if places == found:
         return reader
@@ -296,7 +342,7 @@ def indexed(index: Path, *, largest: int = LARGEST, mmap: bool = True) -> Reader
     )
 
 
-def _opened(path: Path, mmap: bool) -> tuple[Any, dict[str, str], dict[str, Spec]]:
+def _opened(path: Path, mmap: bool, kept: bool) -> tuple[Any, dict[str, str], dict[str, Spec]]:
     """The file, what its header holds, and dtype and shape of each tensor."""
     from safetensors import SafetensorError, safe_open
 
@@ -304,8 +350,8 @@ def _opened(path: Path, mmap: bool) -> tuple[Any, dict[str, str], dict[str, Spec
         other = pickled.PickledFile(path)
         return other, other.metadata, other.specs
     try:
-        if not mmap:
-            plain = UnmappedFile(path)
+        if kept or not mmap:
+            plain = MappedFile(path) if kept else UnmappedFile(path)
             return plain, plain.metadata, plain.specs
         file: Any = safe_open(path, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118

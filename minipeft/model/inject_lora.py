@@ -42,6 +42,7 @@ from minipeft.layers.mixture import LoRAExperts
 from minipeft.lora import LoRALinear
 from minipeft.model.peft_words import LayerOptions, in_our_words
 from minipeft.model.rows import refuse_rows
+from minipeft.model.start_later import noted
 from minipeft.quantized.embedding import NF4Embedding
 from minipeft.quantized.experts import NF4Experts
 
@@ -188,7 +189,7 @@ def wrap_in_lora(model: nn.Module, plan: LoRAPlan, quantized: Mapping[str, nn.Mo
         parent = model.get_submodule(name.rpartition(".")[0])
         if kind is LoRAExperts:
             own["transposed"] = bool(getattr(parent, "is_transposed", False))
-        layer: nn.Module = kind(base, ranks[name].value, alphas[name].value, **own)
+        layer = noted(kind(base, ranks[name].value, alphas[name].value, **own), own.get("init"))
         if isinstance(module, nn.Parameter):  # it has no mode to take over
             layer.train(parent.training)
         patterns = [

@@ -51,6 +51,8 @@ class LoftQOfWeight:
             ValueError: another layer than LoRALinear over NF4Linear, values that are not NF4's, or
                 another weight's shape.
         """
+        if self.weight.is_meta:
+            raise ValueError("loftq: the weight is on the meta device; load it first")
         base = layer.base if isinstance(layer, LoRALinear) else None
         if not isinstance(base, NF4Linear):
             raise ValueError(

@@ -23,10 +23,18 @@ PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _MAX_JSON = 2**28  # an index has about 100 bytes a tensor
 
 
-def open_weights(path: Path, *, mmap: bool = True, pickled: bool = False) -> Reader:
+def open_weights(
+    path: Path,
+    *,
+    mmap: bool = True,
+    pickled: bool = False,
+    kept: bool = False,
+    verify: bool | None = True,
+) -> Reader:
     """All tensors of a checkpoint directory, or of one file.
 
     safetensors files; with `pickled` also pickled ones (io/pickled.py), where there are no others.
+    `kept` and `verify` are those of the Reader.
 
     Raises:
         ValueError: no weights (or pickled ones, without `pickled`), or a damaged file or index.
@@ -34,13 +42,13 @@ def open_weights(path: Path, *, mmap: bool = True, pickled: bool = False) -> Rea
     if path.is_file():
         if path.suffix in SUFFIXES and not pickled:
             raise ValueError(f"{path}: a pickled file; convert it to safetensors")
-        return Reader([path], mmap=mmap)
+        return Reader([path], mmap=mmap, kept=kept, verify=verify)
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or directory")
     if current(path / INDEX).is_file():
-        return indexed(path / INDEX, largest=_MAX_JSON, mmap=mmap)
+        return indexed(path / INDEX, largest=_MAX_JSON, mmap=mmap, kept=kept, verify=verify)
     if current(path / SINGLE).is_file():
-        return Reader([path / SINGLE], mmap=mmap)
+        return Reader([path / SINGLE], mmap=mmap, kept=kept, verify=verify)
     if pickled and (path / PICKLED_INDEX).is_file():
         return indexed(path / PICKLED_INDEX, largest=_MAX_JSON)
     if pickled and (path / PICKLED).is_file():

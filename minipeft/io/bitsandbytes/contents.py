@@ -11,19 +11,25 @@ from torch import Tensor
 
 from minipeft.io import mxfp4
 from minipeft.io.bitsandbytes.blocks import Coded
-from minipeft.io.bitsandbytes.weight import settings_of, state_of, weight_of
+from minipeft.io.bitsandbytes.weight import Settings, settings_of, state_of, weight_of
 from minipeft.io.shards import Reader
 from minipeft.qlora import PackedModule
 
 
 class Contents:
-    """What a reader's files hold; `dtype` is that of MXFP4 weights, whose files do not say it."""
+    """What a reader's files hold; `dtype` is that of MXFP4 weights, whose files do not say it.
 
-    def __init__(self, reader: Reader, dtype: torch.dtype) -> None:
-        self.reader, self.dtype = reader, dtype
+    With `views` tensors stay in the mapped file and nothing is copied; without `finite` float32
+    scales of blocks are not looked at.
+    """
+
+    def __init__(
+        self, reader: Reader, dtype: torch.dtype, *, views: bool = False, finite: bool = True
+    ) -> None:
+        self.reader, self.dtype, self.views, self.finite = reader, dtype, views, finite
         self.mxfp4 = mxfp4.groups(reader.specs)
         self.coded_keys = _groups(reader) | self.mxfp4  # 4-bit weight: the tensors that it is
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._settings: dict[str, Settings] = {}
         inside = {key for keys in self.coded_keys.values() for key in keys}
         self.keys = [*self.coded_keys, *(key for key in reader.specs if key not in inside)]
 
@@ -39,27 +45,38 @@ class Contents:
         """
         if key not in self.coded_keys:
             return self.reader.specs[key][1]
-        if key not in self._shapes:
+        if key in self.mxfp4:
             try:
-                self._shapes[key] = self._coded_shape(key)
+                return mxfp4.shape_of(key, self.reader.specs)
             except ValueError as error:
                 raise ValueError(f"{self.file(key)}: {error}") from error
-        return self._shapes[key]
+        return self.settings(key).shape
+
+    def settings(self, key: str) -> Settings:
+        """What the file says of a weight in bitsandbytes' format.
+
+        Raises:
+            ValueError: its description is damaged, or the codes have another size.
+        """
+        if key not in self._settings:
+            try:
+                self._settings[key] = self._read_settings(key)
+            except ValueError as error:
+                raise ValueError(f"{self.file(key)}: {error}") from error
+        return self._settings[key]
 
     def model_shape(self, key: str) -> tuple[int, ...]:
         """The shape that a weight has in the model: MXFP4's is turned there."""
         shape = self.shape(key)
         return (shape[0], *shape[:0:-1]) if key in self.mxfp4 else shape
 
-    def _coded_shape(self, key: str) -> tuple[int, ...]:
-        if key in self.mxfp4:
-            return mxfp4.shape_of(key, self.reader.specs)
+    def _read_settings(self, key: str) -> Settings:
         name = next(own for own in self.coded_keys[key] if weight_of(own) == key)
         settings, _ = settings_of(key, name, self.reader.read(name))
         kind, stored = self.reader.specs.get(key, (torch.uint8, (0,)))
         if kind.itemsize * math.prod(stored) != math.ceil(math.prod(settings.shape) / 2):
             raise ValueError(f"{key}: {stored} of {kind} for a weight {settings.shape}")
-        return settings.shape
+        return settings
 
     def coded(self, key: str) -> Coded:
         """Codes and scales of a 4-bit weight, as `fill` takes them.
@@ -67,19 +84,22 @@ class Contents:
         Raises:
             ValueError: they are damaged; the file is named.
         """
-        found = {name: self.reader.read(name) for name in self.coded_keys[key]}
+        found = {name: self._tensor(name) for name in self.coded_keys[key]}
         try:
             if key in self.mxfp4:
                 return mxfp4.state_of(key, found, self.dtype)
-            return state_of(key, found)
+            return state_of(key, found, finite=self.finite)
         except ValueError as error:
             raise ValueError(f"{self.file(key)}: {error}") from error
 
     def dense(self, key: str) -> Tensor:
         """The values of a weight; those of a 4-bit one are decoded."""
         if key not in self.coded_keys:
-            return self.reader.read(key)
+            return self._tensor(key)
         return decoded(self.coded(key))
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.reader.view(name) if self.views else self.reader.read(name)
 
 
 def decoded(weight: Coded) -> Tensor:

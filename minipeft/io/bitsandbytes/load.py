@@ -2,15 +2,18 @@
 
 4-bit weights go from the file into the layer as codes; no dense copy of them is made.
 
-with torch.device("meta"):
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-load_quantized(model, path)
+    model = meta_model(path)                  transformers' class, without memory
+    inject_qlora(model, "all-linear", 16)     may come before: then adapters start here
+    load_quantized(model, path)
+
+Each process of a model that fully_shard has cut reads its own part (parts.py).  With `mapped` the
+weights stay in the file (io/mapped.py).
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,40 +21,53 @@ from torch import Tensor, nn
 from minipeft.adapters.progress import Progress
 from minipeft.adapters.protocol import is_conv1d
 from minipeft.adapters.targets import Names
-from minipeft.inject import put
+from minipeft.inject import restoring
 from minipeft.integrations.transformers.file_names import Joined
 from minipeft.io import mxfp4
-from minipeft.io.bitsandbytes import checkpoint
+from minipeft.io.bitsandbytes import checkpoint, parts
+from minipeft.io.bitsandbytes.assign import assign, check_ties
 from minipeft.io.bitsandbytes.blocks import Coded, NotWholeBlocksError, moved
 from minipeft.io.bitsandbytes.buffers import restore_buffers
 from minipeft.io.bitsandbytes.contents import Contents
 from minipeft.io.bitsandbytes.plan import Ignore, Plan, planned
+from minipeft.io.mapped import Watch
 from minipeft.io.replace import read_whole
 from minipeft.model.peft_words import in_our_words
-from minipeft.qlora import NF4Linear, PackedModule
+from minipeft.model.start_later import start, waiting
+from minipeft.qlora import NF4Linear, PackedModule, as_float32
 from minipeft.quantized.conv1d import NF4Conv1D
 from minipeft.quantized.experts import NF4Experts
 
 
+class _Options(NamedTuple):
+    """The caller's wishes."""
+
+    device: torch.device
+    dtype: torch.dtype | None
+    compute_dtype: torch.dtype | None
+    mapped: bool
+
+
 def _layer(
-    place: Any, coded: Coded, device: torch.device, compute_dtype: torch.dtype | None
+    place: Any, coded: Coded, options: _Options, device: torch.device, copy: bool
 ) -> PackedModule:
     """The 4-bit layer for a place, filled."""
     settings, state = coded
     stored: dict[str, Any] = {
         "block_size": settings.block_size, "double_quant": settings.double_quant,
-        "dtype": settings.dtype, "device": "meta",
+        "dtype": settings.dtype, "device": "meta", "compute_dtype": options.compute_dtype,
     }  # fmt: skip
     layer: NF4Linear | NF4Experts
-    if isinstance(place, nn.Parameter):
+    if isinstance(place, nn.Parameter | NF4Experts):
         turned = settings.quant_type == mxfp4.MXFP4
-        layer = NF4Experts(*settings.shape, turned=turned, compute_dtype=compute_dtype, **stored)
+        layer = NF4Experts(*settings.shape, turned=turned, **stored)
     else:
         out_features, in_features = settings.shape
-        kind = NF4Conv1D if is_conv1d(place) else NF4Linear
-        layer = kind(in_features, out_features, bias=False, compute_dtype=compute_dtype, **stored)
-    layer.fill({name: value.to(device) for name, value in state.items()})
-    if isinstance(layer, NF4Conv1D):
+        turned = is_conv1d(place) or isinstance(place, NF4Conv1D)
+        kind = NF4Conv1D if turned else NF4Linear
+        layer = kind(in_features, out_features, bias=False, **stored)
+    layer.fill({name: value.to(device, copy=copy) for name, value in state.items()})
+    if isinstance(layer, NF4Conv1D) and not isinstance(place, NF4Conv1D):
         layer.dense_class = type(place)
     return layer if isinstance(place, nn.Parameter) else layer.train(place.training)
 
@@ -59,12 +75,8 @@ def _layer(
 class _Loading:
     """The layers and tensors made so far, by the model's names."""
 
-    def __init__(
-        self, plan: Plan, contents: Contents, device: torch.device, dtype: torch.dtype | None,
-        compute_dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
-        self.plan, self.contents, self.device = plan, contents, device
-        self.dtype, self.compute_dtype = dtype, compute_dtype
+    def __init__(self, plan: Plan, contents: Contents, options: _Options) -> None:
+        self.plan, self.contents, self.options = plan, contents, options
         self.layers: dict[str, PackedModule] = {}
         self.tensors: dict[str, Tensor] = {}
         self.made: dict[str, str] = {}
@@ -75,7 +87,7 @@ class _Loading:
         if name in self.plan.places:
             self._coded(name, key, self.contents.coded(key))
         else:
-            self._dense(name, self.contents.dense(key))
+            self._dense(name, key, self.contents.dense(key))
 
     def several(self, join: Joined) -> None:
         """Weights that are joined or split on the way."""
@@ -99,7 +111,7 @@ class _Loading:
                 raise ValueError(f"{where}: {error}") from error
         values = join({key: contents.dense(key) for key in join.keys})
         for name, value in values.items():
-            self._dense(name, value)
+            self._dense(name, join.keys[0], value)
             if any(key in contents.coded_keys for key in join.keys):
                 self.notes[name] = f"decoded to {value.dtype}, no longer in 4 bits: {why}"
 
@@ -109,13 +121,71 @@ class _Loading:
     def _coded(self, name: str, key: str, coded: Coded) -> None:
         place = self.plan.places[name]
         try:
-            self.layers[name] = _layer(place, coded, self.device, self.compute_dtype)
+            sharded = isinstance(place, PackedModule) and _is_sharded(place)
+            copy = self.contents.views and not (self.options.mapped or sharded)
+            device = torch.device("cpu") if sharded else self.options.device
+            layer = self.layers[name] = _layer(place, coded, self.options, device, copy)
+            if isinstance(place, PackedModule):
+                self._same_parameters(place, layer)
+            packed = layer.packed_parameters()["packed"]
+            if self.options.mapped and not sharded and not self.contents.reader.is_kept(packed):
+                self.notes[name] = "copied, not mapped: the file has its codes in another order"
         except ValueError as error:
             raise ValueError(f"{self.contents.file(key)}: {key}: {error}") from error
 
-    def _dense(self, name: str, value: Tensor) -> None:
-        kept = self.dtype is None or not value.is_floating_point()
-        self.tensors[name] = value.to(self.device, value.dtype if kept else self.dtype)
+    def _same_parameters(self, place: PackedModule, layer: PackedModule) -> None:
+        """Check that a layer that is there can have the codes; cut them where it is sharded."""
+        found, metas = layer.packed_parameters(), place.packed_parameters()
+        sharded = _is_sharded(place)
+        own = "codebook_bytes"
+        if found.keys() - {own} != metas.keys() - {own} or (sharded and own in found):
+            raise ValueError(
+                f"codes with {sorted(found)}, the model's layer has {sorted(metas)}; inject after "
+                "load_quantized"
+            )
+        if not sharded:
+            return
+        for part, whole in found.items():
+            keep, device = self.options.mapped, self.options.device
+            cut = parts.cut(part, metas[part], whole.detach(), device, keep=keep)
+            scales = whole if whole.dim() == 1 else cut.to_local()  # type: ignore[attr-defined]
+            if part == "absmax_bytes" and not bool(as_float32(scales).isfinite().all()):
+                raise ValueError("holds scales that are NaN or Inf")
+            layer._parameters[part] = cut
+
+    def _dense(self, name: str, key: str, value: Tensor) -> None:
+        kept = self.options.dtype is None or not value.is_floating_point()
+        dtype = value.dtype if kept else self.options.dtype
+        old = self.plan.own[name]
+        if parts.is_sharded(old):
+            keep = self.options.mapped and dtype == value.dtype
+            cut = parts.cut(name, old, value, self.options.device, keep=keep)
+            self.tensors[name] = cut if dtype == value.dtype else _cast(cut, dtype)
+            return
+        self.tensors[name] = made = value.to(self.options.device, dtype)
+        if self.contents.views and not self.options.mapped and made is value:
+            self.tensors[name] = made.clone()  # of a sharded model, whose file is let go
+        elif self.options.mapped and not self.contents.reader.is_kept(made):
+            why = "another dtype" if made is not value else "not aligned in the file, or decoded"
+            self.notes[name] = f"copied, not mapped: {why}"
+
+
+def _is_sharded(place: PackedModule) -> bool:
+    return any(map(parts.is_sharded, place.packed_parameters().values()))
+
+
+def _cast(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
+
+
+class _Loaded(NamedTuple):
+    """What `_read` gives."""
+
+    plan: Plan
+    loading: _Loading
+    buffers: dict[str, Tensor]
+    watch: Watch | None
+    fingerprint: str
 
 
 @in_our_words
@@ -123,12 +193,14 @@ def load_quantized(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     ignore: Ignore = (),
     progress: bool | None = None,
     mmap: bool = True,
+    mapped: bool = False,
+    verify: bool | None = None,
 ) -> Names:
     """Fill `model`, built on the meta device, from a 4-bit checkpoint; bitsandbytes is not needed.
 
@@ -136,11 +208,30 @@ def load_quantized(
     or one safetensors file, written by transformers with bitsandbytes, by `save_quantized` or by
     `quantize_checkpoint`, or in MXFP4 (gpt-oss).  Layers whose weights are codes become NF4Linear
     (NF4Conv1D) in place, 3-D weights of experts NF4Experts; the rest is loaded in the file's dtype,
-    or in `dtype`; an MXFP4 weight has `dtype`, or that of config.json.  Weights go to `device`, one
-    tensor at a time; tied tensors stay tied; buffers that no file holds (rotary frequencies) are
-    computed by the model's own `_init_weights`.  Checksums are verified where the file has them.
-    `progress` shows a bar; None: on a terminal.  `mmap=False` reads each tensor from its file
-    instead of mapping the files: for disks on a network.
+    or in `dtype`; an MXFP4 weight has `dtype`, or that of config.json.  Weights go to `device` (the
+    CPU unless said otherwise), one tensor at a time; tied tensors stay tied; buffers that no file
+    holds (rotary frequencies) are computed by the model's own `_init_weights`.  `progress` shows a
+    bar; None: on a terminal.  `mmap=False` reads each tensor from its file instead of mapping the
+    files: for disks on a network.
+
+    The model may have been through `inject_qlora`, `quantize_model` or `inject_lora` on the meta
+    device.  4-bit layers then get their codes, which must have their block_size and double_quant,
+    and adapters without values get their start, as if they were injected now.
+
+    It may also be sharded by `fully_shard` after that, on the meta device.  Every process calls
+    this with the same arguments; each reads the bytes of its own rows, and has no whole tensor of
+    them.  All start the adapters from the random numbers of the first.  Weights go to the device
+    of the mesh.  If one process cannot load, all raise.
+
+    With `mapped` codes and dense tensors are pages of the files (on a CPU): nothing is copied, and
+    the system reads what is touched and drops it when memory is short, so the model may be larger
+    than memory.  A tensor that is cast by `dtype`, or lies unaligned, is copied and in `.notes`.
+    The files must stay as they are: one that has changed makes the next forward raise, and one that
+    becomes shorter during a forward ends the process (SIGBUS).
+
+    Checksums are verified where the file has them and all of it is read anyway.  With `mapped`, and
+    of a sharded model, only descriptions are; `verify=True` reads everything once first (each
+    process a share of the tensors), `verify=False` compares nothing.
 
     In a model of transformers, names in the file become the model's by transformers' own tables.
     Tensors that these join or split (one for each expert) keep their codes where whole blocks move,
@@ -153,74 +244,114 @@ def load_quantized(
     Raises:
         ValueError: the checkpoint is incomplete, damaged, not in 4 bits, or another model's; a name
             that fits nothing, two for one; experts that the model reads whole; the file and the
-            tensor are named.  The model is then as it was.
+            tensor are named.  A 4-bit layer of the model that the file has dense, or with other
+            settings; an adapter on the meta device whose start is not known; a sharded model with
+            dense layers where the file has codes, or with values.  The model is then as it was.
     """
-    path, device = Path(path), torch.device(device)
+    path = Path(path)
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_quantized: expected a module, got {type(model).__name__}")
+    meshes = parts.meshes_of(model)
+    where = parts.device_of(meshes) if meshes and device is None else torch.device(device or "cpu")
+    _check_options(mapped, mmap, where, bool(meshes))
+    options = _Options(where, dtype, compute_dtype, mapped)
 
-    def load() -> Names:
-        config = checkpoint.config_of(path)
-        checkpoint.check_four_bits(path, config)
-        with checkpoint.open_weights(path, mmap=mmap) as reader:
-            contents = Contents(reader, dtype or checkpoint.dtype_of(config))
-            if not contents.coded_keys:
-                raise ValueError(
-                    f"{path}: no tensor is in 4 bits; load it as it is and call quantize_model, or "
-                    "write a 4-bit checkpoint with quantize_checkpoint"
-                )
-            plan = planned(path, model, contents, ignore)
-            loading = _Loading(plan, contents, device, dtype, compute_dtype)
-            steps: list[Any] = [*plan.names.items(), *plan.joined]
-            for step in Progress(steps, desc="loading", unit="tensor", shown=progress):
-                loading.several(step) if isinstance(step, Joined) else loading.one(*step)
-        buffers = restore_buffers(model, device, plan.computed)
-        places = _assign(model, plan, loading.layers, loading.tensors, buffers)
-        return Names(places, plan.ignored, loading.made, loading.notes)
+    def load() -> _Loaded:
+        return _read(model, path, options, meshes, ignore, progress, mmap, verify)
 
-    return read_whole(path.parent if path.is_file() else path, load)
+    folder = path.parent if path.is_file() else path
+    if not meshes:
+        loaded = read_whole(folder, load)
+    else:
+        error, found = None, None
+        try:
+            found = read_whole(folder, load)
+        except Exception as failed:  # the others wait to hear of it
+            error = failed
+        parts.agree(meshes, error, found.fingerprint if found else "")
+        assert found is not None
+        loaded = found
+    plan, loading = loaded.plan, loaded.loading
+    with restoring(model):
+        places = assign(plan, loading.layers, loading.tensors, loaded.buffers)
+        _start(model, meshes, where)
+        if left := [name for name, p in model.named_parameters() if p.is_meta]:
+            raise ValueError(f"load_quantized: {left[:3]} would stay on the meta device")
+        if loaded.watch is not None:
+            model.register_forward_pre_hook(loaded.watch)
+    return Names(places, plan.ignored, loading.made, loading.notes)
 
 
-def _assign(
-    model: nn.Module,
-    plan: Plan,
-    layers: Mapping[str, PackedModule],
-    tensors: Mapping[str, Tensor],
-    buffers: Mapping[str, Tensor],
-) -> list[str]:
-    """Put everything into the model; the names of the 4-bit layers."""
-    own = plan.own
-    by_id: dict[int, Tensor] = {}
-    for name, value in tensors.items():
-        first = by_id.setdefault(id(own[name]), value)
-        if first is not value and not torch.equal(first, value):
+def _check_options(mapped: bool, mmap: bool, device: torch.device, sharded: bool) -> None:
+    if mapped and (not mmap or device.type != "cpu"):
+        raise ValueError(
+            f"load_quantized: mapped=True with mmap={mmap} and device={str(device)!r}; weights can "
+            "be pages of a file on the CPU only, and only of a file that may be mapped"
+        )
+    if sharded and not mmap:
+        raise ValueError("load_quantized: shards are read from mapped files; leave mmap=True")
+
+
+def _read(
+    model: nn.Module, path: Path, options: _Options, meshes: Sequence[Any], ignore: Ignore,
+    progress: bool | None, mmap: bool, verify: bool | None,
+) -> _Loaded:  # fmt: skip
+    """Everything that the model gets; nothing is changed."""
+    config = checkpoint.config_of(path)
+    checkpoint.check_four_bits(path, config)
+    sharded = bool(meshes)
+    views = sharded or options.mapped
+    whole = False if verify is False else None if views else True  # as the Reader takes it
+    with checkpoint.open_weights(path, mmap=mmap, kept=views, verify=whole) as reader:
+        dtype = options.dtype or checkpoint.dtype_of(config)
+        contents = Contents(reader, dtype, views=views, finite=not sharded)
+        if not contents.coded_keys:
             raise ValueError(
-                f"{name}: tied to another tensor in the model, but the file has two values; untie "
-                "them (tie_word_embeddings=False)"
+                f"{path}: no tensor is in 4 bits; load it as it is and call quantize_model, or "
+                "write a 4-bit checkpoint with quantize_checkpoint"
             )
-    made = {
-        number: nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
-        for number, value, old in ((id(o), by_id[id(o)], o) for o in own.values() if id(o) in by_id)
-    }  # fmt: skip
-    values = {name: made[id(old)] for name, old in own.items() if id(old) in made}
-    for name, value in {**values, **buffers}.items():
-        holder, _, last = name.rpartition(".")
-        old = own.get(name)
-        if isinstance(old, nn.Parameter) and not isinstance(value, nn.Parameter):
-            value = nn.Parameter(value, old.requires_grad)
-        setattr(model.get_submodule(holder), last, value)
-    places: dict[str, nn.Module | nn.Parameter] = {}
-    by_place = {id(plan.places[name]): layer for name, layer in layers.items()}
-    order = {name: number for number, name in enumerate(own)}
-    for name, layer in sorted(layers.items(), key=lambda item: order[item[0]]):
-        if isinstance(layer, NF4Linear):
-            name = name.rpartition(".")[0]
-            bias = model.get_submodule(name).bias
-            if bias is not None:
-                layer.bias = nn.Parameter(bias.detach(), requires_grad=False)  # type: ignore[operator]
-        places[name] = layer
-    for name, module in model.named_modules(remove_duplicate=False):  # under its other names too
-        if id(module) in by_place:
-            places.setdefault(name, by_place[id(module)])
-    put(model, places)
-    return list(places)
+        adapters = waiting("load_quantized", model)
+        plan = planned(path, model, contents, ignore)
+        if sharded:
+            parts.check_plan(plan, contents)
+        if verify and views:
+            mine = parts.shares(meshes, list(reader.specs))
+            for name in Progress(mine, desc="verifying", unit="tensor", shown=progress):
+                reader.check(name)
+        loading = _Loading(plan, contents, options)
+        steps: list[Any] = [*plan.names.items(), *plan.joined]
+        for step in Progress(steps, desc="loading", unit="tensor", shown=progress):
+            loading.several(step) if isinstance(step, Joined) else loading.one(*step)
+        check_ties(plan, loading.tensors)
+        buffers = restore_buffers(
+            model, options.device, [plan.model.real(n) for n in plan.computed]
+        )
+        watch = reader.watch() if views else None
+        if watch is not None:
+            try:
+                watch()  # they may have changed while they were read
+            except RuntimeError as error:
+                raise ValueError(str(error)) from error
+        said = [(name, layer.rank, layer.scaling) for name, layer in adapters.items()]
+        shapes = [(name, tuple(value.shape)) for name, value in plan.own.items()]
+        print_of = parts.fingerprint(
+            sorted(reader.specs.items()), sorted(map(str, reader.metadata.values())), shapes, said,
+            options.dtype, options.compute_dtype, plan.names,
+        )  # fmt: skip
+        return _Loaded(plan, loading, buffers, watch if options.mapped else None, print_of)
+
+
+def _start(model: nn.Module, meshes: Sequence[Any], device: torch.device) -> None:
+    """Start the adapters that have no values yet, on all processes alike."""
+    layers = waiting("load_quantized", model)
+    if not meshes:
+        start(layers, device, lambda value, meta: nn.Parameter(value, meta.requires_grad))
+        return
+
+    def place(value: Tensor, meta: nn.Parameter) -> nn.Parameter:
+        if not parts.is_sharded(meta):
+            return nn.Parameter(value.to(device), meta.requires_grad)
+        return parts.cut("an adapter", meta, value, device, keep=False)
+
+    with parts.same_numbers(meshes):
+        start(layers, torch.device("cpu"), place)

@@ -164,19 +164,23 @@ def settings_of(name: str, key: str, state: Tensor) -> tuple[Settings, float]:
     return settings._replace(double_quant=True, nested_block_size=size), offset
 
 
-def _floats(name: str, tensor: Tensor, count: int) -> Tensor:
+def _floats(name: str, tensor: Tensor, count: int, finite: bool = True) -> Tensor:
     if not tensor.is_floating_point() or tensor.numel() != count:
         raise ValueError(
             f"{name}: {tensor.numel()} values of {tensor.dtype}; expected {count} floats"
         )
     values = tensor.flatten().float()
-    if not bool(values.isfinite().all()):
+    if finite and not bool(values.isfinite().all()):
         raise ValueError(f"{name}: holds NaN or Inf")
     return values
 
 
-def state_of(name: str, found: Mapping[str, Tensor]) -> tuple[Settings, dict[str, Tensor]]:
+def state_of(
+    name: str, found: Mapping[str, Tensor], *, finite: bool = True
+) -> tuple[Settings, dict[str, Tensor]]:
     """What a layer's `fill` takes, from the entries of weight `name`.
+
+    With `finite` False, float32 scales of blocks are not looked at: the caller takes a part only.
 
     Scales whose 8-bit codes are not in blocks of 256 of the usual map are decoded: the settings
     then say double_quant=False.
@@ -210,7 +214,8 @@ def state_of(name: str, found: Mapping[str, Tensor]) -> tuple[Settings, dict[str
         raise ValueError(f"{name}.quant_map: values beyond [-1, 1]")
     absmax = found[f"{name}.absmax"]
     if not settings.double_quant:
-        return settings, {**state, "absmax": _floats(f"{name}.absmax", absmax, n_blocks)}
+        scales = _floats(f"{name}.absmax", absmax, n_blocks, finite)
+        return settings, {**state, "absmax": scales}
     if absmax.dtype != torch.uint8 or absmax.numel() != n_blocks:
         raise ValueError(
             f"{name}.absmax: {absmax.numel()} values of {absmax.dtype}; expected {n_blocks} bytes"
