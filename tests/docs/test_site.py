@@ -1,0 +1,141 @@
+"""The built site: no warning, no address outside, and in a browser nothing dead or missing."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+WIDTHS = {"desktop": (1440, 900), "phone": (390, 844)}
+# no request of the browser's own leaves this machine
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync",
+             "--disable-component-update", "--no-first-run"]  # fmt: skip
+
+pytestmark = pytest.mark.skipif(
+    find_spec("mkdocs") is None or find_spec("latex2mathml") is None,
+    reason="the site is not built: pip install -e '.[docs]'",
+)
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The site, built once; every warning of MkDocs is an error."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, check=False,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stderr
+    return folder
+
+
+def pages_of(folder):
+    return sorted(folder.rglob("*.html"))
+
+
+def test_no_page_fetches_anything_from_outside(site):
+    loads = re.compile(r'<(?:script|img|link|iframe)\b[^>]*(?:src|href)="((?:https?:)?//[^"]+)"')
+    for page in pages_of(site):
+        assert loads.findall(page.read_text()) == [], page
+
+
+def test_every_formula_was_understood(site):
+    """latex2mathml leaves a command that it does not know as it stands."""
+    formulas = [
+        formula for page in pages_of(site)
+        for formula in re.findall(r"<math.*?</math>", page.read_text(), re.DOTALL)
+    ]  # fmt: skip
+    assert len(formulas) > 40
+    assert [formula for formula in formulas if "\\" in formula] == []
+
+
+def test_every_numbered_file_has_its_page(site):
+    for name in ("lora", "inject", "nf4", "double_quant", "qlora", "prefix"):
+        assert 'class="pair"' in (site / "course" / f"{name}.html").read_text()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder and prints nothing."""
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="session")
+def address(site):
+    """The site on a free port of this machine."""
+    handler = functools.partial(Quiet, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    found = [path for path in map(shutil.which, BROWSERS) if path]
+    if find_spec("playwright") is None or not found:
+        pytest.skip("no playwright, or none of these browsers: " + ", ".join(BROWSERS))
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=found[0], args=ARGUMENTS)
+        yield opened
+        opened.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_in_a_browser_nothing_is_dead_or_missing(site, address, browser, width):
+    """Links lead to pages and places, pictures load, the console is silent, nothing sticks out."""
+    size = dict(zip(("width", "height"), WIDTHS[width], strict=True))
+    tab = browser.new_page(viewport=size)
+    complaints: list[str] = []
+    tab.on("console", lambda m: complaints.append(f"{tab.url}: {m.type}: {m.text}")
+           if m.type in ("error", "warning") else None)  # fmt: skip
+    tab.on("pageerror", lambda error: complaints.append(f"{tab.url}: {error}"))
+    tab.on("requestfailed", lambda request: complaints.append(f"{tab.url}: {request.url} failed"))
+    tab.on("response", lambda answer: complaints.append(f"{answer.url}: {answer.status}")
+           if answer.status >= 400 else None)  # fmt: skip
+    places: dict[str, set[str]] = {}
+    links: set[tuple[str, str, str]] = set()
+    for page in pages_of(site):
+        url = f"{address}/{page.relative_to(site)}"
+        if page.name == "404.html":
+            continue
+        tab.goto(url, wait_until="load")
+        places[url] = set(tab.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)"))
+        for href in tab.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)"):
+            target, _, place = href.partition("#")
+            links.add((url, target, place))
+        broken = tab.evaluate(
+            "[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
+        )
+        complaints += [f"{url}: no picture {picture}" for picture in broken]
+        wider = tab.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        if wider > 0:
+            complaints.append(f"{url}: wider than the screen by {wider} pixels")
+    for source, target, place in sorted(links):
+        if not target.startswith(address):
+            complaints.append(f"{source}: a link to {target}")  # none is meant to leave the site
+        elif (known := target + "index.html" if target.endswith("/") else target) not in places:
+            complaints.append(f"{source}: no page {target}")
+        elif place and place not in places[known]:
+            complaints.append(f"{source}: no place {place} in {target}")
+    tab.close()
+    assert len(places) >= 20
+    assert complaints == []
