@@ -6,6 +6,7 @@ Each picture is drawn twice, for light and dark pages.  The colours are of Okabe
 which all kinds of colour vision can tell apart; shape, hatching or a label says the same again.
 """
 
+import functools
 import io
 import sys
 from collections.abc import Callable
@@ -100,9 +101,10 @@ def bits(style: Style) -> Figure:
         axes.barh(names, widths, left=left, color=colour, hatch=hatch, edgecolor=style.text,
                   linewidth=0.4, label=kind)  # fmt: skip
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    for index, total in enumerate(left):
-        axes.text(total + 0.01, index, f"{total:.3f}", va="center", color=style.text)
-    axes.set(xlabel="bits a weight (the axis starts at 3.8)", xlim=(3.8, 4.62))
+    for index, (total, (_, *own)) in enumerate(zip(left, rows, strict=True)):
+        sum_of = " + ".join(f"{number:.3f}".rstrip("0").rstrip(".") for number in own if number)
+        axes.text(total + 0.01, index, sum_of, va="center", color=style.text)
+    axes.set(xlabel="bits a weight (the axis starts at 3.8)", xlim=(3.8, 4.7))
     axes.invert_yaxis()
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, labelcolor=style.text)
@@ -110,43 +112,47 @@ def bits(style: Style) -> Figure:
 
 
 def learnt_rank(style: Style) -> Figure:
-    """Singular values of what LoRA of three ranks learns, beside the change that was to be learnt.
+    """Singular values of what LoRA of three ranks learns, beside those of the change to learn."""
+    wanted, learnt = _learnt_values()
+    figure, axes = _axes(style, (5.2, 3.2))
+    numbers = torch.arange(1, len(wanted) + 1)
+    axes.plot(numbers, wanted, "-", color=style.faint, linewidth=2, label="the change to learn")
+    looks = ((style.first, "o", 15), (style.second, "s", 9), (style.third, "^", 5))
+    for (rank, values), (colour, marker, size) in zip(learnt.items(), looks, strict=True):
+        axes.plot(numbers[:rank], values, marker, ms=size, mfc="none", mew=1.6, color=colour,
+                  label=f"learnt with rank {rank}")  # fmt: skip
+    axes.set(xlabel="number of the singular value", ylabel="singular value", yscale="log")
+    _legend(axes, style, loc="upper right", labelspacing=0.8)
+    return figure
 
-    A linear layer is to follow another one, which differs by a matrix whose singular values halve.
+
+@functools.cache
+def _learnt_values() -> tuple[Tensor, dict[int, Tensor]]:
+    """Singular values of a change, and of the deltas that LoRA of each rank learns for it.
+
+    A linear layer is to follow another one.  In what it differs by, each singular value is 0.7 of
+    the one before.
     """
     torch.manual_seed(0)
-    size, count = 64, 16
+    size, count = 64, 10
     left, right = (torch.linalg.qr(torch.randn(size, size)).Q for _ in range(2))
-    wanted = left[:, :count] * 4.0 * 0.5 ** torch.arange(count) @ right[:, :count].T
-    figure, axes = _axes(style, (5.2, 3.2))
-    numbers = torch.arange(1, count + 1)
-    axes.plot(numbers, torch.linalg.svdvals(wanted)[:count], "-", color=style.faint, linewidth=6,
-              label="the change to learn")  # fmt: skip
-    for rank, colour, marker in (
-        (2, style.first, "o"),
-        (4, style.second, "s"),
-        (8, style.third, "^"),
-    ):
-        values = torch.linalg.svdvals(_learn(wanted, rank))[:rank]
-        axes.plot(
-            numbers[:rank], values, marker, ms=6, color=colour, label=f"learnt with rank {rank}"
-        )
-    axes.set(xlabel="number of the singular value", ylabel="singular value", yscale="log")
-    axes.set_ylim(bottom=3e-3)
-    _legend(axes, style, loc="upper right")
-    return figure
+    wanted = left[:, :count] * 4.0 * 0.7 ** torch.arange(count) @ right[:, :count].T
+    learnt = {rank: torch.linalg.svdvals(_learn(wanted, rank))[:rank] for rank in (2, 4, 8)}
+    return torch.linalg.svdvals(wanted)[:count], learnt
 
 
 def _learn(wanted: Tensor, rank: int) -> Tensor:
     """The delta of a LoRALinear of this rank after training on random inputs."""
-    layer = mp.LoRALinear(nn.Linear(*wanted.shape, bias=False), rank)
+    steps, layer = 600, mp.LoRALinear(nn.Linear(*wanted.shape, bias=False), rank)
     optimizer = torch.optim.Adam(mp.adapter_parameters(layer), lr=2e-2)
-    for _ in range(400):
-        x = torch.randn(256, wanted.shape[1])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
+    for _ in range(steps):
+        x = torch.randn(128, wanted.shape[1])
         loss = (layer(x) - layer.base(x) - x @ wanted.T).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     return layer.delta().detach()
 
 
