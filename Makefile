@@ -51,7 +51,7 @@ test: lint
 
 test-slow: export OMP_NUM_THREADS = 1
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -rs -n auto -m slow $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

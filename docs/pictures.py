@@ -122,6 +122,8 @@ def learnt_rank(style: Style) -> Figure:
         axes.plot(numbers[:rank], values, marker, ms=size, mfc="none", mew=1.6, color=colour,
                   label=f"learnt with rank {rank}")  # fmt: skip
     axes.set(xlabel="number of the singular value", ylabel="singular value", yscale="log")
+    axes.set_yticks([0.2, 0.5, 1, 2, 4], labels=["0.2", "0.5", "1", "2", "4"])
+    axes.minorticks_off()
     _legend(axes, style, loc="upper right", labelspacing=0.8)
     return figure
 
