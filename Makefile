@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 ARGS ?=
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help bench test test-slow lint venv clean
+.PHONY: help bench docs test test-slow lint venv clean
 
 help:
 	@echo "make bench      fine-tune SmolLM2-135M with every method and compare (ARGS=... for options)"
 	@echo "make test       lint, types and tests"
 	@echo "make test-slow  the proofs that train, compile, kill or measure"
+	@echo "make docs       build the course, the how-to pages and the reference into site/"
 	@echo "make clean      remove the environment"
 
 venv: $(STAMP)
@@ -29,6 +31,14 @@ $(STAMP): pyproject.toml constraints.txt requirements-data.txt
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks methods $(ARGS)
 
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $(DOCS_STAMP)
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -41,7 +51,7 @@ test: lint
 
 test-slow: export OMP_NUM_THREADS = 1
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -rs -n auto -m slow $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

@@ -1,31 +1,26 @@
 """Every python block of the README runs, and prints what the text block after it says."""
 
-import io
 import operator
 import re
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
 import minipeft
+from tests.blocks import blocks_of, run
 
 README = Path(__file__).parent.parent / "README.md"
-BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
-BLOCKS = BLOCK.findall(README.read_text())
+BLOCKS = blocks_of(README)
 
 
 def test_the_readme_has_blocks():
     assert len(BLOCKS) >= 3
 
 
-@pytest.mark.parametrize(("code", "expected"), BLOCKS, ids=range(len(BLOCKS)))
-def test_block(code, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"line {block.line}")
+def test_block(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        exec(compile(code, str(README), "exec"), {})
-    assert printed.getvalue() == expected
+    run(block)
 
 
 def test_every_relative_link_leads_to_a_file():
