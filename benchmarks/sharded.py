@@ -1,7 +1,7 @@
 """Functions of the library on models in several processes: `python -m benchmarks.sharded`.
 
-Each function runs on a model that fully_shard has cut (FSDP2), or in DistributedDataParallel (DDP),
-and on its twin in the same process, which is whole.  "right": the same result, logits, adapter and
+Each function runs on a model that fully_shard has cut (FSDP2), in DistributedDataParallel (DDP), or
+cut layer by layer (TP, tensor parallelism), and on its twin in the same process, which is whole.  "right": the same result, logits, adapter and
 files; "refused": a ValueError or TypeError of ours in every process, and the model is as it was;
 "-": the twin refuses too.  Anything else is a failure.
 """
@@ -38,7 +38,7 @@ def llama() -> Any:
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=64,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config)
@@ -76,7 +76,20 @@ def replicated(model: Any) -> Any:
     return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
 
-ENGINES: dict[str, Callable[[Any], Any]] = {"FSDP2": cut, "DDP": replicated}
+def parallelized(model: Any) -> Any:
+    """Tensor parallelism of attention, and of the feed-forward part where its adapter can be cut."""
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
+    columns, rows = mp.ColwiseParallel, mp.RowwiseParallel
+    plan = {f"model.layers.*.self_attn.{name}_proj": columns() for name in "qkv"}
+    plan["model.layers.*.self_attn.o_proj"] = rows()
+    if METHOD[0] != "DoRA":  # its norms go over whole rows
+        plan |= {f"model.layers.*.mlp.{name}_proj": columns() for name in ("gate", "up")}
+        plan["model.layers.*.mlp.down_proj"] = rows()
+    mp.parallelize(model, mesh, plan)
+    return model
+
+
+ENGINES: dict[str, Callable[[Any], Any]] = {"FSDP2": cut, "DDP": replicated, "TP": parallelized}
 
 
 def ids(rank: int) -> Tensor:
@@ -199,7 +212,8 @@ FUNCTIONS: dict[str, Callable[..., Found]] = {
     "load_peft": loaded,
     "load_prefix": lambda *a: loaded(*a, prefix=True),
     "load_base_state_dict": gathered_base,
-    "count_parameters": lambda m, *_: {"count": tuple(mp.count_parameters(m))},
+    # no bytes: scales that are cut for TP are float32
+    "count_parameters": lambda m, *_: {"count": tuple(mp.count_parameters(m))[:2]},
     "disable_adapters": off,
     "scale_adapters": plain(lambda m: mp.scale_adapters(m, 0.5, name="other")),
     "use_adapters": plain(lambda m: mp.use_adapters(m, ["default", "other"])),
@@ -269,11 +283,12 @@ def cell(rank: int, world: int, engine: str, method: str, name: str, folder: Pat
     """One function on one model: the verdict, and how far it is from the twin."""
     METHOD[0] = method
     call = FUNCTIONS[name]
+    mine_of, world_of = (0, 1) if engine == "TP" else (rank, world)  # whose batch: all have one
     model, twin = ENGINES[engine](make(method)), make(method)
     before = [(key, id(value)) for key, value in model.named_parameters()]
     dist.barrier()
-    its = tried(lambda: call(twin, folder / f"twin-{rank}", rank, world))
-    mine = tried(lambda: call(model, folder / "shared", rank, world))
+    its = tried(lambda: call(twin, folder / f"twin-{rank}", mine_of, world_of))
+    mine = tried(lambda: call(model, folder / "shared", mine_of, world_of))
     if mine.error:
         after = [(key, id(value)) for key, value in model.named_parameters()]
         if not by_us(mine):
@@ -355,8 +370,11 @@ def main() -> int:
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4], help="of FSDP2")
     parser.add_argument("--output", type=Path, default=None, help="a folder for the JSON")
     arguments = parser.parse_args()
-    engines = [("FSDP2", world) for world in arguments.processes] + [("DDP", 2)]
-    table = [one for engine, world in engines for one in columns(engine, world, arguments.methods)]
+    engines = [("FSDP2", world) for world in arguments.processes] + [("DDP", 2), ("TP", 2)]
+    table = []
+    for engine, world in engines:
+        methods = [m for m in arguments.methods if engine != "TP" or not m.startswith("prefix")]
+        table += columns(engine, world, methods) if methods else []
     for one in table:
         packed, whole = one["packed_bytes"], one["packed_bytes_in_one_process"]
         held = f"; packed bytes {packed} of {whole}" if whole else ""

@@ -34,6 +34,7 @@ from torch.distributed.tensor.placement_types import Placement
 from minipeft.adapters.protocol import is_adapter
 from minipeft.layers.dora import DoRALinear
 from minipeft.lora import LoRALinear
+from minipeft.prefix import PrefixEncoder
 from minipeft.qlora import NF4Linear
 from minipeft.quantized.conv1d import NF4Conv1D
 from minipeft.quantized.cuts import COLUMNS, ROWS, stored_for_cuts
@@ -131,7 +132,7 @@ def parallelize(
     Raises:
         TypeError: not a module, not a style, or a module that its style does not take.
         ValueError: on all processes, with nothing changed: a name that matches nothing, two styles
-            for one module, or what a style refuses.
+            for one module, a model with a prefix, or what a style refuses.
     """
     found: dict[str, tuple[nn.Module, torch_parallel.ParallelStyle]] = {}
     problem: Exception | None = None
@@ -154,6 +155,11 @@ def _matched(
     model: nn.Module, plan: Mapping[str, torch_parallel.ParallelStyle]
 ) -> dict[str, tuple[nn.Module, torch_parallel.ParallelStyle]]:
     """Modules and their styles by name, each module once."""
+    if any(isinstance(module, PrefixEncoder) for module in model.modules()):
+        raise ValueError(
+            "parallelize: the model has a prefix, whose keys and values have all heads in each "
+            "process; take it off first (its remove()), or shard the model by fully_shard instead"
+        )
     found: dict[str, tuple[nn.Module, torch_parallel.ParallelStyle]] = {}
     taken: dict[int, str] = {}
     for pattern, style in plan.items():

@@ -104,6 +104,7 @@ REFUSED = {  # what an error begins with, after its class and (but for the last 
     "trainable": "ValueError: up: ColwiseParallel: NF4Linear has trainable parameters",
     "other kind": "TypeError: 0: ColwiseParallel: LayerNorm; expected nn.Linear, NF4Linear or",
     "no match": "ValueError: 'upp' matches no module",
+    "prefix": "ValueError: parallelize: the model has a prefix",
     "no style": "TypeError: 'up': expected a ParallelStyle, got str",
     "twice named": "ValueError: 'u*' and 'up' both match 'up'",
     "meta": "ValueError: up: ColwiseParallel: LoRALinear is on the meta device",
