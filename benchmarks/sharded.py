@@ -1,9 +1,9 @@
 """Functions of the library on models in several processes: `python -m benchmarks.sharded`.
 
 Each function runs on a model that fully_shard has cut (FSDP2), in DistributedDataParallel (DDP), or
-cut layer by layer (TP, tensor parallelism), and on its twin in the same process, which is whole.  "right": the same result, logits, adapter and
-files; "refused": a ValueError or TypeError of ours in every process, and the model is as it was;
-"-": the twin refuses too.  Anything else is a failure.
+cut layer by layer (TP, tensor parallelism), and on its twin in the same process, which is whole.
+"right": the same result, logits, adapter and files; "refused": a ValueError or TypeError of ours in
+every process, and the model is as it was; "-": the twin refuses too.  Anything else is a failure.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def replicated(model: Any) -> Any:
 
 
 def parallelized(model: Any) -> Any:
-    """Tensor parallelism of attention, and of the feed-forward part where its adapter can be cut."""
+    """Tensor parallelism of attention, and of the rest where its adapter can be cut."""
     mesh = dist.init_device_mesh("cpu", (dist.get_world_size(),))
     columns, rows = mp.ColwiseParallel, mp.RowwiseParallel
     plan = {f"model.layers.*.self_attn.{name}_proj": columns() for name in "qkv"}
