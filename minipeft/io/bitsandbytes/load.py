@@ -30,6 +30,7 @@ from minipeft.io.bitsandbytes.blocks import Coded, NotWholeBlocksError, moved
 from minipeft.io.bitsandbytes.buffers import restore_buffers
 from minipeft.io.bitsandbytes.contents import Contents
 from minipeft.io.bitsandbytes.plan import Ignore, Plan, planned
+from minipeft.io.bitsandbytes.prepared import is_sharded
 from minipeft.io.mapped import Watch
 from minipeft.io.replace import read_whole
 from minipeft.model.peft_words import in_our_words
@@ -157,7 +158,7 @@ class _Loading:
         kept = self.options.dtype is None or not value.is_floating_point()
         dtype = value.dtype if kept else self.options.dtype
         old = self.plan.own[name]
-        if parts.is_sharded(old):
+        if is_sharded(old):
             keep = self.options.mapped and dtype == value.dtype
             cut = parts.cut(name, old, value, self.options.device, keep=keep)
             self.tensors[name] = cut if dtype == value.dtype else _cast(cut, dtype)
@@ -171,7 +172,7 @@ class _Loading:
 
 
 def _is_sharded(place: PackedModule) -> bool:
-    return any(map(parts.is_sharded, place.packed_parameters().values()))
+    return any(map(is_sharded, place.packed_parameters().values()))
 
 
 def _cast(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
@@ -349,7 +350,7 @@ def _start(model: nn.Module, meshes: Sequence[Any], device: torch.device) -> Non
         return
 
     def place(value: Tensor, meta: nn.Parameter) -> nn.Parameter:
-        if not parts.is_sharded(meta):
+        if not is_sharded(meta):
             return nn.Parameter(value.to(device), meta.requires_grad)
         return parts.cut("an adapter", meta, value, device, keep=False)
 

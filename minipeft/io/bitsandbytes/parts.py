@@ -21,13 +21,8 @@ from torch import Tensor, nn
 
 from minipeft.io.bitsandbytes.contents import Contents
 from minipeft.io.bitsandbytes.plan import Plan
+from minipeft.io.bitsandbytes.prepared import is_sharded
 from minipeft.layers.dora import DoRA
-from minipeft.qlora import PackedModule
-
-
-def is_sharded(tensor: object) -> bool:
-    """Whether this is a DTensor, asked without importing torch.distributed."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def meshes_of(model: nn.Module) -> list[Any]:
@@ -184,16 +179,8 @@ def shares(meshes: Iterable[Any], names: list[str]) -> list[str]:
 def check_plan(plan: Plan, contents: Contents) -> None:
     """Raise ValueError where a sharded model cannot take what the checkpoint has.
 
-    Layers whose codes come must be 4-bit before they are sharded, and nothing may be joined.
+    Nothing may be joined, and no adapter may need a whole weight for its start.
     """
-    for name, place in plan.places.items():
-        stored = [place] if isinstance(place, nn.Parameter) else list(place.parameters())
-        if not isinstance(place, PackedModule) and any(map(is_sharded, stored)):
-            raise ValueError(
-                f"load_quantized: {name} is sharded as a dense weight, and the checkpoint has "
-                "codes for it; call quantize_model or inject_qlora on the meta device, before "
-                "fully_shard"
-            )
     for join in plan.joined:
         raise ValueError(
             f"{contents.file(join.keys[0])}: {join.first} is made of {join.keys[0]} and the like, "

@@ -17,7 +17,7 @@ from minipeft.adapters.protocol import is_conv1d
 from minipeft.adapters.targets import compiled, ends_of, survey
 from minipeft.integrations.transformers.file_names import Joined, may_lack, read_names
 from minipeft.io.bitsandbytes.contents import Contents
-from minipeft.io.bitsandbytes.prepared import Prepared
+from minipeft.io.bitsandbytes.prepared import Prepared, is_sharded
 from minipeft.model.quantize import check_experts
 from minipeft.qlora import NF4Linear, PackedModule
 from minipeft.quantized.experts import NF4Experts
@@ -143,6 +143,11 @@ def _place(
     """What takes the codes of a key: a layer, which may be 4-bit already, or a 3-D weight."""
     if name in here.coded:
         return _coded_place(here.coded[name], contents, key)
+    if is_sharded(here.own[name]):
+        raise ValueError(
+            f"{contents.file(key)}: {key} is codes, and the model's {name} is sharded as a dense "
+            "weight; call quantize_model or inject_qlora on the meta device, before fully_shard"
+        )
     if name in experts:
         return experts[name]
     module = here.owner(name)

@@ -18,6 +18,11 @@ from minipeft.model.base_state import plain_modules
 from minipeft.qlora import PackedModule
 
 
+def is_sharded(tensor: object) -> bool:
+    """Whether this is a DTensor, asked without importing torch.distributed."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
 class Prepared:
     """The tensors of a model by the names of the plain one, and where each is kept."""
 

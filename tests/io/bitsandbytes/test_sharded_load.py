@@ -231,7 +231,7 @@ def test_one_process_that_cannot_load_stops_all(plain_python, tmp_path):
         assert "have another checkpoint" in said["options"]
         assert "the model has no module 'a'" in said["wrong for all"]
         assert "leave mmap=True" in said["unmapped"]
-        assert "sharded as a dense weight" in said["dense"]
+        assert "is sharded as a dense" in said["dense"]
         assert "DoRA" in said["dora"]
         assert "is sharded and has values" in said["has values"]
         assert "differs from its checksum" in said["damaged"]
