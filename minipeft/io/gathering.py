@@ -15,6 +15,7 @@ from minipeft.adapters.protocol import innermost
 from minipeft.adapters.sharded import agreed, gathered, is_first, is_shard, resharded
 from minipeft.adapters.state import named_adapters
 from minipeft.layers.trained import TrainedBias
+from minipeft.model.trained_state import trained_state
 
 TASK_HEADS = ("classifier", "score", "qa_outputs")  # PEFT's files of prompts hold them untrained
 
@@ -33,8 +34,10 @@ def whole(caller: str, model: Any, state_dict: Mapping[str, Tensor] | None) -> I
     """
     if state_dict is not None:
         own = dict(model.named_parameters(remove_duplicate=False))
-        values = {id(own[key]): value for key, value in state_dict.items() if key in own}
         needed = {id(parameter) for parameter in _written(model)}
+        beside = {id(own[name]) for name in trained_state(model) if name in own}
+        values = {id(own[key]): value for key, value in state_dict.items()
+                  if key in own and id(own[key]) in (needed | beside)}  # fmt: skip
         for name, parameter in own.items():
             if is_shard(parameter) and id(parameter) in needed - values.keys():
                 raise ValueError(

@@ -89,7 +89,12 @@ def save_adapters(
             staged.append((names, own))
         given = state_dict or {}
         trained = {key: given.get(key, value) for key, value in trained_state(model).items()}
-        trained = {key: gathered(v) if is_shard(v) else v for key, v in trained.items()}
+        if state_dict is not None and (cut := [k for k, v in trained.items() if is_shard(v)]):
+            raise ValueError(
+                f"save_pretrained: {cut[0]} trains and is a shard (DTensor), and state_dict lacks "
+                "it; leave state_dict out and call this in every process"
+            )
+        trained = {key: gathered(value) for key, value in trained.items()}
         if writes:
             _write(Path(save_directory), staged, trained)
 

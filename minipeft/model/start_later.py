@@ -5,6 +5,7 @@ there, and note how they are to start.  `load_quantized` starts them once it has
 
     noted(layer, init)                    wrap_in_lora: how this layer starts
     waiting("load_quantized", model)      the layers that have no values yet
+    settings_of(layer)                    what processes compare before they start them
     start(layers, device, place)          A random and B zero, or as `init` says
 
 The layers start in the order of the model, as they do when they are injected: with the same random
@@ -31,6 +32,13 @@ def noted(layer: nn.Module, init: Any) -> nn.Module:
     if isinstance(layer, LowRank) and layer.lora_a.is_meta:
         vars(layer)[_START] = init
     return layer
+
+
+def settings_of(layer: LowRank) -> tuple[object, ...]:
+    """What decides the start of a layer that waits, so that processes can compare it."""
+    init = vars(layer).get(_START)
+    name = getattr(init, "__qualname__", type(init).__qualname__)
+    return type(layer).__qualname__, layer.rank, layer.scaling, layer.dropout, name
 
 
 def waiting(caller: str, model: nn.Module) -> dict[str, LowRank]:

@@ -300,6 +300,8 @@ def other_layouts(rank, world, folder):
         lambda m: mp.inject_lora(m, ["0"], rank=2),
         lambda m: mp.inject_lora(m, ["0", "2"], rank=2, init=mp.starts.pissa()),
         lambda m: mp.inject_lora(m, ["0", "2"], rank=2, name="other"),
+        lambda m: mp.inject_lora(m, ["0", "2"], rank=2, dropout=0.25),
+        merged_lora,
     ):
         model = net()
         make(model)
@@ -311,12 +313,20 @@ def other_layouts(rank, world, folder):
     return texts
 
 
+def merged_lora(model):
+    mp.inject_lora(model, ["0", "2"], rank=2)
+    mp.merge(model.eval())
+
+
 def test_a_file_of_other_layers_is_refused_and_says_to_load_it_first(outcomes):
     for outcome in outcomes["layouts"]:
-        assert len(outcome.value) == 6
-        assert all("shards (DTensor)" in t and "then fully_shard" in t for t in outcome.value)
-        assert "LoRA of rank 2 and scaling 1" in outcome.value[0]
-        assert "the model LoRA of rank 2 and scaling 2" in outcome.value[1]
+        assert len(outcome.value) == 8
+        assert "is merged; call minipeft.unmerge" in outcome.value[-1]
+        others = outcome.value[:-1]
+        assert all("shards (DTensor)" in t and "then fully_shard" in t for t in others)
+        assert "LoRA of rank 2, scaling 1 and dropout 0" in outcome.value[0]
+        assert "the model LoRA of rank 2, scaling 2 and dropout 0" in outcome.value[1]
+        assert "the model LoRA of rank 2, scaling 1 and dropout 0.25" in outcome.value[6]
 
 
 def gathered_by_hand(rank, world, folder):

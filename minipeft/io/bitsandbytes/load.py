@@ -34,7 +34,7 @@ from minipeft.io.bitsandbytes.prepared import is_sharded
 from minipeft.io.mapped import Watch
 from minipeft.io.replace import read_whole
 from minipeft.model.peft_words import in_our_words
-from minipeft.model.start_later import start, waiting
+from minipeft.model.start_later import settings_of, start, waiting
 from minipeft.qlora import NF4Linear, PackedModule, as_float32
 from minipeft.quantized.conv1d import NF4Conv1D
 from minipeft.quantized.experts import NF4Experts
@@ -145,13 +145,16 @@ class _Loading:
                 "load_quantized"
             )
         if not sharded:
+            scales = found.get("absmax_bytes")
+            if scales is not None and not self.contents.finite:
+                _check_finite(as_float32(scales))
             return
         for part, whole in found.items():
             keep, device = self.options.mapped, self.options.device
             cut = parts.cut(part, metas[part], whole.detach(), device, keep=keep)
-            scales = whole if whole.dim() == 1 else cut.to_local()  # type: ignore[attr-defined]
-            if part == "absmax_bytes" and not bool(as_float32(scales).isfinite().all()):
-                raise ValueError("holds scales that are NaN or Inf")
+            if part == "absmax_bytes":
+                flat = whole.dim() == 1
+                _check_finite(as_float32(whole if flat else cut.to_local()))  # type: ignore[attr-defined]
             layer._parameters[part] = cut
 
     def _dense(self, name: str, key: str, value: Tensor) -> None:
@@ -169,6 +172,11 @@ class _Loading:
         elif self.options.mapped and not self.contents.reader.is_kept(made):
             why = "another dtype" if made is not value else "not aligned in the file, or decoded"
             self.notes[name] = f"copied, not mapped: {why}"
+
+
+def _check_finite(scales: Tensor) -> None:
+    if not bool(scales.isfinite().all()):
+        raise ValueError("holds scales that are NaN or Inf")
 
 
 def _is_sharded(place: PackedModule) -> bool:
@@ -253,31 +261,38 @@ def load_quantized(
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_quantized: expected a module, got {type(model).__name__}")
     meshes = parts.meshes_of(model)
-    where = parts.device_of(meshes) if meshes and device is None else torch.device(device or "cpu")
-    _check_options(mapped, mmap, where, bool(meshes))
-    options = _Options(where, dtype, compute_dtype, mapped)
 
     def load() -> _Loaded:
-        return _read(model, path, options, meshes, ignore, progress, mmap, verify)
+        parts.refuse_values(model)
+        own = parts.device_of(meshes) if meshes and device is None else None
+        where = own or torch.device(device or "cpu")
+        _check_options(mapped, mmap, where, bool(meshes))
+        options = _Options(where, dtype, compute_dtype, mapped)
+        folder = path.parent if path.is_file() else path
+        return read_whole(
+            folder, lambda: _read(model, path, options, meshes, ignore, progress, mmap, verify)
+        )
 
-    folder = path.parent if path.is_file() else path
     if not meshes:
-        loaded = read_whole(folder, load)
+        loaded = load()
     else:
         error, found = None, None
         try:
-            found = read_whole(folder, load)
+            found = load()
         except Exception as failed:  # the others wait to hear of it
             error = failed
         parts.agree(meshes, error, found.fingerprint if found else "")
         assert found is not None
         loaded = found
-    plan, loading = loaded.plan, loaded.loading
+    plan, loading, where = loaded.plan, loaded.loading, loaded.loading.options.device
     with restoring(model):
         places = assign(plan, loading.layers, loading.tensors, loaded.buffers)
         _start(model, meshes, where)
         if left := [name for name, p in model.named_parameters() if p.is_meta]:
             raise ValueError(f"load_quantized: {left[:3]} would stay on the meta device")
+        for number, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, Watch):  # of weights that this load has replaced
+                del model._forward_pre_hooks[number]
         if loaded.watch is not None:
             model.register_forward_pre_hook(loaded.watch)
     return Names(places, plan.ignored, loading.made, loading.notes)
@@ -333,7 +348,7 @@ def _read(
                 watch()  # they may have changed while they were read
             except RuntimeError as error:
                 raise ValueError(str(error)) from error
-        said = [(name, layer.rank, layer.scaling) for name, layer in adapters.items()]
+        said = [(name, *map(str, settings_of(layer))) for name, layer in adapters.items()]
         shapes = [(name, tuple(value.shape)) for name, value in plan.own.items()]
         print_of = parts.fingerprint(
             sorted(reader.specs.items()), sorted(map(str, reader.metadata.values())), shapes, said,

@@ -26,25 +26,27 @@ from minipeft.layers.dora import DoRA
 
 
 def meshes_of(model: nn.Module) -> list[Any]:
-    """The meshes of processes over which parameters are sharded, in the order of the model.
-
-    Raises:
-        ValueError: sharded parameters that have values: fully_shard keeps memory of its own for
-            them, which would not follow.
-    """
+    """The meshes of processes over which parameters are sharded, in the order of the model."""
     found: list[Any] = []
+    for parameter in model.parameters():
+        if is_sharded(parameter):
+            mesh = parameter.device_mesh  # type: ignore[attr-defined]
+            if all(mesh is not other for other in found):
+                found.append(mesh)
+    return found
+
+
+def refuse_values(model: nn.Module) -> None:
+    """Raise ValueError if sharded parameters have values.
+
+    fully_shard keeps memory of its own for them, which would not follow.
+    """
     for name, parameter in model.named_parameters():
-        if not is_sharded(parameter):
-            continue
-        if not parameter.is_meta:
+        if is_sharded(parameter) and not parameter.is_meta:
             raise ValueError(
                 f"load_quantized: {name} is sharded and has values; shard the model while it is on "
                 "the meta device (build it there, inject, fully_shard, then load_quantized)"
             )
-        mesh = parameter.device_mesh  # type: ignore[attr-defined]
-        if all(mesh is not other for other in found):
-            found.append(mesh)
-    return found
 
 
 def region(meta: Any) -> tuple[slice, ...]:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from minipeft.adapters.names import adapters_called
 from minipeft.adapters.plain_names import PlainNames
 from minipeft.adapters.sharded import agreed, own_class, resharded
-from minipeft.adapters.state import checked_state, copy_state, named_tensors
+from minipeft.adapters.state import (
+    checked_state,
+    copy_state,
+    named_adapters,
+    named_tensors,
+    refuse_merged,
+)
 from minipeft.io.fields import read_config
 from minipeft.io.files import check_values
 from minipeft.io.peft.config import CONFIG_NAME, PROMPT_KINDS, checked
@@ -27,6 +33,7 @@ from minipeft.io.replace import read_whole
 from minipeft.layers.fused import LoRAFusedLinear
 from minipeft.layers.mixture import LoRAExperts
 from minipeft.lora import LowRank, lora_scaling
+from minipeft.model.rows import refuse_rows
 
 _CALLER = "load_peft"
 _BEFORE = "load it first, in every process, then fully_shard the model"
@@ -45,6 +52,8 @@ def load_into_shards(model: nn.Module, directory: Path, name: str, *, strict: bo
     """
     mesh = resharded(model)
     with agreed(_CALLER, mesh):
+        refuse_merged(_CALLER, named_adapters(model))
+        refuse_rows(_CALLER, model)
         state = read_whole(directory, lambda: _state(model, directory, name, strict=strict))
         own, _ = named_tensors(_CALLER, model, name)
         missing = [key for key in own if key not in state]
@@ -105,10 +114,11 @@ def _checked(
         )
     rank = config.rank_of(place)
     scaling = lora_scaling(config.alpha_of(place), rank, rank_stabilized=plain.rank_stabilized)
-    file = _said(rank, scaling, dora=plain.dora)
-    mine = _said(layer.rank, layer.scaling, dora="magnitude" in layer._parameters)
+    dora = "magnitude" in layer._parameters
+    file = _said(rank, scaling, plain.dropout, dora=plain.dora)
+    mine = _said(layer.rank, layer.scaling, layer.dropout, dora=dora)
     near = math.isclose(scaling, layer.scaling, rel_tol=_NEAR)
-    same = rank == layer.rank and near and plain.dora == ("magnitude" in layer._parameters)
+    same = (rank, plain.dropout, plain.dora) == (layer.rank, layer.dropout, dora) and near
     if not same or training.slices or training.start:
         more = " with slices" if training.slices else " with a start" if training.start else ""
         raise ValueError(
@@ -118,5 +128,6 @@ def _checked(
     return cast(LowRank, layer)
 
 
-def _said(rank: int, scaling: float, *, dora: bool) -> str:
-    return f"{'DoRA' if dora else 'LoRA'} of rank {rank} and scaling {scaling:g}"
+def _said(rank: int, scaling: float, dropout: float, *, dora: bool) -> str:
+    kind = "DoRA" if dora else "LoRA"
+    return f"{kind} of rank {rank}, scaling {scaling:g} and dropout {dropout:g}"

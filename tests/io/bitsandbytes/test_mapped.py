@@ -238,6 +238,8 @@ def test_the_hook_lets_models_be_compiled_and_copied(tmp_path):
     saved(tmp_path / "four")
     model = filled(tmp_path / "four")
     assert len(model._forward_pre_hooks) == 1
+    load_quantized(model, tmp_path / "four", mapped=True)
+    assert len(model._forward_pre_hooks) == 1, "that of the first load went with its weights"
     compiled = torch.compile(model, backend="eager")
     rows = torch.tensor([1, 5])
     assert torch.equal(compiled(rows), model(rows))
