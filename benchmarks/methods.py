@@ -84,16 +84,19 @@ def _peft_prefix(model: Any, config: dict[str, Any]) -> Prepared:
     return Prepared(wrapped, off)
 
 
-_PEFT = ["peft", "transformers.models.llama.modeling_llama"]
+_LLAMA = ["transformers.models.llama.modeling_llama"]  # for all alike, before memory is measured
+_PEFT = ["peft", *_LLAMA]
 METHODS = {
-    "full": OURS["full"],
-    "lora": replace(OURS["lora"], peer="peft-lora"),
+    "full": replace(OURS["full"], imports=_LLAMA),
+    "lora": replace(OURS["lora"], peer="peft-lora", imports=_LLAMA),
     "peft-lora": Method("PEFT LoRA", _peft, 5e-4, is_peer=True, imports=_PEFT),
-    "qlora": replace(OURS["qlora"], peer="peft-qlora"),
+    "qlora": replace(OURS["qlora"], peer="peft-qlora", imports=_LLAMA),
     "peft-qlora": Method(
         "PEFT + bitsandbytes QLoRA", _peft_bitsandbytes, 5e-4, is_peer=True, imports=_PEFT
     ),
-    "ptuning": replace(OURS["ptuning"], peer="peft-prefix"),
+    "ptuning": replace(
+        OURS["ptuning"], peer="peft-prefix", imports=[*OURS["ptuning"].imports, *_LLAMA]
+    ),
     "peft-prefix": Method(
         "PEFT prefix tuning", _peft_prefix, 1e-2, starts_at_base=False, is_peer=True, imports=_PEFT
     ),

@@ -59,8 +59,8 @@ def benchmark(
 
     `predicted MB` is what `predict_memory` says of the step's peak, where model and loss read no
     values (they run without any).  `peak MB` is the highest resident memory above the process after
-    its imports; on CUDA, of allocations.  FLOPs are of one forward and backward, by torch's
-    counter.  `progress` None: a bar on a terminal, else a line for each run.
+    its imports and a small step; on CUDA, of allocations.  FLOPs are of one forward and backward,
+    by torch's counter.  `progress` None: a bar on a terminal, else a line for each run.
 
     Raises:
         ValueError: no such method; functions that another process cannot import; numbers below 1.

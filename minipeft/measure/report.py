@@ -118,10 +118,12 @@ class Report:
             limited = "".join(f", {name}={value}" for name, value in limits.items())
             processor += f" ({capability}{amx}{limited})"
         where = machine.get("gpu") if options["device"].startswith("cuda") else processor
+        counted = [run["threads"] for run in self.data["runs"] if "threads" in run]
+        threads = counted[0] if counted else options["threads"] or machine["cores"]
+        first = "imports and a small step" if counted else "imports"
         return (
             f"{self.data['about']}, {options['rounds']} rounds; {where}, "
-            f"{options['threads'] or machine['cores']} threads; peak: above the process after its "
-            "imports"
+            f"{threads} threads; peak: above the process after its {first}"
         )
 
     def markdown(self) -> str:

@@ -9,6 +9,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from minipeft.adapters.protocol import is_packed
 from minipeft.inject import freeze
+from minipeft.lora import LoRALinear
 from minipeft.measure.memory import PeakMemory
 from minipeft.measure.methods import Method, Prepared
 from minipeft.model.memory import memory_report
+from minipeft.qlora import NF4Linear
 
 Loss = Callable[[Any, Any], Tensor]
 Say = Callable[[dict[str, Any]], None]
@@ -98,16 +101,11 @@ def run(case: Case, say: Say = lambda values: None) -> dict[str, Any]:
     for name in case.method.imports:
         importlib.import_module(name)
     first = moved(case.make_batch(0), device)
+    _warm_up(device)
     memory = PeakMemory(device)
     torch.manual_seed(case.seed)
     model = case.make_model().to(device).train()
-    untouched = None
-    if not case.method.starts_at_base:
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        freeze(model)  # statistics stand still, as they do below adapters
-        untouched = _loss_now(case, model, first)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    untouched = _loss_of_the_base(case, model, first)
     torch.manual_seed(case.seed)
     try:
         prepared = case.method.prepare(model, case.settings)
@@ -123,11 +121,29 @@ def run(case: Case, say: Say = lambda values: None) -> dict[str, Any]:
     figures |= memory.figures()
     if checksum(prepared.model) != frozen:
         raise GateError("a frozen parameter changed in training")
-    figures |= {"step_seconds": times, "train_losses": losses}
+    figures |= {"step_seconds": times, "train_losses": losses, "threads": torch.get_num_threads()}
     if case.flops:
         figures["flops"] = count_flops(case, prepared.model, first)
         figures["predicted_bytes"], figures["no_prediction"] = predicted(case, prepared, first)
     return figures | (case.after(prepared.model) if case.after else {})
+
+
+def _warm_up(device: torch.device) -> None:
+    """A step of a small layer: what a first step imports and compiles counts for no method."""
+    layer = LoRALinear(NF4Linear.from_linear(nn.Linear(64, 64)), 4).to(device)
+    optimizer = optimizer_for(layer, 1e-3)
+    layer(torch.ones(2, 64, device=device)).sum().backward()
+    optimizer.step()
+
+
+def _loss_of_the_base(case: Case, model: Any, batch: Any) -> float:
+    """The loss before anything is added; statistics stand still, as they do below adapters."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    freeze(model)
+    loss = _loss_now(case, model, batch)
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    return loss
 
 
 def _loss_now(case: Case, model: Any, batch: Any) -> float:
@@ -136,19 +152,29 @@ def _loss_now(case: Case, model: Any, batch: Any) -> float:
         return float(case.loss(model, batch))
 
 
-def gate_before(case: Case, prepared: Prepared, batch: Any, untouched: float | None) -> None:
+def gate_before(case: Case, prepared: Prepared, batch: Any, untouched: float) -> None:
     """Off, an adapter changes no bit of the loss; nor does it untrained, with B = 0.
 
-    `untouched` is the loss of the model before a prefix was attached, which does change it.
+    `untouched` is the loss of the base before; with 4-bit layers the base has changed.  A prefix
+    does change the loss, untrained.
     """
     loss = _loss_now(case, prepared.model, batch)
     with prepared.adapters_off():
         without = _loss_now(case, prepared.model, batch)
-    if untouched is not None:
-        if without != untouched or loss == untouched:
-            raise GateError(f"loss {untouched}, with a prefix {loss}, switched off {without}")
-    elif not math.isfinite(loss) or loss != without:
-        raise GateError(f"loss {loss} with an untrained adapter, {without} without")
+    rounded = any(map(_is_4_bit, prepared.model.modules()))
+    if prepared.adapters_off is not nullcontext and not rounded and without != untouched:
+        raise GateError(f"loss {untouched} before, {without} with the adapter off")
+    if not math.isfinite(loss):
+        raise GateError(f"loss {loss} before training")
+    if case.method.starts_at_base != (loss == without):
+        raise GateError(
+            f"loss {loss} with an untrained adapter, {without} without; where it does not start at "
+            "the base, give Method(..., starts_at_base=False)"
+        )
+
+
+def _is_4_bit(module: nn.Module) -> bool:
+    return is_packed(module) or type(module).__name__ == "Linear4bit"
 
 
 def gate_gradients(model: Any) -> None:
@@ -157,7 +183,11 @@ def gate_gradients(model: Any) -> None:
         if not parameter.requires_grad:
             if parameter.grad is not None:
                 raise GateError(f"{name} is frozen and got a gradient")
-        elif parameter.grad is None or not bool(parameter.grad.isfinite().all()):
+        elif parameter.grad is None:
+            raise GateError(
+                f"{name} trains and got no gradient: the loss does not use it; freeze it"
+            )
+        elif not bool(parameter.grad.isfinite().all()):
             raise GateError(f"{name} got no finite gradient")
 
 
@@ -171,7 +201,8 @@ def _train(
     case: Case, model: Any, device: torch.device, say: Say
 ) -> tuple[list[float], list[float]]:
     """Seconds and losses of the steps: forward, backward and update."""
-    optimizer = optimizer_for(model, case.learning_rate or case.method.learning_rate)
+    rate = case.method.learning_rate if case.learning_rate is None else case.learning_rate
+    optimizer = optimizer_for(model, rate)
     times: list[float] = []
     losses: list[float] = []
     for step in range(case.steps):
@@ -241,7 +272,7 @@ def weight_figures(model: nn.Module) -> dict[str, float | int | None]:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     packed_bytes = weights = 0
     for module in model.modules():
-        if type(module).__name__ != "Linear4bit":
+        if not _is_4_bit(module) or is_packed(module):
             continue
         layer: Any = module
         if (state := getattr(layer.weight, "quant_state", None)) is not None:

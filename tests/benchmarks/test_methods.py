@@ -63,7 +63,19 @@ def test_a_failing_gate_gives_no_figures(tmp_path):
         prepared.model.unused = torch.nn.Parameter(torch.zeros(1))
         return prepared
 
-    for prepare, why in ((disturbed, "untrained adapter"), (with_unused, "no finite gradient")):
+    def wrecked(model, settings):
+        prepared = lora(model, settings)
+        with torch.no_grad():
+            for parameter in prepared.model.parameters():
+                parameter *= 0.5
+        return prepared
+
+    broken = {
+        "untrained adapter": disturbed,
+        "unused trains and got no gradient": with_unused,
+        "with the adapter off": wrecked,
+    }
+    for why, prepare in broken.items():
         case = replace(small_case(tmp_path), method=methods.Method("broken", prepare))
         with pytest.raises(measured.GateError, match=why):
             measured.run(case)
