@@ -28,25 +28,28 @@ def random_states() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_random_states(where: str, states: Any) -> None:
+def check_random_states(states: Any) -> None:
     """Try states on generators that nobody uses.
 
     Raises:
         ValueError: they are damaged, or of accelerators that are not here.
     """
+    here, count = _accelerator(always=True)
     try:
+        device, kept = states["accelerator"]
+        number = len(kept)
         random.Random().setstate(_python(states))
         np.random.RandomState().set_state(_numpy(states))
         torch.Generator().set_state(states["torch"])
-        device, kept = states["accelerator"]
-    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        if (device, number) == (here, count):
+            for index, state in enumerate(kept):
+                torch.Generator(f"{device}:{index}").set_state(state)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+            RuntimeError) as error:  # fmt: skip
+        raise ValueError(f"the states of random generators are damaged ({error})") from error
+    if kept and (device, number) != (here, count):
         raise ValueError(
-            f"{where}: the states of random generators are damaged ({error})"
-        ) from error
-    here, count = _accelerator(always=True)
-    if kept and (device, len(kept)) != (here, count):
-        raise ValueError(
-            f"{where}: generators of {len(kept)} devices of kind {device!r}; here "
+            f"generators of {number} devices of kind {device!r}; here "
             f"are {count} of {here!r}; generators=False leaves all random generators as they are"
         )
 
@@ -65,6 +68,8 @@ def _python(states: Any) -> Any:
     version, numbers, gauss = states["python"]
     if numbers.shape != (_PYTHON,):
         raise ValueError(f"Python's has {tuple(numbers.shape)} numbers")
+    if gauss is not None and type(gauss) is not float:
+        raise ValueError(f"Python's keeps {gauss!r:.60}, expected a float or None")
     return version, tuple(numbers.tolist()), gauss
 
 
@@ -72,6 +77,8 @@ def _numpy(states: Any) -> Any:
     kind, keys, position, has_gauss, cached = states["numpy"]
     if keys.shape != (_NUMPY,):
         raise ValueError(f"numpy's has {tuple(keys.shape)} numbers")
+    if type(position) is not int or not 0 <= position <= _NUMPY:  # numpy would read beyond its end
+        raise ValueError(f"numpy's is at {position!r:.60}, expected 0 to {_NUMPY}")
     return kind, keys.numpy().astype(np.uint32), position, has_gauss, cached
 
 

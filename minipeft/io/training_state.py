@@ -14,7 +14,8 @@ these functions say so.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,26 +28,30 @@ from minipeft.adapters.protocol import whole
 from minipeft.adapters.state import refuse_merged, require_adapters
 from minipeft.io import fields
 from minipeft.io.generators import check_random_states, random_states, set_random_states
+from minipeft.io.optimizer_state import (
+    checked,
+    described,
+    form,
+    kind_of,
+    same_names,
+    take,
+    unpack_dict,
+)
 from minipeft.io.peft import CONFIG_NAME as OF_PEFT
 from minipeft.io.replace import Replacement, read_whole
 from minipeft.io.seal import read_sealed, stage
-from minipeft.io.values import pack, unpack
+from minipeft.io.values import pack
 from minipeft.model.trained_state import trained_state
 
 CONFIG_NAME, WEIGHTS_NAME = "training_state.json", "training_state.safetensors"
 _MODEL = "model/"  # before the names of the model's tensors in the file
-_OF_GROUP = ("params", "param_names")  # what stands for the parameters in a group
 _SAVE, _LOAD = "save_training_state", "load_training_state"
 _NAMED = fields.Kind("an object", lambda value: isinstance(value, dict))
 _TABLE = {
     "format": fields.one_of(1), "step": fields.whole(0), "adapters": _NAMED,
     "optimizer": _NAMED, "random": _NAMED, "scheduler": fields.optional(_NAMED),
 }  # fmt: skip
-_OF_OPTIMIZER = {
-    "class": fields.TEXT, "state": _NAMED, "more": _NAMED,
-    "groups": fields.list_of(fields.Kind("a group", lambda v: isinstance(v, dict)
-                             and isinstance(v.get("parameters"), list) and "options" in v)),
-}  # fmt: skip
+_OF_SCHEDULER = {"class": fields.TEXT, "state": _NAMED}
 
 
 @runtime_checkable
@@ -80,7 +85,8 @@ def save_training_state(
 
     Raises:
         ValueError: no adapter; a parameter of the optimiser that the model does not have; sharded
-            parameters, or parameters on the meta device.  Nothing is written then.
+            parameters, or parameters on the meta device; a state with keys like 1 and "1", whose
+            tensors would have one name.  Nothing is written then.
         TypeError: the scheduler or the optimiser keeps what JSON and tensors cannot hold.
         OSError: the disk is full, and the like; the old state is as it was.
 
@@ -100,9 +106,9 @@ def save_training_state(
     tensors = {f"{_MODEL}{name}": value for name, value in own.trained.items()}
     config = {
         "format": 1, "step": step, "adapters": own.settings,
-        "optimizer": _described(optimizer, own, tensors),
+        "optimizer": described(optimizer, own.groups, tensors),
         "scheduler": None if scheduler is None else {
-            "class": _kind(scheduler),
+            "class": kind_of(scheduler),
             "state": pack(scheduler.state_dict(), "scheduler", tensors),
         },
         "random": pack(random_states(), "random", tensors),
@@ -124,12 +130,15 @@ def load_training_state(
     Model, optimiser and scheduler are made as they were for the run that was saved: the same
     adapters, the same class of optimiser over the same parameters in the same groups, in any order.
     Everything is checked before anything is set.  `generators=False` leaves the random generators
-    as they are.
+    as they are: in data-parallel training, where each process draws numbers of its own, the first
+    one's generators would give all processes the same dropout masks, so pass it there, and let each
+    process set its own.
 
     Raises:
         ValueError: no such state, a damaged one or one of two saves; other adapters or settings of
-            them, another shape or dtype; another optimiser, other groups, another scheduler, one
-            without the other; random generators of other devices; merged or sharded adapters.
+            them (scaling, dropout, scale, on or off), another shape or dtype; another optimiser,
+            other groups, options or moments, another scheduler, one without the other; tensors
+            that nothing names; random generators of other devices; merged or sharded adapters.
             Model, optimiser, scheduler and generators are then as they were.
     """
     where = Path(folder)
@@ -142,28 +151,34 @@ def load_training_state(
         # memory of their own: the optimiser keeps some, and the file may be replaced
         return config, {name: tensor.clone() for name, tensor in found.items()}
 
-    config, tensors = read_whole(where, read)
-    fields.check(str(where / CONFIG_NAME), config, _TABLE, needed=_TABLE)
-    _check_model(where, config["adapters"], tensors, own)
-    moments = _moments(where, config["optimizer"], tensors, optimizer, own)
-    rates = _rates(where, config.get("scheduler"), tensors, scheduler)
-    states = unpack(config["random"], tensors)
-    if generators:
-        check_random_states(str(where), states)
-
     before = optimizer.state_dict(), None if scheduler is None else scheduler.state_dict()
+    with _of(where):
+        config, tensors = read_whole(where, read)
+        fields.check(CONFIG_NAME, config, _TABLE, needed=_TABLE)
+        values = _checked_values(config["adapters"], tensors, own)
+        moments = checked(config["optimizer"], tensors, optimizer, own.groups, before[0])
+        rates = _checked_rates(config["scheduler"], tensors, scheduler, before[1])
+        states = unpack_dict("random", config["random"], tensors)
+        if tensors:  # what was used is out
+            raise ValueError(
+                f"{WEIGHTS_NAME} holds {sorted(tensors)[0]} ({len(tensors)} such in all), which "
+                f"{CONFIG_NAME} does not name"
+            )
+        if generators:
+            check_random_states(states)
+
     try:
-        optimizer.load_state_dict(moments)
+        take(optimizer, moments)
         if scheduler is not None and rates is not None:
             scheduler.load_state_dict(rates)
     except BaseException:
-        optimizer.load_state_dict(before[0])
+        take(optimizer, before[0])
         if scheduler is not None and before[1] is not None:
             scheduler.load_state_dict(before[1])
         raise
     with torch.no_grad():
         for name, value in own.trained.items():
-            value.copy_(tensors[f"{_MODEL}{name}"])
+            value.copy_(values[name])
     if generators:
         set_random_states(states)
     step: int = config["step"]
@@ -184,8 +199,11 @@ class _Own:
                     "torch.distributed.checkpoint saves and loads sharded models"
                 )
         self.settings = {
-            plain(place): {key: vars(adapter)[key] for key in ("scaling", "dropout")
-                           if isinstance(vars(adapter).get(key), float | int)}
+            plain(place): {
+                **{key: vars(adapter)[key] for key in ("scaling", "dropout")
+                   if isinstance(vars(adapter).get(key), float | int)},
+                "scale": float(adapter.scale), "enabled": bool(adapter.enabled),
+            }
             for place, adapter in adapters.items()
         }  # fmt: skip
         names = {id(p): plain(name) for name, p in model.named_parameters(remove_duplicate=True)}
@@ -201,106 +219,85 @@ class _Own:
             self.groups.append({names[id(p)]: p for p in group["params"]})
 
 
-def _kind(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _described(optimizer: Optimizer, own: _Own, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """An optimiser as JSON, with names in the place of numbers; its tensors go into `tensors`."""
-    found = optimizer.state_dict()
-    numbered: dict[object, str] = {}
-    groups: list[dict[str, Any]] = []
-    for group, named in zip(found["param_groups"], own.groups, strict=True):
-        numbered |= dict(zip(group["params"], named, strict=True))
-        options = {key: value for key, value in group.items() if key not in _OF_GROUP}
-        groups.append({
-            "parameters": [[name, _form(p)] for name, p in named.items()],
-            "options": pack(options, f"groups/{len(groups)}", tensors),
-        })  # fmt: skip
-    state = {numbered[number]: value for number, value in found["state"].items()}
-    more = {key: value for key, value in found.items() if key not in ("state", "param_groups")}
-    return {
-        "class": _kind(optimizer), "groups": groups,
-        "state": pack(state, "optimizer", tensors), "more": pack(more, "more", tensors),
-    }  # fmt: skip
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _check_model(
-    where: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], own: _Own
-) -> None:
-    """Raise ValueError unless the file's adapters are the model's, in all but their values."""
-    saved = {name.removeprefix(_MODEL): value for name, value in tensors.items()
-             if name.startswith(_MODEL)}  # fmt: skip
-    _same_names(where, "the model's trained tensors", saved.keys(), own.trained.keys())
-    for name, value in saved.items():
-        if (there := _form(value)) != (here := _form(own.trained[name])):
-            raise ValueError(f"{where}: {name} is {there} there, and {here} in the model")
-    for place in sorted(settings.keys() | own.settings.keys()):
-        if (saved_as := settings.get(place)) != (mine := own.settings.get(place)):
-            raise ValueError(f"{where}: adapter {place!r} has {saved_as} there, and {mine} here")
-
-
-def _moments(
-    where: Path,
-    saved: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    optimizer: Optimizer,
-    own: _Own,
-) -> dict[str, Any]:
-    """The optimiser's state dict, with this optimiser's numbers of its parameters."""
-    fields.check(f"{where / CONFIG_NAME}: optimizer", saved, _OF_OPTIMIZER, needed=_OF_OPTIMIZER)
-    if saved["class"] != (here := _kind(optimizer)):
-        raise ValueError(f"{where}: the state of a {saved['class']}; this optimiser is a {here}")
-    if len(saved["groups"]) != len(own.groups):
+@contextmanager
+def _of(where: Path) -> Iterator[None]:
+    """Let whatever a damaged file leads to be a ValueError that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(str(where)):
+            raise
+        raise ValueError(f"{where}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
         raise ValueError(
-            f"{where}: the optimiser had {len(saved['groups'])} groups of parameters; this one has "
-            f"{len(own.groups)}"
-        )
-    found = optimizer.state_dict()
-    state = unpack(saved["state"], tensors)
-    numbered: dict[str, object] = {}
-    groups: list[dict[str, Any]] = []
-    for index, (group, named) in enumerate(zip(saved["groups"], own.groups, strict=True)):
-        forms = dict(group["parameters"])
-        _same_names(where, f"group {index} of the optimiser", forms.keys(), named.keys())
-        for name, parameter in named.items():
-            if forms[name] != (here := _form(parameter)):
-                raise ValueError(f"{where}: {name} was {forms[name]}, and is {here} here")
-        mine = found["param_groups"][index]
-        numbered |= dict(zip(named, mine["params"], strict=True))
-        keep = {key: mine[key] for key in _OF_GROUP if key in mine}
-        groups.append({**unpack(group["options"], tensors), **keep})
-    if strange := state.keys() - numbered.keys():
-        raise ValueError(f"{where}: the state of {sorted(strange)[0]}, which is in no group")
-    return {
-        **unpack(saved["more"], tensors), "param_groups": groups,
-        "state": {numbered[name]: value for name, value in state.items()},
+            f"{where}: {CONFIG_NAME} is damaged ({type(error).__name__}: {str(error)[:200]})"
+        ) from error
+
+
+def _checked_values(
+    settings: Mapping[str, Any], tensors: dict[str, Tensor], own: _Own
+) -> dict[str, Tensor]:
+    """The trained tensors, taken out of `tensors`; they and the settings must be the model's."""
+    names = [name for name in tensors if name.startswith(_MODEL)]
+    saved = {name.removeprefix(_MODEL): tensors.pop(name) for name in names}
+    same_names("the model's trained tensors", saved.keys(), own.trained.keys())
+    for name, value in saved.items():
+        if (there := form(value)) != (here := form(own.trained[name])):
+            raise ValueError(f"{name} is {there} there, and {here} in the model")
+    for place in sorted(settings.keys() | own.settings.keys()):
+        if (was := settings.get(place)) != (mine := own.settings.get(place)):
+            raise ValueError(
+                f"adapter {place!r} has {was} there, and {mine} here{_remedy(was, mine)}"
+            )
+    return saved
+
+
+def _remedy(there: Any, mine: Any) -> str:
+    """The calls that let an adapter's settings be those of the file."""
+    if not isinstance(there, dict) or mine is None:
+        return ""
+    calls = {
+        "scaling": "inject it with the alpha that it had", "dropout": "and with its dropout",
+        "scale": f"scale_adapters(model, {there.get('scale')}) sets its scale (name= that of one "
+                 "adapter among several)",
+        "enabled": "use_adapters(model, names) chooses the adapters that are on",
     }  # fmt: skip
+    return "".join(f"; {call}" for key, call in calls.items() if there.get(key) != mine.get(key))
 
 
-def _rates(
-    where: Path, saved: Any, tensors: Mapping[str, Tensor], scheduler: Scheduler | None
-) -> dict[str, Any] | None:
-    """The scheduler's state dict; None if there is none."""
-    there = None if saved is None else saved.get("class")
-    here = None if scheduler is None else _kind(scheduler)
+def _checked_rates(
+    saved: Any, tensors: dict[str, Tensor], scheduler: Scheduler | None, own: Any
+) -> dict[Any, Any] | None:
+    """The scheduler's state dict; None if there is none.  `own` is this scheduler's."""
+    if saved is not None:
+        fields.check("scheduler", saved, _OF_SCHEDULER, needed=_OF_SCHEDULER)
+    there = None if saved is None else saved["class"]
+    here = None if scheduler is None else kind_of(scheduler)
     if there != here:
         raise ValueError(
-            f"{where}: was saved with {there or 'no scheduler'}; here is {here or 'none'}: pass "
+            f"was saved with {there or 'no scheduler'}; here is {here or 'none'}: pass "
             "scheduler= as it was"
         )
-    found: dict[str, Any] | None = None if saved is None else unpack(saved["state"], tensors)
+    if saved is None:
+        return None
+    found = unpack_dict("the scheduler's state", saved["state"], tensors)
+    _same_keys("entries of the scheduler", found, own)
     return found
 
 
-def _same_names(where: Path, what: str, there: Any, here: Any) -> None:
-    if wrong := sorted(there ^ here):
-        side = "are in the file alone" if wrong[0] in there else "are not in the file"
-        raise ValueError(
-            f"{where}: {what} have other names: {wrong[:3]} {side} ({len(wrong)} in all); is it "
-            "the state of another adapter?"
-        )
+def _same_keys(what: str, there: Any, here: Any) -> None:
+    """Raise ValueError unless dicts have the same keys, and those of schedulers inside too.
+
+    torch's schedulers take every key for an attribute, `step` and `optimizer` too.
+    """
+    if type(here) is dict:
+        if type(there) is not dict:
+            raise ValueError(f"{what}: {str(there)[:60]}; expected a dict")
+        same_names(what, there.keys(), here.keys())
+        for key, value in here.items():
+            _same_keys(f"{what}: {key}", there[key], value)
+    elif type(here) in (list, tuple) and any(type(value) is dict for value in here):
+        if type(there) is not type(here) or len(there) != len(here):
+            raise ValueError(f"{what}: {str(there)[:60]}; expected {len(here)} in a list")
+        for index, value in enumerate(here):
+            _same_keys(f"{what}: {index}", there[index], value)

@@ -10,7 +10,6 @@ the type; a numpy float comes back as Python's.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,12 +22,18 @@ def pack(value: object, place: str, tensors: dict[str, Tensor]) -> Json:
 
     Raises:
         TypeError: a value of another kind, a function for example; the message says where.
+        ValueError: two tensors whose places have one name: of keys 1 and "1", or "a/b" and a, b.
     """
     if value is None or isinstance(value, bool | str) or type(value) is int:
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
     if isinstance(value, Tensor):
+        if place in tensors:
+            raise ValueError(
+                f"{place} would be the name of two tensors; expected keys that differ as texts and "
+                "from paths of keys with / between"
+            )
         tensors[place] = value
         return {"tensor": place}
     if isinstance(value, list | tuple) and type(value) in (list, tuple):
@@ -50,11 +55,12 @@ def _is_key(key: object, place: str) -> bool:
     return True
 
 
-def unpack(found: Json, tensors: Mapping[str, Tensor]) -> Any:
-    """The value that `pack` made this of.
+def unpack(found: Json, tensors: dict[str, Tensor]) -> Any:
+    """The value that `pack` made this of; its tensors are taken out of `tensors`.
 
     Raises:
-        ValueError: what `pack` does not make, or a tensor that is not in `tensors`.
+        ValueError: what `pack` does not make; a tensor that is not in `tensors`, or comes twice.
+        RecursionError: it is nested too deeply.
     """
     if isinstance(found, list):
         return [unpack(part, tensors) for part in found]
@@ -64,15 +70,16 @@ def unpack(found: Json, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "float" and inside in ("inf", "-inf", "nan"):
         return float(inside)
     if kind == "tensor" and isinstance(inside, str) and inside in tensors:
-        return tensors[inside]
+        return tensors.pop(inside)
     if kind == "tuple" and isinstance(inside, list):
         return tuple(unpack(part, tensors) for part in inside)
     if kind in ("dict", "counter") and isinstance(inside, list):
-        try:
-            pairs = {key: unpack(part, tensors) for key, part in inside}
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{str(inside)[:60]}: no pairs of keys and values ({error})"
-            ) from error
+        pairs: dict[Any, Any] = {}
+        for pair in inside:
+            if not isinstance(pair, list) or len(pair) != 2 or type(pair[0]) not in (str, int):
+                raise ValueError(f"{str(pair)[:60]}: no pair of a key and a value")
+            if pair[0] in pairs:
+                raise ValueError(f"{pair[0]!r:.60} is a key twice")
+            pairs[pair[0]] = unpack(pair[1], tensors)
         return Counter(pairs) if kind == "counter" else pairs
     raise ValueError(f"{str(found)[:80]} is no value that was written here")

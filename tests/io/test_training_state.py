@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import minipeft as mp
@@ -49,6 +51,23 @@ def with_module_and_biases():
     return model
 
 
+class Wide(torch.optim.Optimizer):
+    """Momentum in float32 and in float64, whatever the parameters are, in a list and alone."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-2})
+
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            kept = self.state[parameter]
+            if not kept:
+                kept["wide"] = torch.zeros_like(parameter, dtype=torch.float32)
+                kept["more"] = [torch.zeros_like(parameter, dtype=torch.float64)]
+            for moment in (kept["wide"], kept["more"][0]):
+                moment.mul_(0.9).add_(parameter.grad)
+                parameter.data.add_(moment, alpha=-self.param_groups[0]["lr"])
+
+
 METHODS = {
     "lora": lora,
     "dora": lambda: lora(dora=True),
@@ -56,6 +75,7 @@ METHODS = {
     "pissa": lambda: lora(init=mp.starts.pissa()),
     "two adapters": two,
     "module and biases": with_module_and_biases,
+    "bfloat16": lambda: lora(dtype=torch.bfloat16),
 }
 OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
@@ -63,6 +83,7 @@ OPTIMIZERS = {
     "foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=1e-2),
     "rate as a tensor": lambda p: torch.optim.Adam(p, lr=torch.tensor(1e-2)),
 }
 SCHEDULERS = {
@@ -172,6 +193,18 @@ def test_every_optimiser_goes_on_in_every_bit(optimizer, tmp_path):
     check_resumed(tmp_path, "lora", optimizer)
 
 
+def test_moments_wider_than_their_parameters_keep_every_bit(tmp_path, monkeypatch):
+    monkeypatch.setitem(OPTIMIZERS, "wide", Wide)
+    check_resumed(tmp_path, "bfloat16", "wide")  # torch casts them to bfloat16 in a load
+
+
+def test_transformers_adafactor_keeps_every_bit(tmp_path, monkeypatch):
+    optimization = pytest.importorskip("transformers.optimization")
+    monkeypatch.setitem(OPTIMIZERS, "its", lambda p: optimization.Adafactor(
+        p, lr=1e-2, relative_step=False, beta1=0.9))  # fmt: skip
+    check_resumed(tmp_path, "bfloat16", "its")
+
+
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, None])
 def test_every_scheduler_goes_on_in_every_bit(scheduler, tmp_path):
     check_resumed(tmp_path, "lora", "sgd", scheduler)
@@ -278,6 +311,19 @@ def other_dtype():
     return loop
 
 
+def scaled():
+    loop = Loop(scheduler=None)
+    mp.scale_adapters(loop.model, 0.5)
+    return loop
+
+
+def switched_off():
+    loop = Loop(scheduler=None)
+    for adapter in (loop.model[0], loop.model[2]):
+        adapter.enabled = False
+    return loop
+
+
 def fewer():
     loop = Loop(scheduler=None)
     loop.optimizer = OPTIMIZERS["adamw"](list(mp.adapter_parameters(loop.model))[1:])
@@ -297,6 +343,8 @@ def merged():
         (other_rank, r"0\.lora_a is float32 \[4, 64\] there, and float32 \[5, 64\] in the model"),
         (other_alpha, r"adapter '0' has .*1\.0.* there, and .*2\.25.* here"),
         (other_dtype, r"0\.lora_a is float32 .* there, and bfloat16"),
+        (scaled, r"'scale': 1\.0.*'scale': 0\.5.* here; scale_adapters\(model, 1\.0\)"),
+        (switched_off, r"'enabled': True.*'enabled': False.* here; use_adapters\(model, names\)"),
         (lambda: Loop("two adapters", scheduler=None), "other names.*not in the file"),
         (lambda: Loop("pissa", scheduler=None), r"lora_a0.* not in the file .*another adapter"),
         (lambda: Loop(optimizer="sgd", scheduler=None), r"state of a torch.*AdamW; .*SGD"),
@@ -339,7 +387,10 @@ def test_no_state_a_damaged_one_and_one_of_two_saves_are_refused(tmp_path):
     refused(loop, tmp_path / "b", "differs from its checksum")
 
 
-def test_a_scheduler_that_fails_leaves_the_optimiser_as_it_was(tmp_path):
+@pytest.mark.parametrize(("method", "optimizer"), [("lora", "adamw"), ("bfloat16", "wide")])
+def test_a_scheduler_that_fails_leaves_the_optimiser_as_it_was(
+    method, optimizer, tmp_path, monkeypatch
+):
     class Odd:
         def state_dict(self):
             return {"a": 1}
@@ -348,7 +399,8 @@ def test_a_scheduler_that_fails_leaves_the_optimiser_as_it_was(tmp_path):
             if state == {"a": 1}:
                 raise RuntimeError("not today")
 
-    loop = Loop(scheduler=None)
+    monkeypatch.setitem(OPTIMIZERS, "wide", Wide)
+    loop = Loop(method, optimizer, scheduler=None)
     loop.scheduler = Odd()
     loop.scheduler.step = lambda: None
     loop.run(1)
@@ -360,6 +412,154 @@ def test_a_scheduler_that_fails_leaves_the_optimiser_as_it_was(tmp_path):
     with pytest.raises(RuntimeError, match="not today"):
         loop.load(tmp_path)
     assert equal(loop.optimizer.state_dict(), now)
+
+
+def pairs(packed):
+    """The pairs of a packed dict, by their keys; a change of one changes the file's content."""
+    return {pair[0]: pair for pair in packed["dict"]}
+
+
+def moments_of(config):
+    """The packed moments of the first factor."""
+    return pairs(config["optimizer"]["state"])["0.lora_a"][1]
+
+
+def shape_of_a_moment(config, tensors):
+    tensors["optimizer/0.lora_a/exp_avg"] = torch.zeros(5, 5)
+
+
+def whole_numbers(config, tensors):
+    tensors["optimizer/0.lora_a/exp_avg"] = torch.zeros(4, 64, dtype=torch.int64)
+
+
+def no_moment(config, tensors):
+    moments_of(config)["dict"].pop()
+    del tensors["optimizer/0.lora_a/max_exp_avg_sq"]
+
+
+def empty_moments(config, tensors):
+    moments_of(config)["dict"] = []
+    for name in [name for name in tensors if name.startswith("optimizer/0.lora_a/")]:
+        del tensors[name]
+
+
+def text_as_step(config, tensors):
+    pairs(moments_of(config))["step"][1] = "x"
+    del tensors["optimizer/0.lora_a/step"]
+
+
+def one_tensor_twice(config, tensors):
+    pairs(moments_of(config))["exp_avg"][1] = pairs(moments_of(config))["exp_avg_sq"][1]
+
+
+def option(key, value):
+    def change(config, tensors):
+        pairs(config["optimizer"]["groups"][0]["options"])[key][1] = value
+
+    return change
+
+
+def at(path, value):
+    """A change of what stands at a path in the JSON."""
+
+    def change(config, tensors):
+        *way, last = path
+        for key in way:
+            config = config[key]
+        config[last] = value
+
+    return change
+
+
+def scheduler_entry(config, tensors):
+    config["scheduler"]["state"]["dict"] += [["step", 1], ["optimizer", 2]]
+
+
+def random_part(key, value):
+    def change(config, tensors):
+        pairs(config["random"])[key][1] = value
+        for name in [name for name in tensors if name.startswith(f"random/{key}")]:
+            del tensors[name]
+
+    return change
+
+
+def position_of_numpy(config, tensors):
+    pairs(config["random"])["numpy"][1]["tuple"][2] = 10**6
+
+
+def nested():
+    """Lists in lists: not too many for the reader of JSON, too many for a function in Python."""
+    value = 1
+    for _ in range(900 if sys.version_info < (3, 12) else 3000):
+        value = [value]
+    return value
+
+
+GROUP = ("optimizer", "groups", 0)
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    (shape_of_a_moment, r"exp_avg of 0\.lora_a is float32 \[5, 5\]; .* is float32 \[4, 64\]"),
+    (whole_numbers, r"exp_avg of 0\.lora_a is int64"),
+    (no_moment, r"moments of 0\.lora_a have other names: \['max_exp_avg_sq'\] are not"),
+    (empty_moments, r"moments of 0\.lora_a have other names: \['exp_avg', 'exp_avg_sq'"),
+    (text_as_step, "step of 0.lora_a is 'x'"),
+    (one_tensor_twice, "no value that was written here"),
+    (at(("optimizer", "state"), {"dict": []}), "holds optimizer/0.*json does not name"),
+    (at(("optimizer", "state"), {"dict": [["0.lora_a", 1]]}), "moments of 0.lora_a are 1"),
+    (at(("optimizer", "state"), {"tuple": [1]}), r"state is \(1,\); expected a dict"),
+    (at(("optimizer", "more"), {"dict": [["a", 1]]}), r"entries of the optimiser .*\['a'\]"),
+    (at((*GROUP, "options"), {"dict": []}), r"options in group 0 .*'amsgrad', 'betas'.*not in"),
+    (at((*GROUP, "parameters"), [[1, 2]]), "groups is"),
+    (at((*GROUP, "parameters"), [["a"]]), "groups is"),
+    (at((*GROUP, "parameters"), 3), "groups is"),
+    (option("lr", "x"), "lr is 'x' there, and 0.0.* here"),
+    (option("lr", None), "lr is None there"),
+    (option("betas", {"tuple": [0.9]}), r"betas is \(0\.9,\) there"),
+    (option("amsgrad", 1), "amsgrad is 1 there, and True here"),
+    (scheduler_entry, r"entries of the scheduler have other names: \['optimizer', 'step'\]"),
+    (at(("scheduler", "state"), {"tuple": []}), r"scheduler's state is \(\); expected a dict"),
+    (at(("scheduler",), {}), "scheduler: class"),
+    (at(("scheduler",), {"class": 1, "state": {}}), "scheduler: class"),
+    (at(("random",), {"dict": []}), "holds random/.* does not name"),
+    (at(("random",), {"tuple": []}), r"random is \(\); expected a dict"),
+    (random_part("python", {"tuple": [3, 1, None]}), "generators are damaged .*'int' object"),
+    (random_part("numpy", 5), "generators are damaged .*int"),
+    (random_part("accelerator", {"tuple": ["cuda", 7]}), "generators are damaged .*int"),
+    (position_of_numpy, "numpy's is at 1000000, expected 0 to 624"),
+    (at(("random",), {"dict": [["python", nested()]]}), "damaged .*RecursionError"),
+])  # fmt: skip
+def test_a_state_that_was_not_written_here_is_refused(change, match, tmp_path):
+    """Whoever writes both files anew, without checksums, gets a ValueError that names them."""
+    loop = Loop()
+    loop.run(1)
+    loop.save(tmp_path, 1)
+    place, weights = tmp_path / "training_state.json", tmp_path / "training_state.safetensors"
+    config, tensors = json.loads(place.read_text()), load_file(weights)
+    save_file(tensors, weights)
+    loop.load(tmp_path)  # as it is
+    change(config, tensors)
+    place.write_text(json.dumps(config))
+    save_file(tensors, weights)
+    refused(loop, tmp_path, match)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}"):
+        loop.load(tmp_path)
+
+
+def test_entries_of_schedulers_inside_a_scheduler_are_compared_too(tmp_path):
+    loop = Loop(scheduler="warm-up, then cosine")
+    loop.save(tmp_path, 0)
+    place, weights = tmp_path / "training_state.json", tmp_path / "training_state.safetensors"
+    config = json.loads(place.read_text())
+    save_file(load_file(weights), weights)
+    inner = pairs(config["scheduler"]["state"])["_schedulers"][1]
+    inner[0]["dict"].append(["optimizer", 1])
+    place.write_text(json.dumps(config))
+    refused(loop, tmp_path, r"_schedulers: 0 have other names: \['optimizer'\]")
+    inner.pop()
+    place.write_text(json.dumps(config))
+    refused(loop, tmp_path, "_schedulers: .*expected 2 in a list")
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path):
@@ -398,6 +598,25 @@ def test_generators_of_other_devices_are_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     refused(loop, tmp_path, "generators of 99 devices of kind 'cuda'.*generators=False")
     assert loop.load(tmp_path, generators=False) == 1
+
+
+@pytest.mark.parametrize("state", [
+    torch.zeros(16, dtype=torch.uint8), torch.zeros(5056), 3,
+], ids=["size", "dtype", "no tensor"])  # fmt: skip
+def test_damaged_generators_of_devices_are_refused_before_anything_changes(
+    state, tmp_path, monkeypatch
+):
+    from minipeft.io import generators, training_state
+
+    loop = Loop(scheduler=None)
+    loop.run(1)
+    states = generators.random_states()
+    states["accelerator"] = ("cpu", [state])  # the CPU in the place of an accelerator
+    monkeypatch.setattr(training_state, "random_states", lambda: states)
+    loop.save(tmp_path, 1)
+    monkeypatch.setattr(generators, "_accelerator", lambda always=False: ("cpu", 1))
+    loop.run(1)
+    refused(loop, tmp_path, "states of random generators are damaged")
 
 
 @pytest.mark.slow

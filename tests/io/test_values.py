@@ -59,7 +59,9 @@ def test_tensors_stay_beside_the_json_under_names_of_their_places():
     value = {"w": {"step": torch.tensor(3.0), "maps": (torch.arange(3), None)}}
     packed = pack(value, "optimizer", tensors)
     assert sorted(tensors) == ["optimizer/w/maps/0", "optimizer/w/step"]
-    found = unpack(json.loads(json.dumps(packed)), tensors)
+    left = dict(tensors)
+    found = unpack(json.loads(json.dumps(packed)), left)
+    assert not left  # each tensor is taken out, so that one that nothing names would stay
     assert found["w"]["step"] is value["w"]["step"]
     assert found["w"]["maps"][0] is value["w"]["maps"][0] and found["w"]["maps"][1] is None
 
@@ -74,12 +76,31 @@ def test_other_values_are_refused_by_their_place(value, where):
         pack(value, "here", {})
 
 
+@pytest.mark.parametrize("value", [
+    {1: torch.ones(1), "1": torch.zeros(1)}, {"a/b": torch.ones(1), "a": {"b": torch.zeros(1)}},
+    {"a": [torch.ones(1)], "a/0": torch.zeros(1)},
+], ids=["number and text", "slash", "index"])  # fmt: skip
+def test_two_tensors_never_share_a_name(value):
+    with pytest.raises(ValueError, match=r"here/.* would be the name of two tensors"):
+        pack(value, "here", {})
+
+
+@pytest.mark.parametrize("found", [
+    {"dict": [["a", 1], ["a", 2]]}, {"counter": [[1, 1], [1, 2]]},
+    [{"tensor": "t"}, {"tensor": "t"}],
+], ids=str)  # fmt: skip
+def test_what_comes_twice_is_refused(found):
+    with pytest.raises(ValueError, match=r"twice|written here"):
+        unpack(found, {"t": torch.ones(1)})
+
+
 @pytest.mark.parametrize(
     "found",
-    [{}, {"a": 1, "b": 2}, {"float": "1.0"}, {"tensor": "gone"}, {"dict": [[1]]}, {"dict": 3},
+    [{"dict": [[None, 1]]}, {"dict": [[True, 1]]}, {"dict": ["ab"]}, {"dict": [[1, 2, 3]]},
+     {}, {"a": 1, "b": 2}, {"float": "1.0"}, {"tensor": "gone"}, {"dict": [[1]]}, {"dict": 3},
      {"tuple": {"a": 1}}, {"code": "x"}, {"dict": [[[1], 2]]}],
     ids=str,
 )  # fmt: skip
 def test_json_that_was_not_written_here_is_refused(found):
-    with pytest.raises(ValueError, match=r"written here|no pairs"):
+    with pytest.raises(ValueError, match=r"written here|no pair"):
         unpack(found, {})
