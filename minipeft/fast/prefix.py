@@ -50,7 +50,7 @@ def why_not_merge(
         return "there is dropout"
     if any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors):
         return "a tensor subclass"
-    if any(x.device.type not in ("cpu", "meta") for x in tensors):  # meta: sizes alone
+    if {x.device.type for x in tensors} not in ({"cpu"}, {"meta"}):  # meta: sizes alone
         return f"not all tensors are on the CPU (q: {q.device})"
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         return f"dtypes of q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one of float"

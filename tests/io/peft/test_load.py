@@ -348,8 +348,6 @@ def test_adapters_in_eight_bits_are_refused(tmp_path):
 def test_models_without_values_are_refused(tmp_path):
     with torch.device("meta"):
         model = nn.ModuleDict({"query_projection": nn.Linear(8, 8)})
-    with pytest.raises(ValueError, match="meta device"):
-        mp.quantize_model(model)
     write_adapter(tmp_path)
     with pytest.raises(ValueError, match="meta device"):
         mp.load_peft(model, tmp_path)
