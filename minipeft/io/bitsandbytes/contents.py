@@ -74,7 +74,7 @@ class Contents:
         name = next(own for own in self.coded_keys[key] if weight_of(own) == key)
         settings, _ = settings_of(key, name, self.reader.read(name))
         kind, stored = self.reader.specs.get(key, (torch.uint8, (0,)))
-        if kind.itemsize * math.prod(stored) != math.ceil(math.prod(settings.shape) / 2):
+        if kind.itemsize * math.prod(stored) != -(-math.prod(settings.shape) // 2):
             raise ValueError(f"{key}: {stored} of {kind} for a weight {settings.shape}")
         return settings
 

@@ -65,7 +65,7 @@ class Settings(NamedTuple):
     @property
     def n_blocks(self) -> int:
         """How many block scales the weight has."""
-        return math.ceil(math.prod(self.shape) / self.block_size)
+        return -(-math.prod(self.shape) // self.block_size)
 
 
 def weight_of(key: str) -> str:
@@ -77,12 +77,12 @@ def specs(name: str, settings: Settings) -> dict[str, tuple[torch.dtype, tuple[i
     """The entries that `entries` makes for such a weight: their dtypes and shapes."""
     n = math.prod(settings.shape)
     made: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        name: (torch.uint8, (math.ceil(n / 2), 1)),
+        name: (torch.uint8, ((n + 1) // 2, 1)),
         f"{name}.quant_map": (torch.float32, (16,)),
         f"{name}.{STATE_KEY}{settings.quant_type}": (torch.uint8, (STATE_BYTES,)),
     }
     if settings.double_quant:
-        groups = math.ceil(settings.n_blocks / settings.nested_block_size)
+        groups = -(-settings.n_blocks // settings.nested_block_size)
         made[f"{name}.absmax"] = (torch.uint8, (settings.n_blocks,))
         made[f"{name}.nested_absmax"] = (torch.float32, (groups,))
         made[f"{name}.nested_quant_map"] = (torch.float32, (256,))
@@ -201,10 +201,10 @@ def state_of(
         )
     n, n_blocks = math.prod(settings.shape), settings.n_blocks
     codes = found[name]
-    if codes.dtype not in (torch.uint8, *DTYPES.values()) or codes.nbytes != math.ceil(n / 2):
+    if codes.dtype not in (torch.uint8, *DTYPES.values()) or codes.nbytes != (n + 1) // 2:
         raise ValueError(
             f"{name}: {codes.nbytes} bytes as {codes.dtype}; shape {settings.shape} takes "
-            f"{math.ceil(n / 2)}"
+            f"{(n + 1) // 2}"
         )
     state = {
         "packed": codes.contiguous().view(-1).view(torch.uint8),
@@ -221,7 +221,7 @@ def state_of(
             f"{name}.absmax: {absmax.numel()} values of {absmax.dtype}; expected {n_blocks} bytes"
         )
     size = settings.nested_block_size
-    code, groups = absmax.contiguous().view(-1), math.ceil(n_blocks / size)
+    code, groups = absmax.contiguous().view(-1), -(-n_blocks // size)
     scale = _floats(f"{name}.nested_absmax", found[f"{name}.nested_absmax"], groups)
     table = _floats(f"{name}.nested_quant_map", found[f"{name}.nested_quant_map"], 256)
     if size == ABSMAX_BLOCK_SIZE and tuple(table.tolist()) == dynamic_codebook():

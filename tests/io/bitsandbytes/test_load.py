@@ -174,6 +174,7 @@ BROKEN = {
     "shape negative": lambda f: edited(f, shape=[-48, -128]),
     "shape of another size": lambda f: edited(f, shape=[48, 129]),
     "shape without end": lambda f: edited(f, shape=[10**30, 10**30]),
+    "shape beyond floats": lambda f: edited(f, shape=[2**62] * 20),
     "shape of booleans": lambda f: edited(f, shape=[True, 6144]),
     "shape missing": lambda f: edited(f, shape=None),
     "block size 48": lambda f: edited(f, blocksize=48),

@@ -187,7 +187,13 @@ def work(rank):
     said["another"] = refused(sharded("uneven"), at("another"))
     said["wrong for all"] = refused(sharded("even"), good)
     said["options"] = refused(sharded("uneven"), good, dtype=None if rank else torch.bfloat16)
-    said["unmapped"] = refused(sharded("uneven"), good, mmap=False)
+    said["unmapped"] = refused(sharded("uneven"), good, mmap=rank == 0)
+    half = sharded("uneven")
+    half = half.to_empty(device="cpu") if rank else half
+    try:
+        mp.load_quantized(half, good)
+    except ValueError as error:
+        said["one has values"] = str(error)
     with torch.device("meta"):
         dense = Uneven()
     for name in Uneven.blocks:
@@ -234,6 +240,7 @@ def test_one_process_that_cannot_load_stops_all(plain_python, tmp_path):
         assert "is sharded as a dense" in said["dense"]
         assert "DoRA" in said["dora"]
         assert "is sharded and has values" in said["has values"]
+        assert "is sharded and has values" in said["one has values"]
         assert "differs from its checksum" in said["damaged"]
 
 
