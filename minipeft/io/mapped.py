@@ -7,7 +7,9 @@ become memory of the process, and the file stays as it is.
 The file must stay as it is too, for as long as a tensor is there.  A file that is replaced by
 another one under its name (as every save of minipeft does) stays on the disk until it is let go.
 A file that is written to in place changes the tensors.  Where it has become shorter, the system
-ends the process with SIGBUS when a page behind its end is touched: `check` asks before.
+ends the process with SIGBUS when a page behind its end is touched.  `Watch`, a hook, asks before a
+forward of the module that was loaded into; not while torch.compile's code runs, nor where a module
+inside it is called by itself.
 """
 
 import mmap

@@ -235,8 +235,9 @@ def load_quantized(
     With `mapped` codes and dense tensors are pages of the files (on a CPU): nothing is copied, and
     the system reads what is touched and drops it when memory is short, so the model may be larger
     than memory.  A tensor that is cast by `dtype`, or lies unaligned, is copied and in `.notes`.
-    The files must stay as they are: one that has changed makes the next forward raise, and one that
-    becomes shorter during a forward ends the process (SIGBUS).
+    The files must stay as they are: one that has changed makes the next forward of `model` raise
+    (not of compiled code, nor of a module inside it), and one that becomes shorter during a forward
+    ends the process (SIGBUS).
 
     Checksums are verified where the file has them and all of it is read anyway.  With `mapped`, and
     of a sharded model, only descriptions are; `verify=True` reads everything once first (each
