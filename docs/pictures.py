@@ -36,7 +36,7 @@ STYLES = {
     "light": Style("#222222", "#aaaaaa", "#0072b2", "#d55e00", "#009e73"),
     "dark": Style("#e4e4e4", "#6d7280", "#56b4e9", "#e69f00", "#12c08e"),
 }
-_SETTINGS = {
+SETTINGS = {
     "axes.spines.right": False, "axes.spines.top": False, "figure.constrained_layout.use": True,
     "font.family": "DejaVu Sans", "font.size": 10, "legend.frameon": False,
     "svg.fonttype": "path", "svg.hashsalt": "minipeft",
@@ -46,6 +46,12 @@ _SETTINGS = {
 def nf4_values(style: Style) -> Figure:
     """The 16 values of NF4 below the curve whose quantiles they are."""
     figure, axes = _axes(style, (5.2, 2.9))
+    draw_values(axes, style)
+    return figure
+
+
+def draw_values(axes: Any, style: Style) -> None:
+    """The same on axes that are there (also for the picture at the top of the README)."""
     # the largest value is 1 after scaling; before, it is this quantile of the standard normal
     widest = NormalDist().inv_cdf(1 - (1 / 15 + 1 / 16) / 4)
     x = torch.linspace(-1.25, 1.25, 251)
@@ -58,7 +64,6 @@ def nf4_values(style: Style) -> Figure:
         axes.text(value, height + 0.04, str(code), color=style.first, ha="center", size=8)
     axes.set(xlabel="weight / absmax", yticks=[], ylim=(0, 1.18))
     axes.spines["left"].set_visible(False)
-    return figure
 
 
 def nf4_block(style: Style) -> Figure:
@@ -158,19 +163,24 @@ def _learn(wanted: Tensor, rank: int) -> Tensor:
     return layer.delta().detach()
 
 
-def prefix_attention(style: Style) -> Figure:
-    """Attention weights of twelve tokens over a prefix of four positions and themselves."""
+def attention_weights(tokens: int = 12, length: int = 4) -> Tensor:
+    """Causal attention over a prefix and tokens, (tokens, length + tokens), NaN where hidden."""
     torch.manual_seed(0)
-    tokens, length, size = 12, 4, 16
+    size = 16
     q, k = torch.randn(2, tokens, size)
     prefix_k = 1.2 * torch.randn(length, size)
     scores = q @ torch.cat([prefix_k, k]).T / size**0.5
     hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
     scores[:, length:] = scores[:, length:].masked_fill(hidden, float("-inf"))
     weights = scores.softmax(dim=1)
+    return weights.masked_fill(weights == 0, float("nan"))
+
+
+def prefix_attention(style: Style) -> Figure:
+    """Attention weights of twelve tokens over a prefix of four positions and themselves."""
+    tokens, length = 12, 4
     figure, axes = _axes(style, (5.2, 3.7))
-    shown = weights.masked_fill(weights == 0, float("nan"))
-    image = axes.imshow(shown, cmap="cividis", vmin=0)
+    image = axes.imshow(attention_weights(tokens, length), cmap="cividis", vmin=0)
     axes.axvline(length - 0.5, color=style.second, linewidth=2)
     axes.set(xlabel="keys: 4 of the prefix, then the tokens", ylabel="queries",
              xticks=range(length + tokens), yticks=range(0, tokens, 2))  # fmt: skip
@@ -210,7 +220,7 @@ PICTURES: dict[str, Callable[[Style], Figure]] = {
 def make() -> dict[str, bytes]:
     """Every picture, by the name of its file: <picture>-light.svg and <picture>-dark.svg."""
     made = {}
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         for name, draw in PICTURES.items():
             for page, style in STYLES.items():
                 buffer = io.BytesIO()
