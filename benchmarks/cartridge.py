@@ -26,7 +26,6 @@ from torch import Tensor
 import minipeft as mp
 from benchmarks.harness import save_result
 from benchmarks.models import load_model, load_tokenizer
-from minipeft.adapters.progress import Progress
 
 example: Any = importlib.import_module("examples.11_cartridge")
 
@@ -54,8 +53,8 @@ the small museum behind the church.
 
 Puffins nest on the west side from April to July. Please keep to the marked path, since their
 burrows lie just below the grass, and do not bring drones. Seals rest on Gull Sands at low tide;
-stay fifty metres away from them. The beach at Saltby is safe for swimming, but the current at the south point
-is strong and has no lifeguard.
+stay fifty metres away from them. The beach at Saltby is safe for swimming, but the current at the
+south point is strong and has no lifeguard.
 
 Camping is allowed only in the field beside the chapel, at 5 pounds a night for each tent. Fires are
 forbidden everywhere on the island since the heath burned in 2006. Water comes from the pump at the
@@ -92,15 +91,14 @@ def ids_of(tokenizer: Any, text: str) -> Tensor:
 def learnt(model: Any, tokenizer: Any, *, each: int, length: int) -> Tensor:
     """For each of BEGINNINGS `each` user turns with answers, drawn by the model: (rows, positions).
 
-    All have `length` drawn tokens; shorter beginnings end in tokens of the same answer.
+    All have `length` positions, in an order drawn too.
     """
-    found = []
-    starts = [ids_of(tokenizer, MESSAGE.format("user") + words) for words in BEGINNINGS]
-    longest = max(start.shape[1] for start in starts)
-    for start in Progress(starts, desc="turns", leave=False):
-        more = length + longest - start.shape[1]
-        found.append(example.answers(model, start.expand(each, -1), more))
-    rows = torch.cat(found)
+    by_length: dict[int, list[Tensor]] = {}
+    for words in BEGINNINGS:
+        start = ids_of(tokenizer, MESSAGE.format("user") + words)
+        by_length.setdefault(start.shape[1], []).append(start.expand(each, -1))
+    rows = torch.cat([example.answers(model, torch.cat(starts), length - n)
+                      for n, starts in by_length.items()])  # fmt: skip
     return rows[torch.randperm(len(rows))]
 
 
@@ -194,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.cartridge")
     parser.add_argument("--positions", type=int, default=64, help="of the cartridge")
     parser.add_argument("--each", type=int, default=6, help="learnt turns of each beginning")
-    parser.add_argument("--length", type=int, default=64, help="tokens drawn for a learnt turn")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a learnt turn")
     parser.add_argument("--questions", type=int, default=len(QUESTIONS), help="held out")
     parser.add_argument("--answer", type=int, default=40, help="tokens of an answer at most")
     parser.add_argument("--steps", type=int, default=100)
