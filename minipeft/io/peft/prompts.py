@@ -156,7 +156,7 @@ def _check_layers(config: Mapping[str, Any], prefix: Prefix, model: nn.Module) -
 def _heads_in(
     model: nn.Module, tensors: Mapping[str, Tensor], wanted: list[str], where: Path
 ) -> tuple[Heads, list[str]]:
-    """The tensors of modules by the modules' names, and names of modules that the model lacks."""
+    """The tensors of modules by the modules' names, and the names of what the model lacks."""
     modules = dict(model.named_modules())
     plain: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -167,11 +167,12 @@ def _heads_in(
             raise ValueError(f"{where}: two keys for {found!r:.80}")
         plain[found] = value
     saved = [m for m in modules if any(m == e or m.endswith(f".{e}") for e in wanted)]
-    heads = by_module(plain, saved)
+    loose = [name for name in plain if "." not in name]  # of no module
+    heads = by_module({n: value for n, value in plain.items() if n not in loose}, saved)
     unknown = [place for place in heads if place not in modules]
     if missing := [m for m in saved if m not in heads and "." not in m and m in wanted]:
         raise ValueError(f"{where}: {CONFIG_NAME} asks for {missing[0]!r}, which has no tensors")
-    return {p: own for p, own in heads.items() if p not in unknown}, unknown
+    return {p: own for p, own in heads.items() if p not in unknown}, [*loose, *unknown]
 
 
 class CannotExpress(ValueError):
