@@ -26,11 +26,12 @@ def llama():
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def in_peft(path, **settings):
+def in_peft(path, *, seed=1, **settings):
     """A cartridge of PEFT with random values, saved."""
-    torch.manual_seed(1)
+    base = llama()
+    torch.manual_seed(seed)
     config = peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, **settings)
-    model = peft.get_peft_model(llama(), config).eval()
+    model = peft.get_peft_model(base, config).eval()
     model.save_pretrained(path)
     return model
 
@@ -99,8 +100,8 @@ def test_a_frozen_prefix_is_written_as_pefts_cartridge(settings, tmp_path):
 def test_cartridges_that_peft_composes_load(tmp_path):
     from peft import compose_cartridge_adapters
 
-    for name in ("a", "b"):
-        in_peft(tmp_path / name)
+    for name, frozen in (("a", 1), ("b", 2)):
+        in_peft(tmp_path / name, seed=frozen, num_frozen_tokens=frozen)
     compose_cartridge_adapters([tmp_path / "a", tmp_path / "b"], output_path=tmp_path / "both")
     theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "both").eval()
     ours = llama()
@@ -108,6 +109,10 @@ def test_cartridges_that_peft_composes_load(tmp_path):
     encoder = ours.minipeft_prefix.encoder
     assert (encoder.prefix_length, encoder.frozen) == (2 * P, 1)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-6)
+    beside = llama()
+    for name in ("a", "b"):
+        mp.load_peft(beside, tmp_path / name, name=name)
+    torch.testing.assert_close(logits(beside), logits(theirs), rtol=0, atol=1e-6)
 
 
 def test_a_file_without_the_number_means_what_peft_means(tmp_path):
