@@ -1,4 +1,4 @@
-"""A page distilled into a prefix: `python -m benchmarks cartridge`, about fifteen minutes of one core.
+"""A page distilled into a prefix: `python -m benchmarks cartridge`, fifteen minutes of one core.
 
 Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266) keep a text as a short trained prefix.
 SmolLM2-135M has the page in its system message, about 500 tokens; the cartridge has 64 positions,
