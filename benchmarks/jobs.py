@@ -83,6 +83,8 @@ JOBS: dict[str, Job] = {
                ("--quick", "--train-sentences", "100", "--held-out-sentences", "50")),
     "vocabulary": Job("vocabulary", "quality", "200 Chinese pieces for SmolLM2", 4,
                       ("--pieces", "20", "--steps", "2", "--validate", "2")),
+    "cartridge": Job("cartridge", "quality", "a page of 550 tokens in a prefix of 64 positions", 15,
+                     ("--each", "1", "--length", "24", "--questions", "2", "--steps", "8")),
     "recipes": Job("recipes", "quality", "every recipe: seconds and losses", 5, None),
 }  # fmt: skip
 
