@@ -16,7 +16,7 @@ from minipeft.adapters.protocol import Adapter, is_adapter
 from minipeft.adapters.sharded import (
     agreed,
     check_equal,
-    gathered,
+    gathered_all,
     like,
     resharded,
     why_unlike,
@@ -111,9 +111,10 @@ def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str
     and gets them all.  Where one leaves the call out, the others wait for it until the time limit
     of torch.distributed ends them (`timeout` of init_process_group).
     """
-    resharded(model)
-    parameters, buffers = named_tensors("adapter_state_dict", model, name)
-    return {key: gathered(value) for key, value in {**parameters, **buffers}.items()}
+    caller, meshes = "adapter_state_dict", resharded(model)
+    with agreed(caller, meshes):
+        parameters, buffers = named_tensors(caller, model, name)
+    return gathered_all(caller, meshes, {**parameters, **buffers})
 
 
 def refuse_merged(caller: str, adapters: Mapping[str, Adapter]) -> None:
