@@ -6,7 +6,7 @@ what describes an adapter (a PEFT file, a prefix with its network) needs to know
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,11 +53,14 @@ def whole(caller: str, model: Any, state_dict: Mapping[str, Tensor] | None) -> I
         yield True
         return
     first = is_first(meshes)
-    with agreed(caller, meshes):
-        names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
-        shards = {names[id(p)]: p for p in _written(model) if is_shard(p)}
-        found = gathered_all(caller, meshes, shards)
-        with _in_place(model, {id(shards[name]): value for name, value in found.items()}):
+    with ExitStack() as stack:
+        with agreed(caller, meshes):  # nobody writes before all have come so far
+            names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
+            shards = {names[id(p)]: p for p in _written(model) if is_shard(p)}
+            found = gathered_all(caller, meshes, shards)
+            values = {id(shards[name]): value for name, value in found.items()}
+            stack.enter_context(_in_place(model, values))
+        with agreed(caller, meshes):
             yield first
 
 
