@@ -157,3 +157,56 @@ def test_a_process_that_fails_alone_stops_the_others_with_its_number_and_words(t
         assert "process 1 raised, so all processes stop here" in text, (case, text)
         assert words in second.value[case] and "process 1" not in second.value[case]
     assert not list(tmp_path.iterdir())
+
+
+def starts_on_shards(rank, world):
+    """What each start says to layers of which this process has a part, and what it changed."""
+    starts = {
+        "pissa": mp.starts.pissa(), "few iterations": mp.starts.pissa(iterations=2),
+        "olora": mp.starts.olora(), "orthogonal": mp.starts.orthogonal(),
+    }  # fmt: skip
+    mesh = init_device_mesh("cpu", (world,))
+    texts = {}
+    for how in ("sharded", "cut"):
+        for four_bits in (False, True):
+            model = nn.Sequential(nn.Linear(64, 64))
+            dense = model[0].weight.detach().clone()
+            if four_bits:
+                mp.quantize_model(model, head=())
+            mp.inject_lora(model, ["0"], rank=2)
+            own = {**starts, "eva": lambda layer, m=model: mp.starts.eva(m, [torch.ones(4, 64)])}
+            if four_bits:
+                own["loftq"] = mp.starts.loftq().for_weight(dense)
+            if how == "sharded":
+                fully_shard(model)
+            else:
+                mp.parallelize(model, mesh, {"0": mp.ColwiseParallel()})
+            before = mp.adapter_state_dict(model)
+            for name, start in own.items():
+                try:
+                    start(model[0])
+                    texts[how, four_bits, name] = "no error"
+                except ValueError as error:
+                    texts[how, four_bits, name] = str(error)
+            after = mp.adapter_state_dict(model)
+            assert all(torch.equal(after[n], value) for n, value in before.items())
+    whole = nn.Sequential(nn.Linear(64, 64))
+    weight = fully_shard(nn.Linear(64, 64)).weight
+    try:
+        mp.inject_qlora(
+            whole, ["0"], rank=2, init=lambda x: mp.starts.loftq().for_weight(weight)(x)
+        )
+    except ValueError as error:
+        texts["loftq of a shard"] = str(error)
+    return texts
+
+
+def test_starts_that_read_the_base_say_to_shard_afterwards():
+    for outcome in together(2, starts_on_shards, seconds=LIMIT):
+        assert not outcome.error, outcome
+        assert "give weight.full_tensor()" in outcome.value.pop("loftq of a shard")
+        assert len(outcome.value) == 2 * (5 + 6)
+        for (_, _, name), text in outcome.value.items():
+            caller = "pissa" if name == "few iterations" else name
+            assert text.startswith(f"{caller}: the parameters of "), (name, text)
+            assert "are shards (DTensor)" in text and "then shard or cut the model" in text
