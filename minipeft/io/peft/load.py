@@ -73,7 +73,7 @@ def load_peft(
 
     Raises:
         ValueError: a file missing or damaged, another kind of adapter, a key missing, extra or of
-            another shape, an adapter of another model.  The model is then as it was.
+            another shape, NaN or Inf, an adapter of another model.  The model is then as it was.
     """
     directory = Path(path)
     if resharded(model) is not None and name in named(model):
