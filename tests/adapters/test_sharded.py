@@ -15,7 +15,7 @@ from minipeft.adapters.sharded import resharded
 from minipeft.io.save_pretrained import save_adapters
 from minipeft.io.shards import Reader
 
-LIMIT = 120  # seconds for all scenarios; a process that hangs runs into it
+LIMIT = 300  # seconds, mostly for imports on a busy machine; a process that hangs runs into it
 
 
 class Net(nn.Module):
