@@ -193,9 +193,8 @@ def test_a_module_of_ones_own_needs_a_forward():
     with pytest.raises(ValueError, match="pass forward="):
         predict(Net(), "lora")
     found = mp.predict_memory(
-        Net(), "full", batch=1, length=1,
-        forward=lambda m: m(torch.empty(7, 64, device="meta")).square().mean(),
-    )  # fmt: skip
+        Net(), "full", forward=lambda m: m(torch.empty(7, 64, device="meta")).square().mean()
+    )
     weights = (3 * (64 * 64 + 64) + 64 * 8 + 8) * 4
     assert (found.dense, found.gradients) == (weights, weights)
     assert found.moments == 2 * weights + 4 * 8  # and a step count for each parameter
@@ -258,7 +257,11 @@ def test_ddp_adds_buckets():
 
 def test_kernels_count_on_the_device_that_is_asked_for():
     assert predict(config(), "lora").kernels == 0
-    assert predict(config(), "qlora").kernels == PANEL_BYTES
+    # a CPU decodes into one buffer: as much of it is used as the largest layer has, in float32
+    assert predict(config(), "qlora").kernels == 64 * 192 * 4
+    wide = config(hidden_size=768, intermediate_size=4096, num_hidden_layers=1, vocab_size=16)
+    found = predict(wide, "qlora", length=1, batch=1)
+    assert PANEL_BYTES - 4096 * 4 < found.kernels <= PANEL_BYTES < 768 * 4096 * 4
     # on a GPU a weight is decoded into a buffer for the moment of the product
     wide = config(hidden_size=512, intermediate_size=2048, vocab_size=16)
     gpu = predict(wide, "qlora", device="cuda", dtype=torch.bfloat16, length=1, batch=1)
@@ -289,17 +292,95 @@ def test_fits_says_why():
     assert isinstance(found, MemoryPrediction)
 
 
-def test_attention_with_a_mask_and_without_a_fused_kernel():
-    """A mask on which gradients depend excludes the fused kernel, on meta as on the CPU."""
-    for dropout in (0.0, 0.5):
-        kept = []
-        for device in ("cpu", "meta"):
-            q, k, v = (torch.zeros(1, 2, 9, 8, device=device, requires_grad=True) for _ in "qkv")
+def kept_by(module, method="full", **options):
+    """What autograd saves of a real step of `module` on x, and the prediction; x is saved too."""
+    x = torch.randn(2, LENGTH, 64)
 
-            with saved() as tensors, FusedAttention("cpu"):
-                F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-            kept.append(sorted((tuple(t.shape), t.dtype) for t in tensors))
-        assert kept[0] == kept[1]
+    def forward(m, x):
+        return (m(x, **{n: t.to(x.device) for n, t in options.items()}) * x).mean()
+
+    with saved() as tensors:
+        loss = forward(module, x)
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept = size([t for t in tensors if t.untyped_storage().data_ptr() not in own])
+    found = mp.predict_memory(
+        module, method, forward=lambda m: forward(m, torch.empty_like(x, device="meta"))
+    )
+    return kept + loss.nbytes, found.activations
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True, **options)
+
+    def forward(self, x, **options):
+        return self.attention(x, x, x, need_weights=False, **options)[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_within_torchs_own_layers_is_predicted(batch_first, dropout):
+    """nn.MultiheadAttention calls attention inside a function of its own."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=dropout, batch_first=batch_first).train()
+    measured, predicted = kept_by(layer)
+    assert predicted == measured
+    measured, predicted = kept_by(SelfAttention(dropout=dropout).train())
+    assert predicted == measured
+
+
+def test_attention_of_torchs_own_layers_with_masks_is_predicted():
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+    hidden = torch.zeros(2, LENGTH, dtype=torch.bool)
+    for masks in ({"attn_mask": causal}, {"attn_mask": causal, "key_padding_mask": hidden}):
+        measured, predicted = kept_by(SelfAttention().train(), **masks)
+        assert predicted == measured
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {}, {"dropout_p": 0.5}, {"is_causal": True}, {"scale": 0.5}, {"by_name": True},
+        {"axes": 3}, {"axes": 5}, {"mask": (9, 9)}, {"mask": (1, 9)}, {"mask": (1, 9, 9)},
+        {"mask": (1, 1, 9, 9)}, {"mask": (9, 9), "kind": torch.bool},
+        {"mask": (9, 9), "trains": True}, {"turned": True}, {"key_heads": 1, "enable_gqa": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_attention_keeps_on_meta_what_it_keeps_on_a_cpu(case):
+    """The kernel depends on axes, strides, dropout and the mask (one that trains excludes it)."""
+    kept = []
+    for device in ("cpu", "meta"):
+        options, axes = dict(case), case.get("axes", 4)
+        for name in ("axes", "turned", "by_name", "kind", "trains"):
+            options.pop(name, None)
+        heads = (2, options.pop("key_heads", 2), 2)
+        heads = (heads[0], heads[1], heads[1])
+        q, k, v = (torch.randn([1] * (axes - 3) + [h, 9, 8], device=device) for h in heads)
+        if "turned" in case:
+            q = torch.randn(1, 2, 8, 9, device=device).transpose(-1, -2)
+        given = [x.requires_grad_() for x in (q, k, v)]
+        if shape := options.pop("mask", None):
+            mask = torch.ones(shape, device=device, dtype=case.get("kind", torch.float32))
+            options["attn_mask"] = mask.requires_grad_("trains" in case)
+        named = dict(zip(("query", "key", "value"), given, strict=True))
+        with saved() as tensors, FusedAttention("cpu"):
+            if "by_name" in case:
+                F.scaled_dot_product_attention(**named, **options)
+            else:
+                F.scaled_dot_product_attention(*given, **options)
+        kept.append(sorted((tuple(t.shape), str(t.dtype)) for t in tensors))
+    assert kept[0] == kept[1]
+
+
+def test_attention_on_meta_is_torchs_own_again_afterwards():
+    q = torch.zeros(1, 2, 9, 8, device="meta", requires_grad=True)
+    with FusedAttention("cpu"):
+        assert "Flash" in F.scaled_dot_product_attention(q, q, q).grad_fn.name()
+    assert "Flash" not in F.scaled_dot_product_attention(q, q, q).grad_fn.name()
+    with pytest.raises(RuntimeError, match="in the middle"), FusedAttention("cpu"):
+        raise RuntimeError("in the middle")
+    assert "Flash" not in F.scaled_dot_product_attention(q, q, q).grad_fn.name()
 
 
 def test_live_follows_storages_until_they_are_freed():
