@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -176,6 +177,108 @@ def test_a_model_that_is_ready_is_predicted_as_it_is():
     model = real_model("qlora")
     assert predict(model, "as_it_is").peak == predict(config(), "qlora").peak
     assert all(p.grad is None for p in model.parameters())
+
+
+PADDED = torch.ones_like(IDS)
+PADDED[1, :7] = 0  # the second text is shorter
+
+
+def kept_with_a_mask(model):
+    """What autograd saves where a mask hides tokens."""
+    with saved() as tensors:
+        loss = model(input_ids=IDS, labels=IDS, attention_mask=PADDED, use_cache=False).loss
+    given = (IDS, PADDED, *model.parameters(), *model.buffers())
+    own = {t.untyped_storage().data_ptr() for t in given}
+    return size([t for t in tensors if t.untyped_storage().data_ptr() not in own]) + loss.nbytes
+
+
+def with_mask(model):
+    ids, mask = IDS.to("meta"), PADDED.to("meta")
+    return model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
+
+
+def test_a_mask_that_hides_tokens_is_predicted():
+    model = real_model("lora")
+    measured = kept_with_a_mask(model)
+    found = predict(config(), "lora", padded=True)
+    assert found.activations + found.logits_and_loss == measured
+    ready = mp.predict_memory(model, "as_it_is", forward=with_mask, padded=True)
+    assert ready.activations + ready.logits_and_loss == measured
+    # each of three layers keeps the mask as numbers
+    plain = predict(config(), "lora")
+    assert found.activations - plain.activations >= 3 * BATCH * LENGTH * LENGTH * 4
+    hides_nothing = mp.predict_memory(model, "as_it_is", forward=with_mask)
+    assert hides_nothing.activations == plain.activations
+
+
+def test_a_model_with_a_prefix_is_predicted_and_stays_as_it_is():
+    model = real_model("prefix")
+    before, name = loss_of(model), model.config._attn_implementation
+    measured = kept_with_a_mask(model)
+    assert predict(model, "as_it_is") == replace(predict(config(), "prefix"), method="as_it_is")
+    found = mp.predict_memory(model, "as_it_is", forward=with_mask, padded=True)
+    assert found.activations + found.logits_and_loss == measured
+    # a prefix has a mask in any case; of a model without values it is not known that it numbers
+    # the tokens of each text on its own: cosines and sines of 16 numbers for each further text
+    found = predict(config(), "prefix", padded=True)
+    angles = (BATCH - 1) * LENGTH * 2 * 16 * 4
+    assert found.activations + found.logits_and_loss + angles == measured
+    with pytest.raises(RuntimeError, match="not on meta"):
+        mp.predict_memory(model, "as_it_is", forward=fails)
+    assert model.config._attn_implementation == name
+    assert torch.equal(loss_of(model), before)
+
+
+def fails(model):
+    raise RuntimeError("not on meta")
+
+
+def test_a_forward_makes_its_own_inputs():
+    for beside in ({"batch": 1}, {"length": 2}, {"batch": 0, "length": 1}, {"chunked_loss": True}):
+        with pytest.raises(ValueError, match=f"leave out {', '.join(beside)}, "):
+            mp.predict_memory(config(), "lora", forward=loss_of, **beside)
+    for missing in ({}, {"batch": 1}):
+        with pytest.raises(ValueError, match="=None; expected a whole number"):
+            mp.predict_memory(config(), "lora", **missing)
+
+    def forward(m):
+        ids = IDS.to("meta")
+        return m(input_ids=ids, labels=ids, use_cache=False).loss
+
+    found = mp.predict_memory(config(), "lora", rank=RANK, forward=forward)
+    assert found.peak == predict(config(), "lora").peak
+    assert "lora: a forward of its own" in str(found)
+
+
+def test_one_memory_counts_once():
+    """An expanded buffer is as small as it was; views of one storage are that storage."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+            self.register_buffer("wide", torch.ones(64).expand(1000, 64))
+            flat = torch.zeros(2 * 64)
+            self.register_buffer("first", flat[:64])
+            self.register_buffer("second", flat[64:])
+            self.view = nn.Parameter(self.linear.weight.detach().view(-1)[:64], False)
+
+        def forward(self, x):
+            y = self.linear(x) * self.wide + self.first - self.second
+            return (y * self.view).square().expand(3, 1000, 64).mean()
+
+    model = Net()
+    found = mp.predict_memory(
+        model, "as_it_is", forward=lambda m: m(torch.empty(1000, 64, device="meta"))
+    )
+    assert found.dense == size([*model.parameters(), *model.buffers()])
+    assert found.dense == 4 * (64 * 64 + 64 + 64 + 2 * 64)
+    x = torch.zeros(1000, 64)
+    with saved() as tensors:
+        loss = model(x)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = size([t for t in tensors if t.untyped_storage().data_ptr() not in own])
+    assert found.activations == kept + loss.nbytes
 
 
 def test_a_module_of_ones_own_needs_a_forward():

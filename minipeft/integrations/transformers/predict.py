@@ -118,7 +118,7 @@ def predict_memory(
     copied.train()
     if checkpointing:
         _enable_checkpointing(copied)
-    prefixes: list[Prefix] = []
+    prefixes = [module for module in copied.modules() if isinstance(module, Prefix)]
     try:
         options = {"dtype": adapter_dtype}
         prepare(
@@ -189,7 +189,13 @@ def _optimizer(optimizer: str | MakeOptimizer, device: str) -> MakeOptimizer:
 def _on_meta(model: Any) -> nn.Module:
     """A model on the meta device that is nobody else's."""
     if isinstance(model, nn.Module):
-        return meta_copy("predict_memory", model)
+        copied = meta_copy("predict_memory", model)
+        for module in copied.modules():
+            if type(module) is Prefix:  # of a model that has one
+                module.__class__ = _Unproved
+                if module.route == "attention":
+                    module.hooks.name_attention()  # the copy's own: the name given is the model's
+        return copied
     if isinstance(model, str):
         if model not in LLAMA:
             raise ValueError(
@@ -284,13 +290,11 @@ def _asked(model: nn.Module, compute: Callable[[], Tensor], padded: bool) -> Ten
 class _Unproved(Prefix):
     """A prefix whose keys and values have shapes alone."""
 
-    def layer(self, layer: int) -> list[attention.Part]:
-        """Their keys, values and gates in one layer."""
-        return [
-            attention.Part(k, v, encoder.gate(layer), encoder.prefix_length)
-            for encoder in self.taking_part().values()
-            for k, v in (encoder.layer(layer),)
-        ]
+    def _part(self, encoder: Any, layer: int) -> attention.Part:
+        if not isinstance(encoder, PrefixEncoder):
+            return super()._part(encoder, layer)
+        k, v = encoder.layer(layer)
+        return attention.Part(k, v, encoder.gate(layer), encoder.prefix_length)
 
 
 def attach_without_values(model: nn.Module, prefix_length: int) -> Prefix:
