@@ -74,7 +74,8 @@ def predict_memory(
     on a GPU, and AdamW's foreach.  `chunked_loss`: torch's linear_cross_entropy, 256 rows at once.
 
     `sharding` "ddp" counts the buckets of gradients; "fsdp2" divides weights, gradients and
-    moments, and adds two whole blocks and what is in no block.  These two are counted, not run.
+    moments, and adds what a device has whole: two blocks, their gradients in backward, and the same
+    of what is in no block (model/predict/devices.py).  These two are counted, not run.
 
     A transformers model computes its own loss from `batch` texts of `length` tokens, without a
     cache.  `padded`: it is given an attention mask, (batch, length), that hides some tokens; then
