@@ -94,7 +94,11 @@ def predict_memory(
             never changed.
     """
     where = "predict_memory"
-    numbers = {"rank": rank, "world_size": world_size, "prefix_length": prefix_length}
+    numbers: dict[str, int | None] = {
+        "rank": rank,
+        "world_size": world_size,
+        "prefix_length": prefix_length,
+    }
     if forward is None:
         numbers = {"batch": batch, "length": length, **numbers}
     else:
@@ -130,7 +134,7 @@ def predict_memory(
         scores = _head_of(copied)
         with tried_first(PREFIX_ROW) if device == "cpu" else nullcontext():
             if forward is None:
-                compute = _loss(copied, scores, batch, length, chunked_loss, padded)
+                compute = _loss(copied, scores, (batch, length), chunked_loss, padded)
             else:
                 compute = _without_values(copied, forward, padded)
             one = Device(copied, world_size, sharding)
@@ -244,15 +248,15 @@ def _head_of(model: Any) -> nn.Module | None:
 
 
 def _loss(
-    model: nn.Module, head: nn.Module | None, batch: int, length: int, chunked: bool, padded: bool
+    model: nn.Module, head: nn.Module | None, shape: tuple[Any, Any], chunked: bool, padded: bool
 ) -> Callable[[nn.Module], Tensor]:
-    """A function that computes the model's loss on made-up texts."""
+    """A function that computes the model's loss on made-up texts, (batch, length)."""
     if not hasattr(model, "config"):
         raise ValueError(
             f"predict_memory: {type(model).__name__} is no transformers model; pass forward=, a "
             "function from the model to its loss on tensors of the meta device"
         )
-    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    ids = torch.zeros(*shape, dtype=torch.long, device="meta")
     text: dict[str, Any] = {"input_ids": ids}
     if padded:
         text["attention_mask"] = torch.ones_like(ids)

@@ -43,7 +43,7 @@ class Device:
     def __init__(self, model: nn.Module, world_size: int, sharding: str | None) -> None:
         self.whole, share = held(model), None
         self.gathered = self.whole_outside = self.blocks = self.outside = self.buckets = 0
-        self.part = 1.0  # of the gradients and moments
+        self.part: float = 1.0  # of the gradients and moments
         trained = [p for p in model.parameters() if p.requires_grad]
         self.trained = sum(map(size_of, trained))
         if sharding == "fsdp2":
@@ -57,7 +57,7 @@ class Device:
             self.buckets = self.trained
         self.is_sharded = share is not None
         self.own: Held = held(model, share)
-        self.less = sum(vars(self.whole).values()) - sum(vars(self.own).values())
+        self.less: int = sum(vars(self.whole).values()) - sum(vars(self.own).values())
 
     def bytes_of(self, phase: str, uses: Mapping[str, int]) -> int:
         """Bytes on this device at a moment when one device alone would have these, by use."""

@@ -59,7 +59,7 @@ class _Step(Live):  # type: ignore[no-untyped-call]
         """On a GPU a part of the weight is decoded; on a CPU into a buffer that stays."""
         name = func._schema.name
         if name == "minipeft::nf4_experts":  # one expert after the other is decoded
-            return math.prod(args[-2][1:]) * int(args[0].element_size())
+            return int(math.prod(args[-2][1:]) * args[0].element_size())
         if not name.startswith("minipeft::nf4_linear"):
             return 0
         x, block_size, other = args[0], args[3], args[-1]
@@ -162,8 +162,8 @@ def held(model: nn.Module, share: Callable[[Tensor], int] | None = None) -> Held
 
     def count(kind: str, tensor: Tensor, *, divided: bool = True) -> None:
         storage = tensor.untyped_storage()
-        whole = share is None or not divided
-        of.setdefault(storage._cdata, (kind, storage.nbytes() if whole else share(tensor)))
+        size = storage.nbytes() if share is None or not divided else share(tensor)
+        of.setdefault(storage._cdata, (kind, size))
 
     for adapter in named_adapters(model).values():
         for parameter in adapter.adapter_parameters().values():
