@@ -4,7 +4,9 @@ Prints the bytes of parameters and moments, and by how much allocations grow at 
 """
 
 import gc
+import json
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,20 +27,32 @@ def local_bytes(tensors) -> int:
     return sum(t.untyped_storage().nbytes() for t in own)
 
 
-def highest(events) -> int:
-    """By how much allocations of the thread that runs the model grow at most.
+def highest(trace: str) -> int:
+    """By how much allocations grow at most in the profiler's trace, without gloo's own copies.
 
-    Gloo's threads make copies of their own beside, for as long as they send.
+    Gloo copies what it sends and receives, within its calls and in threads of its own, and frees
+    the copies when those come to it; on a GPU no such copies are made.
     """
-    (model_thread,) = {e.start_thread_id() for e in events if e.name().startswith("FSDP::")}
-    memory = [
-        (e.start_ns(), e.nbytes())
-        for e in events if e.name() == "[memory]" and e.start_thread_id() == model_thread
-    ]  # fmt: skip
-    now = most = 0
-    for _, change in sorted(memory):
-        now += change
-        most = max(most, now)
+    events = json.loads(Path(trace).read_text())["traceEvents"]
+    spans = [e for e in events if e.get("ph") == "X"]
+    (model_thread,) = {e["tid"] for e in spans if e["name"].startswith("FSDP::")}
+    calls = [(e["ts"], e["ts"] + e["dur"]) for e in spans if e["name"].startswith("c10d::")]
+    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    copies: set[int] = set()  # by address, while they are there
+    now = most = made = 0
+    for event in memory:
+        size, place = event["args"]["Bytes"], event["args"]["Addr"]
+        if size > 0 and (
+            event["tid"] != model_thread or any(a <= event["ts"] <= b for a, b in calls)
+        ):
+            copies.add(place)
+            made += 1
+        elif size < 0 and place in copies:
+            copies.remove(place)
+        else:
+            now += size
+            most = max(most, now)
+    assert made, "gloo made no copy: the events have other names"
     return most
 
 
@@ -70,7 +84,9 @@ def main() -> None:
     ) as profile:
         step()
     if rank == 0:
-        print("measured", held, highest(profile.profiler.kineto_results.events()), flush=True)
+        trace = f"{os.environ['MEET']}.json"
+        profile.export_chrome_trace(trace)
+        print("measured", held, highest(trace), flush=True)
     dist.destroy_process_group()
 
 
