@@ -245,7 +245,7 @@ def predicted(case: Case, prepared: Prepared, batch: Any) -> tuple[int | None, s
     on_meta = moved(batch, torch.device("meta"))
     try:
         found = predict_memory(
-            prepared.model, "as_it_is", batch=1, length=1,
+            prepared.model, "as_it_is",
             device="cuda" if case.device.startswith("cuda") else "cpu",
             forward=lambda model: case.loss(model, on_meta),
         )  # fmt: skip

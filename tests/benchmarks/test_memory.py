@@ -22,7 +22,7 @@ def test_a_small_run_from_end_to_end(tmp_path, monkeypatch, capsys):
         ["memory", "--models", "tiny", "--methods", "lora", "qlora",
          "--allocator", "both", "--output", str(tmp_path)],
     )  # fmt: skip
-    assert memory.main() == 0  # of a tiny model no peak is asked: it is the buffer of panels
+    assert memory.main() == 0  # of a tiny model the peak of anonymous memory is not asked
     (file,) = tmp_path.glob("memory-*.json")
     data = json.loads(file.read_text())
     assert len(data["cases"]) == 2 * 2 * 2  # methods, checkpointing, allocators

@@ -5,7 +5,6 @@ steps run on it.  Nothing is computed there; what would be alive is counted (mod
 """
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -22,20 +21,11 @@ from minipeft.integrations.transformers.meta import model_of
 from minipeft.integrations.transformers.no_values import PlainText
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
 from minipeft.model.peft_words import in_our_words
+from minipeft.model.predict.devices import Device, per_device
 from minipeft.model.predict.meta_copy import meta_copy
 from minipeft.model.predict.methods import METHODS, cast, prepare
 from minipeft.model.predict.prediction import MemoryPrediction
-from minipeft.model.predict.step import (
-    GRADIENTS,
-    MOMENTS,
-    PREFIX_ROW,
-    MakeOptimizer,
-    Traced,
-    held,
-    largest_block,
-    shard_of,
-    trace,
-)
+from minipeft.model.predict.step import PREFIX_ROW, MakeOptimizer, trace
 from minipeft.prefix import PrefixEncoder
 
 LLAMA = {  # hidden, intermediate, layers, heads: table 2 of the paper (Touvron et al. 2023)
@@ -54,8 +44,8 @@ def predict_memory(
     model: Any,
     method: str = "qlora",
     *,
-    batch: int,
-    length: int,
+    batch: int | None = None,
+    length: int | None = None,
     rank: int = 16,
     target: Target = "all-linear",
     prefix_length: int = 16,
@@ -70,6 +60,7 @@ def predict_memory(
     block_size: int = 64,
     double_quant: bool = True,
     head: Head = None,
+    padded: bool = False,
     forward: Callable[[nn.Module], Tensor] | None = None,
 ) -> MemoryPrediction:
     """The memory of one training step, in bytes: weights, adapters, gradients, and so on.
@@ -83,10 +74,14 @@ def predict_memory(
     on a GPU, and AdamW's foreach.  `chunked_loss`: torch's linear_cross_entropy, 256 rows at once.
 
     `sharding` "ddp" counts the buckets of gradients; "fsdp2" divides weights, gradients and
-    moments, and adds two whole blocks and what is in no block.  These two are counted, not run.
+    moments, and adds what a device has whole: two blocks, their gradients in backward, and the same
+    of what is in no block (model/predict/devices.py).  These two are counted, not run.
 
-    `forward` is a function from the model to its loss; unless given, a transformers model computes
-    its own from `batch` texts of `length` tokens, without padding and without a cache.
+    A transformers model computes its own loss from `batch` texts of `length` tokens, without a
+    cache.  `padded`: it is given an attention mask, (batch, length), that hides some tokens; then
+    attention keeps a mask of (batch, 1, length, length) numbers in each layer.  `forward` is a
+    function from the model to its loss on tensors of the meta device, and takes the place of
+    `batch`, `length` and `chunked_loss`; `padded` says what the masks hide that it may pass.
 
     Within the tensors' sizes the prediction is exact; see `MemoryPrediction` for what it leaves
     out.  Autocast, offloading and paged optimisers are not predicted.
@@ -95,13 +90,19 @@ def predict_memory(
         ImportError: a config or a name, and transformers is not installed.
         TypeError: `model` is none of these.
         ValueError: an unknown word, a number below 1, a module with parameters that have no shape
-            yet, and what the method refuses.  The model given is never changed.
+            yet, `forward` beside what it replaces, and what the method refuses.  The model given is
+            never changed.
     """
     where = "predict_memory"
-    numbers = {
-        "batch": batch, "length": length, "rank": rank, "world_size": world_size,
+    numbers: dict[str, int | None] = {
+        "rank": rank,
+        "world_size": world_size,
         "prefix_length": prefix_length,
-    }  # fmt: skip
+    }
+    if forward is None:
+        numbers = {"batch": batch, "length": length, **numbers}
+    else:
+        _check_alone(batch=batch, length=length, chunked_loss=chunked_loss)
     for name, number in numbers.items():
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{where}: {name}={number!r}; expected a whole number of at least 1")
@@ -122,7 +123,7 @@ def predict_memory(
     copied.train()
     if checkpointing:
         _enable_checkpointing(copied)
-    prefixes: list[Prefix] = []
+    prefixes = [module for module in copied.modules() if isinstance(module, Prefix)]
     try:
         options = {"dtype": adapter_dtype}
         prepare(
@@ -132,9 +133,14 @@ def predict_memory(
         )  # fmt: skip
         scores = _head_of(copied)
         with tried_first(PREFIX_ROW) if device == "cpu" else nullcontext():
+            if forward is None:
+                compute = _loss(copied, scores, (batch, length), chunked_loss, padded)
+            else:
+                compute = _without_values(copied, forward, padded)
+            one = Device(copied, world_size, sharding)
             traced = trace(
-                copied, forward or _loss(copied, scores, batch, length, chunked_loss),
-                make_optimizer, device_type=device, head=scores,
+                copied, compute, make_optimizer, device_type=device, head=scores,
+                cost=one.bytes_of,
             )  # fmt: skip
     finally:
         for prefix in prefixes:
@@ -143,38 +149,29 @@ def predict_memory(
         "method": method, "batch": batch, "length": length, "checkpointing": checkpointing,
         "device": device, "world_size": world_size, "sharding": sharding,
     }  # fmt: skip
-    return _per_device(copied, traced, settings)
+    return per_device(one, traced, settings)
 
 
-def _per_device(model: nn.Module, traced: Traced, settings: dict[str, Any]) -> MemoryPrediction:
-    """What one of the devices has of it."""
-    world_size, sharding = settings["world_size"], settings["sharding"]
-    whole, share, gathered, buckets = held(model), None, 0, 0
-    if sharding == "fsdp2":
-        share = shard_of(world_size)
-        block, outside = largest_block(model)
-        gathered = 2 * block + outside
-    own = held(model, share)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    part = 1.0
-    if share is not None:
-        part = sum(map(share, trained)) / sum(p.numel() * p.element_size() for p in trained)
-    elif sharding == "ddp":
-        buckets = traced.gradients
-    less = sum(vars(whole).values()) - sum(vars(own).values())
-    totals: Counter[str] = Counter()
-    for phase, uses in traced.peaks.items():
-        divided = uses.get(GRADIENTS, 0) + uses.get(MOMENTS, 0)
-        rest = sum(uses.values()) - divided
-        totals[phase] = rest - less + int(divided * part) + gathered + buckets + traced.kernels
-    (phase, peak), *_ = totals.most_common(1)
-    return MemoryPrediction(
-        **settings, **vars(own), gradients=int(traced.gradients * part),
-        moments=int(traced.moments * part), gathered=gathered, buckets=buckets,
-        activations=traced.activations, logits_and_loss=traced.logits_and_loss,
-        largest_temporary=traced.largest_temporary, kernels=traced.kernels, peak=peak,
-        at_peak=phase,
-    )  # fmt: skip
+def _check_alone(**beside: Any) -> None:
+    """Raise ValueError if what `forward` replaces was given beside it."""
+    given = [n for n, value in beside.items() if value is not None and value is not False]
+    if given:
+        raise ValueError(
+            f"predict_memory: forward= makes its own inputs and its own loss; leave out "
+            f"{', '.join(given)}, and make tensors of the sizes that you want in it"
+        )
+
+
+def _without_values(
+    model: nn.Module, forward: Callable[[nn.Module], Tensor], padded: bool
+) -> Callable[[nn.Module], Tensor]:
+    """The caller's forward; a transformers model in it is told what its masks hide."""
+
+    def compute(m: nn.Module) -> Tensor:
+        with PlainText(padded=padded) if hasattr(model, "config") else nullcontext():
+            return forward(m)
+
+    return compute
 
 
 def _optimizer(optimizer: str | MakeOptimizer, device: str) -> MakeOptimizer:
@@ -197,7 +194,13 @@ def _optimizer(optimizer: str | MakeOptimizer, device: str) -> MakeOptimizer:
 def _on_meta(model: Any) -> nn.Module:
     """A model on the meta device that is nobody else's."""
     if isinstance(model, nn.Module):
-        return meta_copy("predict_memory", model)
+        copied = meta_copy("predict_memory", model)
+        for module in copied.modules():
+            if type(module) is Prefix:  # of a model that has one
+                module.__class__ = _Unproved
+                if module.route == "attention":
+                    module.hooks.name_attention()  # the copy's own: the name given is the model's
+        return copied
     if isinstance(model, str):
         if model not in LLAMA:
             raise ValueError(
@@ -245,38 +248,42 @@ def _head_of(model: Any) -> nn.Module | None:
 
 
 def _loss(
-    model: nn.Module, head: nn.Module | None, batch: int, length: int, chunked: bool
+    model: nn.Module, head: nn.Module | None, shape: tuple[Any, Any], chunked: bool, padded: bool
 ) -> Callable[[nn.Module], Tensor]:
-    """A function that computes the model's loss on made-up texts."""
+    """A function that computes the model's loss on made-up texts, (batch, length)."""
     if not hasattr(model, "config"):
         raise ValueError(
             f"predict_memory: {type(model).__name__} is no transformers model; pass forward=, a "
             "function from the model to its loss on tensors of the meta device"
         )
-    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
-    cache = {} if getattr(model.config, "is_encoder_decoder", False) else {"use_cache": False}
+    ids = torch.zeros(*shape, dtype=torch.long, device="meta")
+    text: dict[str, Any] = {"input_ids": ids}
+    if padded:
+        text["attention_mask"] = torch.ones_like(ids)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        text["use_cache"] = False
     if not chunked:
-        return lambda m: _asked(m, lambda: m(input_ids=ids, labels=ids, **cache).loss)
+        return lambda m: _asked(m, lambda: m(labels=ids, **text).loss, padded)
     if head is None or not hasattr(nn, "LinearCrossEntropyOptions"):
         raise ValueError(
             "predict_memory: chunked_loss=True needs torch 2.13 and a model with an output head"
         )
 
     def chunked_loss(m: Any) -> Tensor:
-        hidden = m.base_model(input_ids=ids, **cache).last_hidden_state
+        hidden = m.base_model(**text).last_hidden_state
         rows: Tensor = hidden[:, :-1].flatten(0, 1)
         weight: Any = head.weight
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
         found: Tensor = F.linear_cross_entropy(rows, weight, ids[:, 1:].flatten(), options=options)
         return found
 
-    return lambda m: _asked(m, lambda: chunked_loss(m))
+    return lambda m: _asked(m, lambda: chunked_loss(m), padded)
 
 
-def _asked(model: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
+def _asked(model: nn.Module, compute: Callable[[], Tensor], padded: bool) -> Tensor:
     """The loss of a text without values; a ValueError where the model must know them."""
     try:
-        with PlainText():
+        with PlainText(padded=padded):
             return compute()
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
@@ -288,13 +295,11 @@ def _asked(model: nn.Module, compute: Callable[[], Tensor]) -> Tensor:
 class _Unproved(Prefix):
     """A prefix whose keys and values have shapes alone."""
 
-    def layer(self, layer: int) -> list[attention.Part]:
-        """Their keys, values and gates in one layer."""
-        return [
-            attention.Part(k, v, encoder.gate(layer), encoder.prefix_length)
-            for encoder in self.taking_part().values()
-            for k, v in (encoder.layer(layer),)
-        ]
+    def _part(self, encoder: Any, layer: int) -> attention.Part:
+        if not isinstance(encoder, PrefixEncoder):
+            return super()._part(encoder, layer)
+        k, v = encoder.layer(layer)
+        return attention.Part(k, v, encoder.gate(layer), encoder.prefix_length)
 
 
 def attach_without_values(model: nn.Module, prefix_length: int) -> Prefix:

@@ -9,11 +9,18 @@ by what it is for.
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+Cost = Callable[[str, Mapping[str, int]], int]  # of a moment: its phase, and bytes by use
+
+
+def in_all(phase: str, uses: Mapping[str, int]) -> int:
+    """All bytes of a moment."""
+    return sum(uses.values())
 
 
 class Storage:
@@ -28,16 +35,17 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     `use` is what new storages are for, until they are said to be for something else.  `now` is in
     bytes, by use.  `peaks` has, for each phase, the bytes by use at its highest moment; a phase is
-    the `use` of that moment.  `kernel_bytes` may say how much an operator takes inside itself,
-    which its results do not show.
+    the `use` of that moment, and how high a moment is `cost` says.  `kernel_bytes` may say how much
+    an operator takes inside itself, which its results do not show.
     """
 
-    def __init__(self, device_type: str = "meta") -> None:
+    def __init__(self, device_type: str = "meta", cost: Cost = in_all) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.device_type = device_type
+        self.device_type, self.cost = device_type, cost
         self.use = "other"
         self.now: Counter[str] = Counter()
         self.peaks: dict[str, Counter[str]] = {}
+        self._heights: dict[str, int] = {}  # the costs of these
         self.largest_freed = 0  # of the storages that were made and freed since `restart`
         self._alive: dict[int, tuple[weakref.ref[Any], Storage]] = {}
         self._new: set[int] = set()
@@ -98,11 +106,12 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return sum(self.now.values())
 
     def _mark(self, more: int) -> None:
-        old = self.peaks.get(self.use)
-        if old is None or sum(old.values()) < self.total + more:
-            self.peaks[self.use] = Counter(self.now)
-            if more:
-                self.peaks[self.use]["kernel"] += more
+        uses = Counter(self.now)
+        if more:
+            uses["kernel"] += more
+        height = self.cost(self.use, uses)
+        if self.use not in self.peaks or self._heights[self.use] < height:
+            self.peaks[self.use], self._heights[self.use] = uses, height
 
     def _end(self, number: int) -> None:
         _, entry = self._alive.pop(number)

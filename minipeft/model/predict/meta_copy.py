@@ -11,7 +11,7 @@ from minipeft.adapters.ready import check_ready
 def meta_copy(caller: str, model: nn.Module) -> nn.Module:
     """The model with empty tensors of the same shapes; no weight is copied and nothing is changed.
 
-    Tensors that are shared stay shared, and parameters train where they trained.
+    Tensors that are shared, and views of one memory, stay so; parameters train where they trained.
 
     Raises:
         TypeError: not a module.
@@ -22,10 +22,11 @@ def meta_copy(caller: str, model: nn.Module) -> nn.Module:
         raise TypeError(f"{caller}: expected a module, got {type(model).__name__}")
     check_ready(caller, model)
     empty: dict[int, object] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
     for parameter in model.parameters():
-        empty[id(parameter)] = nn.Parameter(_empty(parameter), parameter.requires_grad)
+        empty[id(parameter)] = nn.Parameter(_empty(parameter, storages), parameter.requires_grad)
     for buffer in model.buffers():
-        empty[id(buffer)] = _empty(buffer)
+        empty[id(buffer)] = _empty(buffer, storages)
     try:
         found: nn.Module = copy.deepcopy(model, empty)
     except Exception as error:  # whatever a module's own copying raises
@@ -36,6 +37,11 @@ def meta_copy(caller: str, model: nn.Module) -> nn.Module:
     return found
 
 
-def _empty(tensor: Tensor) -> Tensor:
-    """The same shape, strides and dtype, on the meta device."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _empty(tensor: Tensor, storages: dict[int, torch.UntypedStorage]) -> Tensor:
+    """The same view of a storage on the meta device; `storages` has those that were made so far."""
+    own = tensor.untyped_storage()
+    if own._cdata not in storages:
+        made = torch.empty(own.nbytes(), dtype=torch.uint8, device="meta")
+        storages[own._cdata] = made.untyped_storage()
+    view = torch.empty(0, dtype=tensor.dtype, device="meta")
+    return view.set_(storages[own._cdata], tensor.storage_offset(), tensor.size(), tensor.stride())

@@ -7,7 +7,8 @@ from typing import NamedTuple
 ROWS = (
     ("weights, dense", "dense"), ("weights, 4-bit codes", "codes"), ("scales", "scales"),
     ("adapters", "adapters"), ("gradients", "gradients"), ("moments", "moments"),
-    ("gathered for computing", "gathered"), ("gradients in buckets", "buckets"),
+    ("gathered for computing", "gathered"), ("gradients, not yet cut", "whole_gradients"),
+    ("gradients in buckets", "buckets"),
     ("activations kept", "activations"), ("logits and loss kept", "logits_and_loss"),
     ("largest temporary", "largest_temporary"), ("buffers of kernels", "kernels"),
 )  # fmt: skip
@@ -37,8 +38,8 @@ class MemoryPrediction:
     """
 
     method: str
-    batch: int
-    length: int
+    batch: int | None  # None where a forward of one's own makes the inputs
+    length: int | None
     checkpointing: bool
     device: str
     world_size: int
@@ -50,6 +51,7 @@ class MemoryPrediction:
     gradients: int
     moments: int
     gathered: int  # parameters of at most two blocks, whole (FSDP2), and those in no block
+    whole_gradients: int  # of two blocks and of what is in no block (FSDP2, in backward)
     buckets: int  # gradients as DDP sends them
     activations: int  # kept for backward at the end of the forward
     logits_and_loss: int  # the same, of the head and the loss
@@ -86,7 +88,12 @@ class MemoryPrediction:
     def __str__(self) -> str:
         where = "" if self.sharding is None else f", {self.world_size} devices by {self.sharding}"
         kept = ", checkpointing" if self.checkpointing else ""
-        lines = [f"{self.method}: {self.batch} x {self.length} tokens a device{kept}{where}"]
+        tokens = (
+            "a forward of its own"
+            if self.batch is None
+            else (f"{self.batch} x {self.length} tokens a device")
+        )
+        lines = [f"{self.method}: {tokens}{kept}{where}"]
         lines += [f"  {name:24}{size:>20,}" for name, own in ROWS if (size := getattr(self, own))]
         lines.append(f"  {'peak':24}{self.peak:>20,} bytes, in {self.at_peak}")
         lines += [f"  {name}: {note}" for name, note in self.notes.items()]

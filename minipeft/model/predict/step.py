@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minipeft.adapters.products import is_slow
 from minipeft.adapters.protocol import is_packed
 from minipeft.adapters.state import named_adapters
-from minipeft.fast.panels import GPU_PANEL_BYTES, PANEL_BYTES
+from minipeft.fast.panels import GPU_PANEL_BYTES, panel_rows
 from minipeft.fast.prefix import attention as prefix_attention
-from minipeft.model.predict.attention import FusedAttention, WithinModules
-from minipeft.model.predict.live import Live
+from minipeft.model.predict.attention import FusedAttention
+from minipeft.model.predict.live import Cost, Live, in_all
 from minipeft.ops import Implementation
 
 MODEL, GRADIENTS, MOMENTS = "model", "gradients", "moments"
@@ -45,19 +46,34 @@ class Traced:
 
 
 class _Step(Live):  # type: ignore[no-untyped-call]
-    """Live, with what the 4-bit operators take inside themselves on the device in question."""
+    """Live, with what the 4-bit operators take inside themselves on the device in question.
 
-    def __init__(self, device_type: str) -> None:
-        super().__init__("meta")
-        self.target = device_type
+    `panels` is the most that the buffer held into which a CPU decodes parts of a weight.
+    """
+
+    def __init__(self, device_type: str, cost: Cost) -> None:
+        super().__init__("meta", cost)
+        self.target, self.panels = device_type, 0
 
     def kernel_bytes(self, func: Any, args: Any) -> int:
         """On a GPU a part of the weight is decoded; on a CPU into a buffer that stays."""
         name = func._schema.name
-        if self.target == "cpu" or not name.startswith("minipeft::nf4_linear"):
+        if name == "minipeft::nf4_experts":  # one expert after the other is decoded
+            return int(math.prod(args[-2][1:]) * args[0].element_size())
+        if not name.startswith("minipeft::nf4_linear"):
             return 0
-        x, columns = args[0], args[-1]
-        return min(int(x.shape[-1] * columns * x.element_size()), GPU_PANEL_BYTES)
+        x, block_size, other = args[0], args[3], args[-1]
+        rows, features = (other, x.shape[-1]) if name.endswith("_linear") else (x.shape[-1], other)
+        whole = int(rows * features * x.element_size())
+        if features % block_size:  # blocks run over the ends of rows: no panels
+            return whole
+        if self.target != "cpu":
+            return min(whole, GPU_PANEL_BYTES)
+        cpu = torch.device("cpu")
+        inside = torch.float32 if is_slow(x.dtype, cpu) else x.dtype
+        panel = min(rows, panel_rows(features, inside, cpu)) * features * inside.itemsize
+        self.panels = max(self.panels, panel)
+        return 0
 
 
 def trace(
@@ -67,10 +83,12 @@ def trace(
     *,
     device_type: str = "cpu",
     head: nn.Module | None = None,
+    cost: Cost = in_all,
 ) -> Traced:
     """Run forward, backward and update twice; `model` is on the meta device and ready to train.
 
     `forward` returns the loss.  What is made from the call of `head` on counts as logits and loss.
+    The highest moment of a phase is the one with the most `cost`.
 
     Raises:
         ValueError: nothing trains, or the loss is no single number.
@@ -78,13 +96,10 @@ def trace(
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise ValueError("predict_memory: no parameter of the model trains")
-    live = _Step(device_type)
+    live = _Step(device_type, cost)
     live.use = MODEL
     for tensor in (*model.parameters(), *model.buffers()):
         live.follow(tensor)
-    mode = FusedAttention(device_type)
-    around = WithinModules(FusedAttention(device_type), model)
-    kernels = PANEL_BYTES if device_type == "cpu" and _has_packed(model) else 0
     handles: list[Any] = [
         p.register_post_accumulate_grad_hook(lambda p: live.follow(p.grad, GRADIENTS))  # type: ignore[no-untyped-call]
         for p in trained
@@ -92,13 +107,12 @@ def trace(
     if head is not None:
         handles.append(head.register_forward_pre_hook(lambda *_: setattr(live, "use", LOSS)))
     try:
-        with live:
+        with FusedAttention(device_type), live:
             optimizer = make_optimizer(trained)
             for _ in range(2):
                 live.restart()
                 live.use = FORWARD
-                with mode:
-                    loss = forward(model)
+                loss = forward(model)
                 if not isinstance(loss, Tensor) or loss.numel() != 1:
                     raise ValueError("predict_memory: the forward must return the loss, one number")
                 live.keep_new()
@@ -114,23 +128,18 @@ def trace(
                     live.follow(tensor, MOMENTS)
                 optimizer.zero_grad()
     finally:
-        around.remove()
         for handle in handles:
             handle.remove()
     peaks = {phase: dict(+Counter(bytes_)) for phase, bytes_ in live.peaks.items()}
     return Traced(
-        gradients, sum(t.untyped_storage().nbytes() for t in moments), activations, of_loss,
-        live.largest_freed, kernels, peaks,
+        gradients, sum(s.nbytes() for s in storages(moments).values()), activations, of_loss,
+        live.largest_freed, live.panels, peaks,
     )  # fmt: skip
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The tensors of the optimiser's state."""
     return [t for own in optimizer.state.values() for t in own.values() if isinstance(t, Tensor)]
-
-
-def _has_packed(model: nn.Module) -> bool:
-    return any(is_packed(module) for module in model.modules())
 
 
 @dataclass(frozen=True)
@@ -144,61 +153,40 @@ class Held:
 
 
 def held(model: nn.Module, share: Callable[[Tensor], int] | None = None) -> Held:
-    """Count the tensors of the model, shared ones once; buffers are dense.
+    """Count the memory of the model's tensors, each storage once; buffers are dense.
 
+    Views of one storage are that storage, and a buffer that was expanded is as small as it was.
     `share` says how many bytes of a parameter a device has, where it is not all.
     """
-    share = share or _size
     of: dict[int, tuple[str, int]] = {}
+
+    def count(kind: str, tensor: Tensor, *, divided: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        size = storage.nbytes() if share is None or not divided else share(tensor)
+        of.setdefault(storage._cdata, (kind, size))
+
     for adapter in named_adapters(model).values():
         for parameter in adapter.adapter_parameters().values():
-            of[id(parameter)] = ("adapters", share(parameter))
+            count("adapters", parameter)
     for module in model.modules():
         if is_packed(module):
             for name, parameter in module.packed_parameters().items():
-                kind = "codes" if name == "packed" else "scales"
-                of[id(parameter)] = (kind, share(parameter))
+                count("codes" if name == "packed" else "scales", parameter)
     for parameter in model.parameters():
-        of.setdefault(id(parameter), ("dense", share(parameter)))
+        count("dense", parameter)
     for buffer in model.buffers():
-        of.setdefault(id(buffer), ("dense", _size(buffer)))
+        count("dense", buffer, divided=False)
     sums: Counter[str] = Counter()
     for kind, size in of.values():
         sums[kind] += size
     return Held(sums["dense"], sums["codes"], sums["scales"], sums["adapters"])
 
 
-def _size(tensor: Tensor) -> int:
+def size_of(tensor: Tensor) -> int:
+    """Bytes of the tensor's numbers."""
     return tensor.numel() * tensor.element_size()
 
 
-def shard_of(world_size: int) -> Callable[[Tensor], int]:
-    """How many bytes of a parameter the first of so many devices has: its rows, rounded up."""
-
-    def share(tensor: Tensor) -> int:
-        if tensor.dim() == 0:
-            return _size(tensor)
-        rest = math.prod(tensor.shape[1:]) * tensor.element_size()
-        return math.ceil(tensor.shape[0] / world_size) * rest
-
-    return share
-
-
-def largest_block(model: nn.Module) -> tuple[int, int]:
-    """Bytes of the largest block's parameters, and of those that are in no block.
-
-    A block is a module in an nn.ModuleList that is in no other; without any, all are one block.
-    """
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    outer = [m for n, m in lists if not any(n.startswith(f"{o}.") for o, _ in lists)]
-    blocks = [_parameters(block.parameters()) for found in outer for block in found]
-    everything = _parameters(model.parameters())
-    if not blocks:
-        return sum(map(_size, everything.values())), 0
-    inside = {key for block in blocks for key in block}
-    largest = max(sum(map(_size, block.values())) for block in blocks)
-    return largest, sum(_size(p) for key, p in everything.items() if key not in inside)
-
-
-def _parameters(parameters: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
-    return {id(p): p for p in parameters}
+def storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """The storages of these tensors, each once."""
+    return {s._cdata: s for s in (tensor.untyped_storage() for tensor in tensors)}
