@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import is_packed
+from minipeft.fast.flops import attention_on_a_cpu
 from minipeft.inject import freeze
 from minipeft.lora import LoRALinear
 from minipeft.measure.memory import PeakMemory
@@ -227,10 +228,13 @@ def _train(
 
 
 def count_flops(case: Case, model: Any, batch: Any) -> int:
-    """FLOPs of forward and backward by torch's counter, a 4-bit product as a dense one."""
+    """FLOPs of forward and backward by torch's counter: a 4-bit product as a dense one.
+
+    Attention on a CPU counts too, by the formulas of fast/flops.py.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=attention_on_a_cpu()) as counter:
         case.loss(model, batch).backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
     return int(counter.get_total_flops())
