@@ -13,22 +13,57 @@ from torch import Tensor, nn
 from benchmarks.data import IGNORED, Batches
 from benchmarks.models import LlamaSizes, enable_checkpointing, load_model
 
+ALL_OF_IT = "_logits_are_its_heads_alone"  # what MakeModel marks a folder's model with
 CHUNK = 256  # rows of logits at a time
 
 
 def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
     """The transformer without its head, and the head, through PEFT's wrapper if there is one."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.model, inner.lm_head
+    inner = _inner(model)
+    return inner.base_model, inner.get_output_embeddings()
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_is_all(model: Any) -> bool:
+    """Whether logits are the head of the transformer's last states, and nothing more.
+
+    Gemma 2 caps them and Cohere scales them, for example; the model is tried on two tokens.
+    """
+    decoder, head = decoder_and_head(model)
+    ids = torch.tensor([[1, 2]], device=model.device)
+    if head is None:
+        return False
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        return torch.equal(head(decoder(input_ids=ids, use_cache=False).last_hidden_state), logits)
 
 
 def loss_of(model: Any, batch: Batches, *, chunked: bool = False) -> Tensor:
     """Mean cross-entropy of the next token where it is learnt.
 
     Logits are computed for those positions only: over a vocabulary of 49,152 they would take more
-    memory than everything that the methods differ in.  `chunked` lets torch compute them and their
+    memory than everything that the methods differ in.  A model that does more than its head
+    (`MakeModel` marks it) computes all of them.  `chunked` lets torch compute them and their
     gradients a few rows at a time; the loss has then the dtype of the model.
+
+    Raises:
+        ValueError: chunked, and the model does more than its head.
     """
+    if not getattr(_inner(model), ALL_OF_IT, True):
+        if chunked:
+            raise ValueError(
+                f"--chunked-loss: {type(_inner(model)).__name__} does more to its logits than its "
+                "head; leave it out"
+            )
+        found = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+        wanted = batch.labels[:, 1:].flatten()
+        every = found.logits[:, -batch.labels.shape[1] : -1].flatten(0, 1).float()
+        return F.cross_entropy(every, wanted, ignore_index=IGNORED)
     decoder, head = decoder_and_head(model)
     hidden = decoder(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
@@ -54,6 +89,8 @@ class MakeModel:
 
     def __call__(self) -> Any:
         model = load_model(self.sizes, self.dtype, self.seed, self.folder)
+        if self.folder is not None:
+            setattr(model, ALL_OF_IT, head_is_all(model.eval()))
         if self.checkpointing:
             enable_checkpointing(model)
         return model

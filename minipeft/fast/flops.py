@@ -55,7 +55,7 @@ def attention_on_a_cpu() -> dict[object, Callable[..., int]]:
     """
     from torch.utils.flop_counter import flop_registry
 
-    ours = {
+    ours: dict[str, Callable[..., int]] = {
         "_scaled_dot_product_flash_attention_for_cpu": attention_flops,
         "_scaled_dot_product_flash_attention_for_cpu_backward": attention_backward_flops,
     }
