@@ -61,8 +61,12 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--batch", type=positive, default=3, help="conversations in a batch")
     job.add_argument("--length", type=positive, default=256, help="tokens in a conversation")
     job.add_argument("--steps", type=positive, default=8, help="of the first round")
-    job.add_argument("--rounds", type=positive, default=3,
-                     help=f"the first measures memory, each later one times {LATER_STEPS} steps")  # fmt: skip
+    job.add_argument(
+        "--rounds",
+        type=positive,
+        default=3,
+        help=f"the first measures memory, each later one times {LATER_STEPS} steps",
+    )
     job.add_argument("--validation-rows", type=positive, default=8)
     job.add_argument("--rank", type=positive, default=16)
     job.add_argument("--alpha", type=float, default=None, help="default: twice the rank")
@@ -123,9 +127,9 @@ def refuse_idle_options(words: list[str]) -> None:
     job = parser()
     given = job.parse_args(words)
     kind = kind_of(given.model)
-    job.set_defaults(**dict.fromkeys(vars(given), argparse.SUPPRESS))
-    said = {name for name, value in vars(job.parse_args(words)).items()
-            if value is not argparse.SUPPRESS}  # fmt: skip
+    unset = object()
+    job.set_defaults(**dict.fromkeys(vars(given), unset))
+    said = {name for name, value in vars(job.parse_args(words)).items() if value is not unset}
     if idle := [f"--{name.replace('_', '-')}" for name in IDLE[kind] if name in said]:
         why = "; the file decides this itself" if kind == "a model from a file" else ""
         raise ValueError(f"{', '.join(idle)}: of no effect with {kind}; leave it out{why}")
