@@ -32,7 +32,7 @@ Result = dict[str, Any]
 Event = Callable[[str, Result], None]
 CHILD = "MINIPEFT_BENCHMARK_CHILD"  # set in the processes that run a method
 LINES = 3  # of a dead process's last words
-END_SECONDS = 30  # that a process may take to end after its result; a DataLoader's workers end too
+END_SECONDS = 120  # that a process may take to end after its result, on a busy machine too
 REFUSALS = (ValueError, TypeError, NotImplementedError)
 
 
