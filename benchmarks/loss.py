@@ -4,7 +4,7 @@ Each class here is a function with settings that another process can be given.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,25 @@ from benchmarks.models import LlamaSizes, enable_checkpointing, load_model
 
 ALL_OF_IT = "_logits_are_its_heads_alone"  # what MakeModel marks a folder's model with
 CHUNK = 256  # rows of logits at a time
+
+
+class Step(NamedTuple):
+    """A batch, and which of its tokens are followed by one that is learnt (`learnt_of`).
+
+    Known before, so that predict_memory can run the loss where tensors have no values.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Tensor
+    learnt: Tensor
+
+
+def learnt_of(labels: Tensor) -> Tensor:
+    """Numbers of the tokens whose next one is learnt, counted through all rows, int64."""
+    following = torch.full_like(labels, IGNORED)
+    following[:, :-1] = labels[:, 1:]
+    return (following.flatten() != IGNORED).nonzero().squeeze(1)
 
 
 def decoder_and_head(model: Any) -> tuple[nn.Module, nn.Module]:
@@ -41,7 +60,7 @@ def head_is_all(model: Any) -> bool:
         return torch.equal(head(decoder(input_ids=ids, use_cache=False).last_hidden_state), logits)
 
 
-def loss_of(model: Any, batch: Batches, *, chunked: bool = False) -> Tensor:
+def loss_of(model: Any, batch: Batches | Step, *, chunked: bool = False) -> Tensor:
     """Mean cross-entropy of the next token where it is learnt.
 
     Logits are computed for those positions only: over a vocabulary of 49,152 they would take more
@@ -65,12 +84,14 @@ def loss_of(model: Any, batch: Batches, *, chunked: bool = False) -> Tensor:
         every = found.logits[:, -batch.labels.shape[1] : -1].flatten(0, 1).float()
         return F.cross_entropy(every, wanted, ignore_index=IGNORED)
     decoder, head = decoder_and_head(model)
+    # transformers reads the mask's values, which predict_memory's tensors do not have: there a text
+    # is not padded, as in its own loss
+    mask = None if batch.attention_mask.is_meta else batch.attention_mask
     hidden = decoder(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        input_ids=batch.input_ids, attention_mask=mask, use_cache=False
     ).last_hidden_state
-    targets = batch.labels[:, 1:]
-    learnt = targets != IGNORED
-    rows, own = hidden[:, :-1][learnt], targets[learnt]
+    learnt = batch.learnt if isinstance(batch, Step) else learnt_of(batch.labels)
+    rows, own = hidden.flatten(0, 1)[learnt], batch.labels.flatten()[learnt + 1]
     if chunked:
         options = nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK, chunking_method=None)
         return F.linear_cross_entropy(rows, head.weight, own, options=options)
@@ -103,8 +124,9 @@ class MakeBatch:
     path: str
     size: int
 
-    def __call__(self, step: int) -> Batches:
-        return load_batches(self.path, "train").rows(step * self.size, (step + 1) * self.size)
+    def __call__(self, step: int) -> Step:
+        rows = load_batches(self.path, "train").rows(step * self.size, (step + 1) * self.size)
+        return Step(*rows, learnt_of(rows.labels))
 
 
 @dataclass(frozen=True)

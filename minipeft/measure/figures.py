@@ -1,5 +1,6 @@
 """Figures of a prepared model: bytes, bits, FLOPs of a step, the predicted peak."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,15 +61,25 @@ def count_flops(loss: Loss, model: Any, batch: Any) -> int:
 def predicted(
     loss: Loss, model: Any, batch: Any, device: torch.device
 ) -> tuple[int | None, str | None]:
-    """The peak that predict_memory says of such a step, or why it says none."""
+    """The peak that predict_memory says of such a step, or why it says none.
+
+    A model of transformers is told there that no texts are packed into one row, as in
+    predict_memory's own loss.
+    """
+    from minipeft.integrations.transformers.no_values import PlainText
     from minipeft.integrations.transformers.predict import predict_memory
 
     on_meta = moved(batch, torch.device("meta"))
+
+    def forward(model: Any) -> torch.Tensor:
+        with PlainText() if hasattr(model, "config") else nullcontext():
+            return loss(model, on_meta)
+
     try:
         found = predict_memory(
             model, "as_it_is", batch=1, length=1,
             device="cuda" if device.type == "cuda" else "cpu",
-            forward=lambda model: loss(model, on_meta),
+            forward=forward,
         )  # fmt: skip
     except Exception as error:  # whatever a model or a loss that reads values raises
         return None, f"{type(error).__name__}: {error}"

@@ -163,6 +163,20 @@ def small_case(tmp_path, *words):
     return harness.case_of(options, str(path))
 
 
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_a_step_of_the_job_is_predicted(method, tmp_path):
+    """Padding and positions that are not learnt included: no values are read."""
+    found = measured.run(replace(small_case(tmp_path), method=methods.METHODS[method]))
+    assert found["no_prediction"] is None
+    assert found["predicted_bytes"] > found["weight_bytes"]
+
+
+def test_the_learnt_positions_are_those_with_a_label_after_them():
+    labels = torch.tensor([[5, data.IGNORED, 6, 7], [data.IGNORED, 8, data.IGNORED, data.IGNORED]])
+    assert loss.learnt_of(labels).tolist() == [1, 2, 4]
+    assert loss.learnt_of(labels[:, :1]).tolist() == []
+
+
 @pytest.mark.skipif(
     not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="torch 2.13 has it"
 )
