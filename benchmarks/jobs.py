@@ -47,6 +47,8 @@ JOBS: dict[str, Job] = {
                    ("--methods", "LoRA", "--processes", "2")),
     "methods": Job("compare", "speed", "every method beside PEFT: memory, time, loss", 5,
                    ("--model", "llama", "--steps", "2", "--rounds", "1", "--length", "16")),
+    "own_model": Job("own_model", "memory", "a GPT of one's own: mp.benchmark beside `methods`", 3,
+                     ("--methods", "lora")),
     "cpu": Job("cpu", "speed", "4-bit layers on a CPU, beside bitsandbytes and dense ones", 15,
                ("--parts", "decode", "product", "--threads", "1", "--rounds", "3")),
     "gpu": Job("gpu", "speed", "the same on a GPU, with Triton; floors without one", 10, None),
