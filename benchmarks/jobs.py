@@ -1,7 +1,7 @@
 """The jobs that `python -m benchmarks` runs: what each one asks, and how long it takes.
 
-`minutes` are of two cores with AVX-512.  `quick` are the arguments of a small run; None: the job
-needs a GPU, files that have to be fetched, or what no small run can show.
+`minutes` are of two cores with AVX-512.  `quick` are the arguments of a small run, in which FOLDER
+stands for a temporary folder; None: the job does not run without what it `needs`.
 """
 
 import json
@@ -20,12 +20,14 @@ class Job(NamedTuple):
     question: str
     minutes: float
     quick: tuple[str, ...] | None = ()
+    needs: str = ""
 
 
 JOBS: dict[str, Job] = {
     "nf4_sweep": Job("nf4_sweep", "exactness", "is NF4 bitsandbytes' and numpy's, bit by bit?", 1,
-                     ("--cases", "100")),
-    "nf4_grid": Job("nf4_grid", "exactness", "the same over 40 shapes, dtypes and block sizes", 2),
+                     ("--cases", "50")),
+    "nf4_grid": Job("nf4_grid", "exactness", "the same over 40 shapes, dtypes and block sizes", 2,
+                    ("--shapes", "20")),
     "lora_table": Job("lora_table", "exactness", "is every adapter layer float64's and PEFT's?", 1),
     "checkpoint_families": Job(
         "checkpoint_families", "exactness", "4-bit files of 88 families in four directions", 8,
@@ -38,7 +40,7 @@ JOBS: dict[str, Job] = {
     "prefix_classes": Job("prefix_classes", "exactness", "which classes of transformers take one?",
                           15, ("LlamaForCausalLM", "BertModel", "T5ForConditionalGeneration")),
     "tuple_caches": Job("tuple_caches", "exactness", "prefixes on ChatGLM's and MOSS's own code", 1,
-                        None),
+                        None, "a folder with their published files"),
     "saves": Job("saves", "exactness", "is anything lost where a save dies?", 3,
                  ("--kills", "3", "--calls", "20", "--seconds", "1", "--print-only")),
     "resume": Job("resume", "exactness", "does training go on in every bit, and after a kill?", 4,
@@ -49,8 +51,9 @@ JOBS: dict[str, Job] = {
                    ("--model", "llama", "--steps", "2", "--rounds", "1", "--length", "16")),
     "cpu": Job("cpu", "speed", "4-bit layers on a CPU, beside bitsandbytes and dense ones", 15,
                ("--parts", "decode", "product", "--threads", "1", "--rounds", "3")),
-    "gpu": Job("gpu", "speed", "the same on a GPU, with Triton; floors without one", 10, None),
-    "kernels": Job("kernels", "speed", "Triton beside PyTorch, on a GPU", 1, None),
+    "gpu": Job("gpu", "speed", "the same on a GPU, with Triton; floors without one", 10,
+               ("--parts", "gate")),
+    "kernels": Job("kernels", "speed", "Triton beside PyTorch, on a GPU", 1, ("--rounds", "3")),
     "lora_speed": Job("lora_speed", "speed", "LoRA, DoRA and mixed batches, beside PEFT", 2,
                       ("--rounds", "3")),
     "rows_training": Job("rows_training", "speed", "eight adapters in one pass, and in eight", 10,
@@ -66,9 +69,11 @@ JOBS: dict[str, Job] = {
     "nf4_memory": Job("nf4_memory", "memory", "memory while weights are quantised; a LLaMA-7B", 3,
                       ("--layers", "1")),
     "larger_than_memory": Job(
-        "larger_than_memory", "memory", "a step of models that memory does not hold", 30, None
+        "larger_than_memory", "memory", "a step of models that memory does not hold", 30,
+        ("--case", "tiny", "--folder", "FOLDER"),
     ),
-    "attach_cost": Job("attach_cost", "memory", "seconds and memory of attaching a prefix", 2),
+    "attach_cost": Job("attach_cost", "memory", "seconds and memory of attaching a prefix", 2,
+                       ("--shapes", "SmolLM2-135M")),
     "checkpoint": Job("checkpoint", "memory", "3 GB made 4-bit, killed, resumed", 5,
                       ("--gigabytes", "0.2")),
     "delta": Job("delta", "memory", "a 3 GB checkpoint as a delta, and back", 6,
@@ -83,7 +88,8 @@ JOBS: dict[str, Job] = {
                ("--quick", "--train-sentences", "100", "--held-out-sentences", "50")),
     "vocabulary": Job("vocabulary", "quality", "200 Chinese pieces for SmolLM2", 4,
                       ("--pieces", "20", "--steps", "2", "--validate", "2")),
-    "recipes": Job("recipes", "quality", "every recipe: seconds and losses", 5, None),
+    "recipes": Job("recipes", "quality", "every recipe: seconds and losses", 5,
+                   ("--names", "alpaca", "falcon")),
 }  # fmt: skip
 
 
