@@ -3,6 +3,7 @@
 python -m benchmarks                 the jobs: what each one asks, minutes, last result
 python -m benchmarks NAME ...        one job; NAME --help says what it can be told
 python -m benchmarks all --quick     every job, small; --only NAMES takes some
+python -m benchmarks markdown        the jobs, as the table of benchmarks/README.md
 python -m benchmarks report FILE     table and plot of a result of `methods`
 """
 
@@ -11,7 +12,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from benchmarks.jobs import GROUPS, JOBS, last_result
+from benchmarks.jobs import GROUPS, JOBS, last_result, markdown
 
 
 def show_jobs() -> None:
@@ -69,6 +70,9 @@ def main() -> int:
     name, rest = words[0], words[1:]
     if name in JOBS:
         return run_job(name, rest)
+    if name == "markdown":
+        print(markdown(), end="")
+        return 0
     if name == "all":
         from benchmarks.quick import run_all
 

@@ -31,12 +31,12 @@ JOBS: dict[str, Job] = {
     "lora_table": Job("lora_table", "exactness", "is every adapter layer float64's and PEFT's?", 1),
     "checkpoint_families": Job(
         "checkpoint_families", "exactness", "4-bit files of 88 families in four directions", 8,
-        ("--families", "llama", "gpt2", "mixtral"),
+        ("--families", "LLaMA", "GPT-2", "Mixtral"),
     ),
     "families": Job("families", "exactness", "systems of the survey x methods, steps, files", 1,
                     ("LLaMA",)),
     "prefix_matrix": Job("prefix_matrix", "exactness", "a prefix in 28 architectures x 16 uses", 3,
-                         ("--families", "llama", "gpt2", "bert")),
+                         ("--families", "LLaMA", "BERT")),
     "prefix_classes": Job("prefix_classes", "exactness", "which classes of transformers take one?",
                           15, ("LlamaForCausalLM", "BertModel", "T5ForConditionalGeneration")),
     "tuple_caches": Job("tuple_caches", "exactness", "prefixes on ChatGLM's and MOSS's own code", 1,
@@ -100,3 +100,12 @@ def last_result(name: str) -> str:
         return "-"
     when = json.loads(found[-1].read_text()).get("when", "")
     return f"{found[-1].name} ({when[:10]})" if when else found[-1].name
+
+
+def markdown() -> str:
+    """The jobs as the table of benchmarks/README.md."""
+    rows = ["| group | job | what it asks | minutes |", "|---|---|---|---:|"]
+    for group in GROUPS:
+        jobs = ((name, job) for name, job in JOBS.items() if job.group == group)
+        rows += [f"| {group} | `{name}` | {job.question} | {job.minutes:g} |" for name, job in jobs]
+    return "\n".join(rows) + "\n"

@@ -1,12 +1,14 @@
 """Every job, small, each in a process of its own that may take so long: `... all --quick`.
 
-A job that fails or takes too long does not end the others: the table at the end and the JSON tell
-of each its seconds, exit status and result.  What the jobs write goes into a temporary folder, so
-that no figure of a small run stands beside those of whole ones.
+A job that fails or takes too long does not end the others.  The table at the end and the JSON tell
+of each job its seconds (on the clock, and of all processors together), exit status and result.
+What the jobs write goes into a temporary folder, so that no figure of a small run stands beside
+those of whole ones.
 """
 
 import argparse
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -59,14 +61,17 @@ def run_one(name: str, timeout: float) -> dict[str, Any]:
     """
     job = JOBS[name]
     if job.quick is None:
-        return {"job": name, "seconds": 0.0, "exit": None, "result": f"not run: {job.needs}"}
+        return {"job": name, "seconds": 0.0, "cpu_seconds": 0.0, "exit": None,
+                "result": f"not run: needs {job.needs}"}  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         words = [word.replace("FOLDER", folder) for word in job.quick]
         command = [sys.executable, "-m", "benchmarks", name, *words, "--output", folder]
-        start = time.perf_counter()
+        start, before = time.perf_counter(), processor_seconds()
         status, said = finished(command, timeout)
         seconds = round(time.perf_counter() - start, 1)
-    found = {"job": name, "seconds": seconds, "exit": -signal.SIGKILL if status is None else status}
+        busy = round(processor_seconds() - before, 1)
+    found = {"job": name, "seconds": seconds, "cpu_seconds": busy,
+             "exit": -signal.SIGKILL if status is None else status}  # fmt: skip
     if status == 0:
         lines = [text.strip() for text in said.splitlines() if text.strip()]
         told = [text for text in lines if not text.startswith("written:")]
@@ -93,6 +98,12 @@ def finished(command: list[str], timeout: float) -> tuple[int | None, str]:
         return status, out.read()
 
 
+def processor_seconds() -> float:
+    """What processes that have ended took of all cores; of a killed one, itself alone."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def environment() -> dict[str, str]:
     """The jobs' environment: nothing is fetched."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -110,9 +121,10 @@ def show(runs: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("job", "seconds", "exit", "result")
+    table = Table("job", "seconds", "CPU s", "exit", "result")
     for run in runs:
         status = "-" if run["exit"] is None else str(run["exit"])
-        table.add_row(run["job"], f"{run['seconds']:.0f}", status, Text(run["result"]))
+        table.add_row(run["job"], f"{run['seconds']:.0f}", f"{run['cpu_seconds']:.0f}", status,
+                      Text(run["result"]))  # fmt: skip
     wide = Console()
     (wide if wide.width >= 120 else Console(width=120)).print(table)
