@@ -7,6 +7,7 @@ compare two checkouts, run it in each.
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.output import add_output, keep
+from minipeft.measure.machine import allocator_environment
 
 SIZES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {
@@ -85,13 +87,14 @@ def main() -> int:
         for function in ("attach_prefix", "attach_prompt"):
             command = [sys.executable, "-m", "benchmarks.attach_cost", "--one", shape, function]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True,
-                                  cwd=Path(__file__).parent.parent)  # fmt: skip
+                                  cwd=Path(__file__).parent.parent,
+                                  env={**os.environ, **allocator_environment()})  # fmt: skip
             found = json.loads(done.stdout.strip().splitlines()[-1])
             cases.append({"shape": shape, "function": function, **found})
             print(f"{shape:14} {function:14} {found['seconds']:6.2f} s, {found['forwards']} "
                   f"forwards over {found['tokens']} tokens, {found['peak']:.0f} MB above the "
                   "model's peak", flush=True)  # fmt: skip
-    keep(arguments, "attach_cost", cases=cases)
+    keep(arguments, "attach_cost", allocator=allocator_environment(), cases=cases)
     return 0
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.output import add_output, keep
+from minipeft.measure.machine import allocator_environment
 
 MIB = 2**20
 
@@ -96,7 +97,7 @@ def start_worker(source: Path, destination: Path, max_shard_bytes: int) -> "subp
                str(destination), str(max_shard_bytes)]  # fmt: skip
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **allocator_environment(), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 
 
@@ -135,7 +136,8 @@ def main() -> int:
         found = compare(folder, arguments.gigabytes)
     finally:
         shutil.rmtree(folder)
-    keep(arguments, "checkpoint", gigabytes=arguments.gigabytes, **found)
+    keep(arguments, "checkpoint", gigabytes=arguments.gigabytes, allocator=allocator_environment(),
+         **found)  # fmt: skip
     return int(not found["right"])
 
 

@@ -7,6 +7,7 @@ parameter counted from the tensors, resident memory, one forward pass.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 import minipeft as mp
 from benchmarks.output import add_output, keep
+from minipeft.measure.machine import allocator_environment
 from minipeft.measure.memory import PeakMemory, resident_bytes
 
 MIB = 2**20
@@ -116,8 +118,9 @@ def main() -> int:
         command = [sys.executable, "-m", "benchmarks.nf4_memory", "--case", case,
                    "--layers", str(arguments.layers)]  # fmt: skip
         done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
-        )
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+            env={**os.environ, **allocator_environment()},
+        )  # fmt: skip
         *lines, last = done.stdout.strip().splitlines()
         found = cases[case] = json.loads(last)
         if case == "llama":
@@ -131,7 +134,8 @@ def main() -> int:
             f"peak beside the weight {found['peak']:.1f}, so {extra:.1f} beside the result"
         )
         broken |= extra > 64
-    keep(arguments, "nf4_memory", layers=arguments.layers, cases=cases)
+    keep(arguments, "nf4_memory", layers=arguments.layers, allocator=allocator_environment(),
+         cases=cases)  # fmt: skip
     return int(broken)
 
 

@@ -56,8 +56,8 @@ def parser() -> argparse.ArgumentParser:
 def run_one(name: str, timeout: float) -> dict[str, Any]:
     """One small run: its seconds, its exit status (None: it was not started) and its result.
 
-    The result of a job that succeeds is the last line that it printed; of one that fails, why, with
-    the end of what it printed as `output`.
+    The result of a job that succeeds is the last line of words or figures that it printed; of one
+    that fails, why, with the end of what it printed as `output`.
     """
     job = JOBS[name]
     if job.quick is None:
@@ -73,7 +73,7 @@ def run_one(name: str, timeout: float) -> dict[str, Any]:
     found = {"job": name, "seconds": seconds, "cpu_seconds": busy,
              "exit": -signal.SIGKILL if status is None else status}  # fmt: skip
     if status == 0:
-        lines = [text.strip() for text in said.splitlines() if text.strip()]
+        lines = [text.strip() for text in said.splitlines() if any(map(str.isalnum, text))]
         told = [text for text in lines if not text.startswith("written:")]
         return {**found, "result": told[-1][:200] if told else ""}
     why = f"took more than {timeout:g} s" if status is None else f"exit status {status}"
