@@ -73,7 +73,7 @@ def run_one(name: str, timeout: float) -> dict[str, Any]:
     found = {"job": name, "seconds": seconds, "cpu_seconds": busy,
              "exit": -signal.SIGKILL if status is None else status}  # fmt: skip
     if status == 0:
-        lines = [text.strip() for text in said.splitlines() if any(map(str.isalnum, text))]
+        lines = [text.strip(" │|") for text in said.splitlines() if any(map(str.isalnum, text))]
         told = [text for text in lines if not text.startswith("written:")]
         return {**found, "result": told[-1][:200] if told else ""}
     why = f"took more than {timeout:g} s" if status is None else f"exit status {status}"
