@@ -67,7 +67,7 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         half = torch.arange(WIDTH // HEADS // 2, device=ids.device)
         positions = torch.arange(ids.shape[1], device=ids.device)
-        angles = positions[:, None].float() @ 10000.0 ** (-half / len(half))[None]
+        angles = positions[:, None] * 10000.0 ** (-half / len(half))[None]
         x = self.embed(ids)
         for block in self.blocks:
             x = block(x, torch.cat([angles, angles], dim=-1))
