@@ -6,13 +6,19 @@ compare two checkouts, run it in each.
 """
 
 import argparse
+import json
+import os
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.output import add_output, keep
+from minipeft.measure.machine import allocator_environment
 
 SIZES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {
@@ -31,8 +37,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def measure(shape: str, function: str) -> None:
-    """Print one line, for one model in this process."""
+def measure(shape: str, function: str) -> dict[str, Any]:
+    """The figures of one model in this process; `peak` in MB above the model's own."""
     import transformers
 
     import minipeft as mp
@@ -63,22 +69,32 @@ def measure(shape: str, function: str) -> None:
     getattr(mp, function)(model, 16)
     seconds = time.perf_counter() - begun
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(f"{shape:14} {function:14} {seconds:6.2f} s, {len(tokens)} forwards over "
-          f"{sum(tokens)} tokens, {peak:.0f} MB above the model's peak")  # fmt: skip
+    return {"seconds": seconds, "forwards": len(tokens), "tokens": sum(tokens), "peak": peak}
 
 
 def main() -> int:
-    """Each model and function in a process of its own."""
+    """Each model and function in a process of its own: a line each, and the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--one", nargs=2, metavar=("SHAPE", "FUNCTION"), help=argparse.SUPPRESS)
-    one = parser.parse_args().one
-    if one:
-        measure(*one)
+    parser.add_argument("--shapes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    add_output(parser)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(*arguments.one)))
         return 0
-    for shape in SIZES:
+    cases = []
+    for shape in arguments.shapes:
         for function in ("attach_prefix", "attach_prompt"):
             command = [sys.executable, "-m", "benchmarks.attach_cost", "--one", shape, function]
-            subprocess.run(command, check=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True,
+                                  cwd=Path(__file__).parent.parent,
+                                  env={**os.environ, **allocator_environment()})  # fmt: skip
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            cases.append({"shape": shape, "function": function, **found})
+            print(f"{shape:14} {function:14} {found['seconds']:6.2f} s, {found['forwards']} "
+                  f"forwards over {found['tokens']} tokens, {found['peak']:.0f} MB above the "
+                  "model's peak", flush=True)  # fmt: skip
+    keep(arguments, "attach_cost", allocator=allocator_environment(), cases=cases)
     return 0
 
 

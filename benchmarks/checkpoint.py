@@ -17,8 +17,12 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from benchmarks.output import add_output, keep
+from minipeft.measure.machine import allocator_environment
 
 MIB = 2**20
 
@@ -93,7 +97,7 @@ def start_worker(source: Path, destination: Path, max_shard_bytes: int) -> "subp
                str(destination), str(max_shard_bytes)]  # fmt: skip
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, **allocator_environment(), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
 
 
@@ -116,11 +120,12 @@ def finish(process: "subprocess.Popen[str]") -> dict[str, float]:
 
 
 def main() -> int:
-    """Print the figures; exit status 1 if a byte differs or the limit is broken."""
+    """Print the figures and write them; exit status 1: a byte differs or the limit is broken."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    add_output(parser)
     arguments = parser.parse_args()
     if arguments.work:
         source, destination, size = arguments.work
@@ -128,13 +133,16 @@ def main() -> int:
         return 0
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        return compare(folder, arguments.gigabytes)
+        found = compare(folder, arguments.gigabytes)
     finally:
         shutil.rmtree(folder)
+    keep(arguments, "checkpoint", gigabytes=arguments.gigabytes, allocator=allocator_environment(),
+         **found)  # fmt: skip
+    return int(not found["right"])
 
 
-def compare(folder: Path, gigabytes: float) -> int:
-    """The three runs and what they show."""
+def compare(folder: Path, gigabytes: float) -> dict[str, Any]:
+    """The three runs and what they show; `right`: equal bytes, a kill half way, and the limit."""
     largest = write_source(folder / "source", gigabytes)
     total = sum(path.stat().st_size for path in (folder / "source").glob("*.safetensors"))
     limit = 2 * largest + 256 * MIB
@@ -167,7 +175,12 @@ def compare(folder: Path, gigabytes: float) -> int:
     size = sum(path.stat().st_size for path in (folder / "out").glob("*.safetensors"))
     print(f"result: {size / 1e9:.2f} GB")
     too_much = max(whole["peak"], resumed["peak"]) > limit
-    return int(bool(differing) or too_much or not left or len(left) == len(shards))
+    return {
+        "source_bytes": total, "result_bytes": size, "largest_tensor": largest, "limit": limit,
+        "whole": whole, "resumed": resumed, "shards": len(shards), "shards_at_kill": len(left),
+        "files": len(a), "differing": differing,
+        "right": not differing and not too_much and 0 < len(left) < len(shards),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

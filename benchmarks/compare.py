@@ -3,7 +3,7 @@
 SmolLM2 on chit-chat by default.  `--model FOLDER` takes a Hugging Face model, and
 `--data FILE.jsonl` other texts.  `--model file.py:make_model` takes a model of your own, whose file
 has `make_batch(step)` and, where the model returns no loss, `loss(model, batch)` too;
-minipeft.benchmark says what they are.
+minipeft.benchmark, which runs them all, says what they are.
 """
 
 import argparse
@@ -17,14 +17,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 import minipeft as mp
-from benchmarks.harness import TIMED_STEPS, estimate_seconds, options_from, run_all
+from benchmarks.harness import commit, estimate_own, estimate_seconds, options_from, run_all
 from benchmarks.methods import METHODS
 from benchmarks.models import LlamaSizes, require, smollm2_folder
-from minipeft.measure.benchmark import Display, described
+from minipeft.measure.benchmark import LATER_STEPS
+from minipeft.measure.loss import own_loss
 from minipeft.measure.methods import METHODS as OURS
 from minipeft.measure.report import Report
-from minipeft.measure.run import own_loss
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,8 +39,8 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     job.add_argument(
         "--model", default="smollm2",
-        help="smollm2; llama: random weights, sizes below; a folder of a Hugging Face model; "
-        "file.py:function, see below",
+        help="smollm2; llama: random weights, sizes below; a folder with any causal language "
+        "model of transformers and its tokenizer; file.py:function, see above",
     )  # fmt: skip
     job.add_argument("--data", type=Path, default=None,
                      help='JSON Lines of {"messages": [...]} or {"text": ...}')  # fmt: skip
@@ -50,12 +52,21 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     job.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                      help="auto: float32 on a CPU without products of bfloat16")  # fmt: skip
-    job.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    job.add_argument(
+        "--device",
+        type=device_name,
+        default="cpu",
+        help="cpu, cuda, or one of several GPUs, as cuda:1",
+    )
     job.add_argument("--batch", type=positive, default=3, help="conversations in a batch")
     job.add_argument("--length", type=positive, default=256, help="tokens in a conversation")
     job.add_argument("--steps", type=positive, default=8, help="of the first round")
-    job.add_argument("--rounds", type=positive, default=2,
-                     help=f"the later ones time {TIMED_STEPS} steps")  # fmt: skip
+    job.add_argument(
+        "--rounds",
+        type=positive,
+        default=3,
+        help=f"the first measures memory, each later one times {LATER_STEPS} steps",
+    )
     job.add_argument("--validation-rows", type=positive, default=8)
     job.add_argument("--rank", type=positive, default=16)
     job.add_argument("--alpha", type=float, default=None, help="default: twice the rank")
@@ -79,6 +90,49 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
     return value
+
+
+def device_name(text: str) -> str:
+    """A device as torch names it."""
+    try:
+        return str(torch.device(text))
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: cpu, cuda, cuda:1") from None
+
+
+SIZES = tuple(LlamaSizes.__dataclass_fields__)
+# options that do nothing with a kind of model
+IDLE = {
+    "a model from a file": (*SIZES, "data", "batch", "length", "validation_rows", "dtype", "peers",
+                            "checkpointing", "chunked_loss"),
+    "smollm2": (*SIZES, "head"),
+    "llama": ("data", "head"),
+    "a folder": (*SIZES, "head"),
+}  # fmt: skip
+
+
+def kind_of(model: str) -> str:
+    """The kind of model that --model names, a key of IDLE."""
+    if ".py:" in model:
+        return "a model from a file"
+    return model if model in IDLE else "a folder"
+
+
+def refuse_idle_options(words: list[str]) -> None:
+    """Refuse options that would change nothing.
+
+    Raises:
+        ValueError: some were given; names them.
+    """
+    job = parser()
+    given = job.parse_args(words)
+    kind = kind_of(given.model)
+    unset = object()
+    job.set_defaults(**dict.fromkeys(vars(given), unset))
+    said = {name for name, value in vars(job.parse_args(words)).items() if value is not unset}
+    if idle := [f"--{name.replace('_', '-')}" for name in IDLE[kind] if name in said]:
+        why = "; the file decides this itself" if kind == "a model from a file" else ""
+        raise ValueError(f"{', '.join(idle)}: of no effect with {kind}; leave it out{why}")
 
 
 @cache
@@ -134,10 +188,10 @@ def own_model(arguments: argparse.Namespace) -> Report:
             f"--methods: {foreign} work on the models of this job; for a model of your own give "
             "mp.benchmark a function"
         )
-    if arguments.data or arguments.chunked_loss or arguments.checkpointing:
-        raise ValueError(
-            "--data, --chunked-loss and --checkpointing: the file of your model decides this itself"
-        )
+    seconds = estimate_own(
+        model, batch, loss, steps=arguments.steps, rounds=arguments.rounds, methods=len(methods)
+    )
+    announce(methods, arguments, seconds)
     report = mp.benchmark(
         model, batch, methods, loss=loss, head=arguments.head, rank=arguments.rank,
         alpha=2 * arguments.rank if arguments.alpha is None else arguments.alpha,
@@ -145,34 +199,40 @@ def own_model(arguments: argparse.Namespace) -> Report:
         steps=arguments.steps, rounds=arguments.rounds, device=arguments.device,
         threads=arguments.threads, seed=arguments.seed,
     )  # fmt: skip
-    report.data["about"] = f"{arguments.model.rpartition('/')[2]}, {report.data['about']}"
+    report.data["about"] = (
+        f"{arguments.model.rpartition('/')[2]}, {arguments.steps} steps, rank {arguments.rank}"
+    )
+    report.data["commit"] = commit()
     return report
+
+
+def announce(methods: list[str], arguments: argparse.Namespace, seconds: float | None) -> None:
+    """Say what is going to run, and about how long it takes."""
+    time = (
+        "its step cannot be counted before it runs, so the time is not known" if seconds is None
+        else f"about {max(1, round(seconds / 60))} minutes"
+    )  # fmt: skip
+    print(
+        f"{len(methods)} methods ({', '.join(methods)}), {arguments.steps} training steps each, "
+        f"{arguments.rounds} rounds, one process at a time; {time}.",
+        flush=True,
+    )
 
 
 def compared(arguments: argparse.Namespace) -> Report:
     """The methods and their peers on SmolLM2, a LLaMA or a folder's model."""
     options = options_from(arguments)
-    print(
-        f"{len(options['methods'])} methods ({', '.join(options['methods'])}), "
-        f"{options['steps']} training steps each, {options['rounds']} rounds, one process at a "
-        f"time; about {estimate_seconds(options) / 60:.0f} minutes.",
-        flush=True,
-    )
+    announce(options["methods"], arguments, estimate_seconds(options))
     if options["sizes"] is None and options["folder"] is None:
         smollm2_folder()  # converted once, outside any timing
-    methods = described({name: METHODS[name] for name in options["methods"]})
-    titles = {"base": {"title": "untouched model"}, **methods}
-    display = Display(titles, 1 + options["rounds"] * len(methods))
-    try:
-        return run_all(options, display)
-    finally:
-        display.close()
+    return run_all(options)
 
 
 def main() -> int:
     """Compare, print, write; the exit status is 1 where a method of ours gave no figures."""
     arguments = parser().parse_args()
     try:
+        refuse_idle_options(sys.argv[1:])
         require("rich", "bench")
         require("matplotlib", "bench")
         report = (own_model if ".py:" in arguments.model else compared)(arguments)

@@ -1,6 +1,7 @@
 """The methods job: minipeft's methods and other libraries', on the same batches.
 
-minipeft.measure runs them, in rounds, each in a process of its own.
+minipeft.benchmark runs them, in rounds, each in a process of its own; here are the job's model,
+batches, loss and validation, and the untouched model's loss beside them.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 import subprocess
 import tempfile
 import time
+import warnings
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -16,19 +18,23 @@ from typing import Any
 
 import torch
 
+import minipeft as mp
 from benchmarks.data import Batches, chat_batches, random_batches
 from benchmarks.loss import MakeBatch, MakeModel, Validation, loss_of
 from benchmarks.methods import METHODS
 from benchmarks.models import LlamaSizes, load_tokenizer, require, training_dtype
-from minipeft.measure.benchmark import described
+from minipeft.measure.benchmark import LATER_STEPS
+from minipeft.measure.display import Display
+from minipeft.measure.figures import count_flops
+from minipeft.measure.loss import Loss, moved
 from minipeft.measure.machine import hardware, versions
-from minipeft.measure.processes import Event, in_a_process, rounds_of
+from minipeft.measure.processes import in_a_process
 from minipeft.measure.report import Report
 from minipeft.measure.run import Case
 
 Result = dict[str, Any]
-TIMED_STEPS = 3  # of the later rounds; the first is not counted
 PARAMETERS = 134.5e6  # of SmolLM2-135M, for the estimate
+SECONDS = 12  # that a process takes to start, for the estimate
 
 
 def commit() -> str | None:
@@ -59,7 +65,7 @@ def save_result(folder: Path, job: str, **content: Any) -> Path:
 def make_batches(options: Result) -> tuple[Batches, Batches]:
     """The batches that every method gets."""
     rows = {
-        "train_rows": options["batch"] * max(options["steps"], TIMED_STEPS),
+        "train_rows": options["batch"] * max(options["steps"], LATER_STEPS),
         "validation_rows": options["validation_rows"],
         "length": options["length"],
         "seed": options["seed"],
@@ -70,29 +76,62 @@ def make_batches(options: Result) -> tuple[Batches, Batches]:
 
 
 def estimate_seconds(options: Result) -> float:
-    """About how long all runs take: 6 FLOPs a parameter and token, and 12 s to start a process.
-
-    The rates are those of two-core machines with AVX-512 and AMX, and with AVX2; on another, the
-    progress bar knows better after the first run.
-    """
+    """About how long all runs take: 6 FLOPs a parameter and token, and 12 s to start a process."""
     sizes = options["sizes"]
     parameters = PARAMETERS
     if sizes is not None:
         width, kv = sizes["hidden"], sizes["hidden"] * sizes["kv_heads"] // sizes["heads"]
         layer = 2 * width * (width + kv) + 3 * width * sizes["intermediate"]
         parameters = sizes["layers"] * layer + sizes["vocabulary"] * width
-    wide = torch.backends.cpu.get_cpu_capability() != "AVX2"
-    rate = 5e11 if options["dtype"] == "bfloat16" else 1.8e11 if wide else 1e11
-    row = 6 * parameters * options["length"] / rate
+    elif options["folder"] is not None:
+        parameters = sum(p.numel() for p in mp.meta_model(options["folder"]).parameters())
+    row = 6 * parameters * options["length"] / rate(options["dtype"])
     step = row * options["batch"]
-    train = options["steps"] * step + options["validation_rows"] * row / 3 + step
-    later = (options["rounds"] - 1) * (TIMED_STEPS + 1) * step
+    steps = steps_of(options["steps"], options["rounds"])
     processes = 1 + options["rounds"] * len(options["methods"])
-    return 12 * processes + len(options["methods"]) * (train + later)
+    validation = options["validation_rows"] * row / 3
+    return SECONDS * processes + len(options["methods"]) * (steps * step + validation)
 
 
-def run_all(options: Result, on_event: Event) -> Report:
-    """All runs of the job."""
+def rate(dtype: str) -> float:
+    """FLOPs a second of two-core machines: with AMX in bfloat16, with AVX-512, and with AVX2.
+
+    On another machine the progress bar knows better after the first run.
+    """
+    wide = torch.backends.cpu.get_cpu_capability() != "AVX2"
+    return 5e11 if dtype == "bfloat16" else 1.8e11 if wide else 1e11
+
+
+def steps_of(first: int, rounds: int) -> int:
+    """Steps of a method in all rounds, and one a round for its gate and its FLOPs."""
+    return max(first, 2) + (rounds - 1) * LATER_STEPS + rounds
+
+
+def estimate_own(
+    make_model: MakeModel, make_batch: MakeBatch, loss: Loss, *, steps: int, rounds: int,
+    methods: int,
+) -> float | None:  # fmt: skip
+    """About how long the runs on a model of one's own take; None where that cannot be known before.
+
+    The FLOPs of a step are counted on the meta device, where nothing is computed, so a model whose
+    making or loss reads values has no estimate.
+    """
+    meta = torch.device("meta")
+    try:
+        with warnings.catch_warnings(action="ignore"), meta:
+            model = make_model().requires_grad_(True)
+        flops = count_flops(loss, model, moved(make_batch(0), meta))
+    except Exception:  # whatever the model raises there; it says so itself where it runs
+        return None
+    return methods * (SECONDS * rounds + steps_of(steps, rounds) * flops / rate("float32"))
+
+
+def run_all(options: Result) -> Report:
+    """All runs of the job.
+
+    Raises:
+        ValueError: the untouched model gives no loss to compare with; says why.
+    """
     require("safetensors", "hf")
     from safetensors.torch import save_file
 
@@ -105,27 +144,39 @@ def run_all(options: Result, on_event: Event) -> Report:
         tensors |= {f"validation.{k}": v.contiguous() for k, v in validation._asdict().items()}
         save_file(tensors, path)
         shared = case_of(options, path)
-        untouched = replace(shared, method=METHODS["full"], steps=0, flops=False)
-        on_event("start", {"method": "base", "round": 0})
-        base = in_a_process(untouched, lambda values: on_event("step", values))
-        on_event("end", {"method": "base", "round": 0, "result": base})
-        cases = {name: replace(shared, method=METHODS[name]) for name in options["methods"]}
-        runs = rounds_of(cases, options["rounds"], TIMED_STEPS, on_event)
-    check_counts(runs)
-    return Report({
-        "job": "methods",
-        "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "about": about(options),
-        "commit": commit(),
-        "hardware": hardware(),
-        "versions": versions(),
-        "options": options,
+        base = untouched(replace(shared, method=METHODS["full"], steps=0, flops=False))
+        report = mp.benchmark(
+            shared.make_model, shared.make_batch,
+            {name: METHODS[name] for name in options["methods"]}, loss=shared.loss,
+            **shared.settings, learning_rate=shared.learning_rate, steps=shared.steps,
+            rounds=options["rounds"], device=shared.device, threads=shared.threads,
+            seed=shared.seed, after=shared.after,
+        )  # fmt: skip
+    check_counts(report.data["runs"])
+    report.data |= {
+        "job": "methods", "about": about(options), "commit": commit(), "options": options,
         "batches": {"train": train.digest(), "validation": validation.digest()},
-        "seconds": time.perf_counter() - start,
-        "methods": described({name: METHODS[name] for name in options["methods"]}),
-        "base": base,
-        "runs": runs,
-    })  # fmt: skip
+        "seconds": time.perf_counter() - start, "base": base,
+    }  # fmt: skip
+    return report
+
+
+def untouched(case: Case) -> Result:
+    """The validation loss of the model before anything is added, in a process of its own."""
+    display = Display({"base": {"title": "untouched model"}}, 1)
+
+    def tell(kind: str, values: Result) -> None:
+        display(kind, {"method": "base", "round": 0, **values})
+
+    try:
+        tell("start", {})
+        base = in_a_process(case, tell, name="base")
+        tell("end", {"result": base})
+    finally:
+        display.close()
+    if base.pop("for_every_method", False):
+        raise ValueError(base["failed"])
+    return base
 
 
 def case_of(options: Result, path: str) -> Case:
@@ -133,7 +184,7 @@ def case_of(options: Result, path: str) -> Case:
     sizes = None if options["sizes"] is None else LlamaSizes(**options["sizes"])
     dtype = getattr(torch, options["dtype"])
     model = MakeModel(sizes, dtype, options["seed"], options["checkpointing"], options["folder"])
-    settings = {name: options[name] for name in ("rank", "alpha", "prefix_length", "checkpointing")}
+    settings = {name: options[name] for name in ("rank", "alpha", "prefix_length")}
     return Case(
         METHODS["full"], model, MakeBatch(path, options["batch"]),
         partial(loss_of, chunked=options["chunked_loss"]), steps=options["steps"],

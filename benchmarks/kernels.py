@@ -7,10 +7,12 @@ in which both take turns, with their spread; bytes are the packed state read and
 import argparse
 import sys
 from statistics import median
+from typing import Any
 
 import torch
 
 import minipeft as mp
+from benchmarks.output import add_output, keep
 from minipeft.ops import Packed
 
 SHAPES = ((4096, 4096), (11008, 4096), (4097, 4099))
@@ -29,15 +31,17 @@ def seconds(run: object, repeats: int = 20) -> float:
 
 
 def main() -> int:
-    """Check, time, and print a line for each shape and dtype; exit status 1 if bits differ."""
+    """Check, time, print a line for each shape and dtype, write all; exit status 1: bits differ."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    add_output(parser)
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     if not torch.cuda.is_available():
         print("no CUDA or ROCm device: nothing to time (tests/kernels/test_triton.py needs none)")
         return 0
     print(torch.cuda.get_device_name(), mp.backend("cuda")["dequantize_nf4"])
-    different = 0
+    cases: list[dict[str, Any]] = []
     for shape in SHAPES:
         w = torch.randn(shape, device="cuda")
         packed, absmax = mp.quantize_nf4(w)
@@ -52,7 +56,6 @@ def main() -> int:
             with mp.use_kernels(False):
                 expected = run()
             same = torch.equal(run(), expected)
-            different += not same
             times: dict[bool, list[float]] = {True: [], False: []}
             for _ in range(rounds):
                 for kernels in (True, False):
@@ -65,7 +68,13 @@ def main() -> int:
                 f"{rate:.0f} GB/s, {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}) of "
                 "PyTorch's time"
             )
-    return int(different > 0)
+            cases.append({
+                "shape": shape, "dtype": str(dtype).removeprefix("torch."), "equal": same,
+                "bytes": read + expected.nbytes,
+                "seconds": {"kernels": times[True], "PyTorch": times[False]},
+            })  # fmt: skip
+    keep(arguments, "kernels", rounds=rounds, cases=cases)
+    return int(not all(case["equal"] for case in cases))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import Settings, entries, specs
 from minipeft.io.header import Spec, nbytes
 from minipeft.io.shards import ShardWriter, split
+from minipeft.measure.machine import allocator_environment
 from minipeft.qlora import NF4Linear
 
 RESULTS = Path(__file__).parent / "results"
@@ -233,7 +234,7 @@ def step(options: dict[str, Any]) -> dict[str, Any]:
 
 def watched(options: dict[str, Any]) -> dict[str, Any]:
     """Run `step` in a process of its own, and sample its memory."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **allocator_environment(), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "benchmarks.larger_than_memory", "--worker",
                json.dumps(options)]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

@@ -24,10 +24,10 @@ import torch
 import minipeft as mp
 from benchmarks.harness import commit
 from benchmarks.memory_cases import METHODS, MODELS, Case
-from minipeft.measure.machine import hardware, versions
+from minipeft.measure.machine import allocator_environment, hardware, versions
 
 ROOT = Path(__file__).parent.parent
-SETTING = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+SETTING = allocator_environment()
 TOLERANCES = {"held": 0.05, "peak_tensors": 0.05, "peak_anonymous": 0.10}
 SIZES = ("llama-7b", "llama-13b", "llama-30b", "llama-65b")
 CARDS = (24, 48, 80)  # GB

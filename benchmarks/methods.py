@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import require
 from minipeft.measure.methods import METHODS as OURS
-from minipeft.measure.methods import Method, Prepared
+from minipeft.measure.methods import Method, Prepared, Unsupported
 
 
 def _peft(model: Any, config: dict[str, Any]) -> Prepared:
-    require("peft", "peers")
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
@@ -29,7 +27,6 @@ def _peft(model: Any, config: dict[str, Any]) -> Prepared:
 
 
 def _peft_bitsandbytes(model: Any, config: dict[str, Any]) -> Prepared:
-    require("bitsandbytes", "peers")
     import bitsandbytes
 
     head = model.get_output_embeddings()
@@ -52,14 +49,13 @@ def _peft_bitsandbytes(model: Any, config: dict[str, Any]) -> Prepared:
 
 
 def _peft_prefix(model: Any, config: dict[str, Any]) -> Prepared:
-    require("peft", "peers")
     from peft import PrefixTuningConfig, get_peft_model
 
-    if config["checkpointing"]:
-        raise NotImplementedError("PEFT's prefix tuning refuses activation checkpointing")
+    if model.is_gradient_checkpointing:
+        raise Unsupported("PEFT's prefix tuning refuses activation checkpointing")
     length = config["prefix_length"]
     settings = PrefixTuningConfig(num_virtual_tokens=length, task_type="CAUSAL_LM")
-    decoder = model.model
+    decoder = model.base_model
     wrapped = get_peft_model(model, settings)
     with torch.no_grad():  # from N(0, 1), with which it learns nothing in so few steps, to ours
         wrapped.prompt_encoder["default"].embedding.weight.mul_(0.02)
@@ -92,7 +88,8 @@ METHODS = {
     "peft-lora": Method("PEFT LoRA", _peft, 5e-4, is_peer=True, imports=_PEFT),
     "qlora": replace(OURS["qlora"], peer="peft-qlora", imports=_LLAMA),
     "peft-qlora": Method(
-        "PEFT + bitsandbytes QLoRA", _peft_bitsandbytes, 5e-4, is_peer=True, imports=_PEFT
+        "PEFT + bitsandbytes QLoRA", _peft_bitsandbytes, 5e-4, is_peer=True,
+        imports=["bitsandbytes", *_PEFT],
     ),
     "ptuning": replace(
         OURS["ptuning"], peer="peft-prefix", imports=[*OURS["ptuning"].imports, *_LLAMA]

@@ -14,6 +14,7 @@ import itertools
 import sys
 from collections import Counter
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from benchmarks.nf4_sweep import (
     reference,
     same,
 )
+from benchmarks.output import add_output, keep
 from minipeft import dequantize_absmax, quantize_absmax, quantize_nf4
 from minipeft.adapters.progress import Progress
 from minipeft.double_quant import dynamic_codebook
@@ -138,11 +140,12 @@ def case(
     return ours, theirs
 
 
-def run(shapes: list[tuple[int, ...]], show: bool) -> tuple[Table, Counter[str], Counter[str]]:
-    """The table, and the totals against the reference and against bitsandbytes."""
+def run(
+    shapes: list[tuple[int, ...]], show: bool
+) -> tuple[list[dict[str, Any]], Counter[str], Counter[str]]:
+    """A row for each cell, and the totals against the reference and against bitsandbytes."""
     peers = find_spec("bitsandbytes") is not None
-    table = Table("dtype", "block", "scales", "compared", "reference", "1 / 2 threads",
-                  "bitsandbytes, by cause")  # fmt: skip
+    rows = []
     ours_all: Counter[str] = Counter()
     theirs_all: Counter[str] = Counter()
     cells = list(itertools.product(DTYPES, BLOCK_SIZES, (False, True)))
@@ -158,27 +161,47 @@ def run(shapes: list[tuple[int, ...]], show: bool) -> tuple[Table, Counter[str],
             theirs.update(other)
         ours_all.update(ours)
         theirs_all.update(theirs)
-        causes = ", ".join(f"{k} {v:,}" for k, v in sorted(theirs.items()) if v)
-        wrong = sum(v for k, v in ours.items() if k not in ("elements", "threads"))
-        table.add_row(
-            str(dtype).removeprefix("torch."), str(block_size),
-            "8-bit" if double_quant else "float32", f"{ours['elements']:,}", str(wrong),
-            str(ours["threads"]), causes or ("none" if peers else "not installed"),
-        )  # fmt: skip
-    return table, ours_all, theirs_all
+        rows.append({
+            "dtype": str(dtype).removeprefix("torch."), "block_size": block_size,
+            "scales": "8-bit" if double_quant else "float32", "compared": ours["elements"],
+            "reference": sum(v for k, v in ours.items() if k not in ("elements", "threads")),
+            "threads": ours["threads"],
+            "bitsandbytes": {k: v for k, v in sorted(theirs.items()) if v} if peers else None,
+        })  # fmt: skip
+    return rows, ours_all, theirs_all
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """The rows as they are printed."""
+    table = Table("dtype", "block", "scales", "compared", "reference", "1 / 2 threads",
+                  "bitsandbytes, by cause")  # fmt: skip
+    for row in rows:
+        causes = "not installed"
+        if row["bitsandbytes"] is not None:
+            causes = ", ".join(f"{k} {v:,}" for k, v in row["bitsandbytes"].items()) or "none"
+        table.add_row(row["dtype"], str(row["block_size"]), row["scales"],
+                      f"{row['compared']:,}", str(row["reference"]), str(row["threads"]),
+                      causes)  # fmt: skip
+    return table
 
 
 def main() -> int:
-    """Print the table; exit status 1 if a difference has no cause."""
-    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
-    table, ours, theirs = run(SHAPES, show=True)
-    console = Console(width=120)
-    console.print(table)
-    cases = len(DTYPES) * len(BLOCK_SIZES) * 2 * len(SHAPES)
+    """Print the table and write it; exit status 1 if a difference has no cause."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many")
+    add_output(parser)
+    arguments = parser.parse_args()
+    shapes = SHAPES[: arguments.shapes]
+    rows, ours, theirs = run(shapes, show=True)
+    Console(width=120).print(table_of(rows))
+    cases = len(rows) * len(shapes)
     compared = ours.pop("elements")
     print(f"{cases} cases, {compared:,} weights and scales")
     print("differences from the numpy reference, and between 1 and 2 threads:", dict(ours))
     print("differences from bitsandbytes:", dict(theirs) or "not installed (minipeft[peers])")
+    keep(arguments, "nf4_grid", shapes=shapes, cases=cases, compared=compared,
+         reference=dict(ours), bitsandbytes=dict(theirs) if theirs else None,
+         rows=rows)  # fmt: skip
     return int(any(ours.values()) or theirs["unexplained"] > 0)
 
 

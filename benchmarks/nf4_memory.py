@@ -7,6 +7,7 @@ parameter counted from the tensors, resident memory, one forward pass.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 import minipeft as mp
+from benchmarks.output import add_output, keep
+from minipeft.measure.machine import allocator_environment
 from minipeft.measure.memory import PeakMemory, resident_bytes
 
 MIB = 2**20
@@ -96,10 +99,11 @@ def llama_7b(layers: int) -> dict[str, float]:
 
 
 def main() -> int:
-    """Run every case in a process of its own; exit status 1 if a limit is broken."""
+    """Run every case in a process of its own and write it; exit status 1 if a limit is broken."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--case", help="one case, in this process")
     parser.add_argument("--layers", type=int, default=32, help="of the LLaMA (6.7 GB at 32)")
+    add_output(parser)
     arguments = parser.parse_args()
     if arguments.case:
         name, _, how = arguments.case.partition(",")
@@ -108,16 +112,17 @@ def main() -> int:
         else:
             print(json.dumps(quantising(SHAPES[name], how == "8-bit scales")))
         return 0
-    broken = False
+    broken, cases = False, {}
     for case in [*(f"{n},{how}" for n in SHAPES for how in ("float32 scales", "8-bit scales")),
                  "llama"]:  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.nf4_memory", "--case", case,
                    "--layers", str(arguments.layers)]  # fmt: skip
         done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
-        )
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+            env={**os.environ, **allocator_environment()},
+        )  # fmt: skip
         *lines, last = done.stdout.strip().splitlines()
-        found = json.loads(last)
+        found = cases[case] = json.loads(last)
         if case == "llama":
             print("LLaMA-7B on random codes", *lines, sep="\n  ")
             print("", *(f"{k}: {v:,.3f}" for k, v in found.items()), sep="\n  ")
@@ -129,6 +134,8 @@ def main() -> int:
             f"peak beside the weight {found['peak']:.1f}, so {extra:.1f} beside the result"
         )
         broken |= extra > 64
+    keep(arguments, "nf4_memory", layers=arguments.layers, allocator=allocator_environment(),
+         cases=cases)  # fmt: skip
     return int(broken)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.output import add_output, keep
 from minipeft import dequantize_nf4, quantize_nf4
 from tests import reference
 
@@ -121,14 +122,18 @@ def sweep(cases: int) -> tuple[Counter[str], Counter[str]]:
 
 
 def main() -> int:
-    """Print the totals; exit status 1 if a difference has no cause."""
+    """Print the totals and write them; exit status 1 if a difference has no cause."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--cases", type=int, default=2000)
-    cases = parser.parse_args().cases
-    ours, theirs = sweep(cases)
-    print(f"{cases} cases, {ours.pop('elements'):,} weights")
+    add_output(parser)
+    arguments = parser.parse_args()
+    ours, theirs = sweep(arguments.cases)
+    weights = ours.pop("elements")
+    print(f"{arguments.cases} cases, {weights:,} weights")
     print("differences from the numpy reference:", dict(ours))
     print("differences from bitsandbytes:", dict(theirs) or "not installed (minipeft[peers])")
+    keep(arguments, "nf4_sweep", cases=arguments.cases, weights=weights, reference=dict(ours),
+         bitsandbytes=dict(theirs) if theirs else None)  # fmt: skip
     return int(any(ours.values()) or theirs["unexplained"] > 0)
 
 

@@ -1,15 +1,19 @@
 """Every recipe in a process of its own: `python -m benchmarks.recipes`.
 
-Prints seconds and what the recipe prints, and writes the table into examples/recipes/README.md.
-A recipe that fails, or whose loss does not fall, makes the exit status 1.
+Prints seconds and what the recipe prints; a run of all recipes writes the table into
+examples/recipes/README.md too, unless --print-only is given.  The exit status is 1 where a recipe
+fails, or where its loss does not fall.
 """
 
+import argparse
 import os
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from benchmarks.output import add_output, keep
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "recipes"
@@ -45,19 +49,26 @@ def run(path: Path) -> tuple[float, str]:
 
 
 def main() -> int:
-    """Run all, print, write the page."""
-    rows, rising = [], []
-    for path in sorted(FOLDER.glob("*.py")):
-        if path.name in SHARED:
-            continue
+    """Run all or those that are named, print, write the JSON and the page."""
+    paths = {p.stem: p for p in sorted(FOLDER.glob("*.py")) if p.name not in SHARED}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--names", nargs="+", choices=list(paths), help="default: all")
+    add_output(parser)
+    arguments = parser.parse_args()
+    rows, rising, figures = [], [], {}
+    for name in arguments.names or paths:
+        path = paths[name]
         seconds, text = run(path)
         losses = LOSSES.findall(text)
         if not losses or any(float(after) >= float(before) for before, after in losses):
             rising.append(path.name)
+        figures[name] = {"seconds": seconds, "losses": [list(map(float, pair)) for pair in losses]}
         shown = ", ".join(f"{before} > {after}" for before, after in losses)
         rows.append(f"| [{path.stem}]({path.name}) | {seconds:.0f} | {shown} |")
         print(rows[-1], flush=True)
-    (FOLDER / "README.md").write_text(PAGE.format(rows="\n".join(rows)))
+    keep(arguments, "recipes", recipes=figures)
+    if not arguments.names and not arguments.print_only:
+        (FOLDER / "README.md").write_text(PAGE.format(rows="\n".join(rows)))
     if rising:
         print(f"no loss that falls: {rising}")
     return int(bool(rising))

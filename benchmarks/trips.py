@@ -4,15 +4,18 @@ A stay is a run of calls within one file of minipeft/; a return is a stay in a f
 before.  Few of both means that a reader who follows the call turns few pages.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any
 
 import torch
 from torch import nn
 
 import minipeft
+from benchmarks.output import add_output, keep
 
 ROOT = f"{Path(minipeft.__file__).parent}/"
 
@@ -64,15 +67,18 @@ def stays(call: Callable[[], object], *, once: bool = False) -> list[str]:
     return found
 
 
-def report(name: str, make: Callable[[], Callable[[], object]]) -> None:
+def report(name: str, make: Callable[[], Callable[[], object]]) -> dict[str, Any]:
     """Print stays and returns of one call, and its files in the order of their first visits."""
     make()()  # imports and tables are made once, and count in neither
+    counted: dict[str, Any] = {}
     for once in (False, True):
         found = stays(make(), once=once)
         files = dict.fromkeys(found)
         how = "each call followed once" if once else "all calls"
+        counted[how] = {"stays": len(found), "returns": len(found) - len(files)}
         print(f"{name}, {how}: {len(found)} stays, {len(found) - len(files)} returns")
     print(f"  {len(files)} files: {' '.join(files)}")
+    return {**counted, "files": list(files)}
 
 
 def qlora() -> Callable[[], object]:
@@ -95,9 +101,12 @@ def prefix() -> Callable[[], object]:
 
 def main() -> None:
     """Both calls, each on a model of its own."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_output(parser)
+    arguments = parser.parse_args()
     torch.manual_seed(0)
-    report("inject_qlora", qlora)
-    report("attach_prefix", prefix)
+    makers = {"inject_qlora": qlora, "attach_prefix": prefix}
+    keep(arguments, "trips", calls={name: report(name, make) for name, make in makers.items()})
 
 
 if __name__ == "__main__":

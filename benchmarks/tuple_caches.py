@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 import minipeft as mp
+from benchmarks.output import add_output, keep
 from examples.recipes.glm import GLM, GLMConfig
 from minipeft.io.prefixes import load_prefix_encoder
 
@@ -172,23 +173,28 @@ def chatglm(folder: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def main() -> int:
-    """Print a line for each model whose files are there."""
+    """Print a line for each model whose files are there, and write the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuple_caches", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path)
-    folder = parser.parse_args().folder
+    add_output(parser)
+    arguments = parser.parse_args()
+    folder = arguments.folder
     there = [run for run in (moss, baichuan, chatglm)
              if folder and (folder / f"modeling_{run.__name__}.py").exists()]  # fmt: skip
     if not there:
-        print("nothing was measured: pass a folder with the published files (see --help)")
-        return 0
-    worst = 0.0
+        print(f"tuple_caches: expected a folder with modeling_chatglm.py, modeling_moss.py or "
+              f"modeling_baichuan.py, got {folder}; --help says where they come from",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    figures = {}
     for run in there:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = run(folder)
-        worst = max(worst, *found.values())
+        figures[run.__name__] = found
         print(f"{run.__name__}: " + ", ".join(f"{n} {value:.1e}" for n, value in found.items()))
-    return int(worst > 2e-6)
+    keep(arguments, "tuple_caches", largest_differences=figures)
+    return int(any(value > 2e-6 for found in figures.values() for value in found.values()))
 
 
 if __name__ == "__main__":

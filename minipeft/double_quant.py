@@ -32,8 +32,8 @@ ABSMAX_BLOCK_SIZE = 256  # scales in a block: QLoRA's
 def dynamic_codebook() -> tuple[float, ...]:
     """The 256 values of the signed 8-bit dynamic map, ascending, from -0.99297 to 1.
 
-    Decade i in 0..6 spans 10**(i-7) to 10**(i-6) and holds 2**i evenly spaced values of either
-    sign; zero and one are added.  Built in float32, as bitsandbytes builds it, with equal bits.
+    Decade i in 0..6 spans 10**(i-7) to 10**(i-6); the middles of its 2**i equal parts are values,
+    of either sign; zero and one are added.  In every bit the map that bitsandbytes makes.
 
     >>> values = dynamic_codebook()
     >>> len(values), values[127], values[-1]
@@ -41,7 +41,7 @@ def dynamic_codebook() -> tuple[float, ...]:
     """
     values = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        edges = nf4.evenly_spaced(0.1, 1.0, 2**decade)
         means = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
         values += means + [-mean for mean in means]
     return tuple(torch.tensor(sorted(values), dtype=torch.float32).tolist())

@@ -173,10 +173,7 @@ class LowRank(Wrapper):
             self.lora_b.zero_()
 
     def subtract_start(self) -> None:
-        """Keep a copy of the present factors, whose product is subtracted from now on.
-
-        B A - B0 A0 is zero until training moves B or A, so that it starts at the base model.
-        """
+        """Keep a copy of the present factors, whose product is subtracted from now on."""
         for name in ("lora_a", "lora_b"):
             start = getattr(self, name).detach().clone()
             setattr(self, f"{name}0", nn.Parameter(start, requires_grad=False))
@@ -228,9 +225,7 @@ class LoRALinear(LowRank):
     with an adapter already; it is called, never copied, and its parameters are frozen.  `lora_a`
     (rank, in_features) and `lora_b` (out_features, rank) are float32 unless `dtype` says
     otherwise, and cast to the input's dtype (autocast's, under autocast) at use.  `alpha` None
-    means alpha = rank, an unscaled product.  `init` is called with the layer once lora_a is random
-    and lora_b zero, and changes them in place.  `options` are `dropout` (0) of the branch's input
-    while training, `rank_stabilized` (False) for scaling = alpha / sqrt(rank), and `dtype`.
+    means alpha = rank, an unscaled product.  `init` and `options`: see `LowRank` and `Options`.
 
     `weight` is the effective weight, base and product, in the base's layout and dtype, computed
     on read; the gradient flows through it.  Backward keeps x and x A^T.

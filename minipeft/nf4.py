@@ -34,16 +34,26 @@ BLOCK_SIZES = tuple(2**k for k in range(5, 13))  # 32..4096, as bitsandbytes
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
+def evenly_spaced(start: float, end: float, parts: int) -> Float32[Tensor, " parts_and_one"]:
+    """The ends of equal parts, counted from the nearer end and rounded to float32 once.
+
+    torch.linspace rounds twice on some processors, and tables made with it would differ there.
+    """
+    first, last = torch.tensor([start, end], dtype=torch.float32, device="cpu").double()
+    step = ((last - first).float() / parts).double()
+    i = torch.arange(parts + 1, device="cpu").double()
+    return torch.where(i < (parts + 1) // 2, first + step * i, last - step * (parts - i)).float()
+
+
 def normal_float_codebook(bits: int = 4) -> tuple[float, ...]:
     """The 2**bits values of NormalFloat: quantiles of the standard normal, scaled to [-1, 1].
 
     Zero is one of them, so that zeros of a weight and of padding stay zero.  An odd number is left:
     for 4 bits, 8 values above zero and 7 below.  Each side has the quantiles of evenly spaced
-    probabilities between 1/2 and an offset.  The offset is not 1, since the quantile of 1 is
-    infinite.  With 16 equal parts of probability the last part has its middle at 1 - 1/(2 * 16),
-    with 15 (a part for each value but zero) at 1 - 1/(2 * 15); the paper's offset is the mean of
-    the two.  Probabilities and values are rounded to float32, and the offset to 7 decimals, so that
-    for 4 bits the result equals the published table in every bit.
+    probabilities between 1/2 and an offset below 1, whose quantile is infinite: the mean of
+    1 - 1/(2 * 16) and 1 - 1/(2 * 15), the middles of the last of 16 and of 15 equal parts of
+    probability.  Probabilities and values are rounded to float32, and the offset to 7 decimals, so
+    that for 4 bits the result equals the published table in every bit.
 
     Raises:
         ValueError: bits outside 2..8.
@@ -57,8 +67,7 @@ def normal_float_codebook(bits: int = 4) -> tuple[float, ...]:
     offset = round(1 - (1 / (2 * half - 1) + 1 / (2 * half)) / 4, 7)
     values = [0.0]
     for count, sign in ((half, 1.0), (half - 1, -1.0)):
-        ends = torch.linspace(offset, 0.5, count + 1, dtype=torch.float32)
-        probabilities = ends[:-1].tolist()
+        probabilities = evenly_spaced(offset, 0.5, count)[:-1].tolist()
         values += [sign * NormalDist().inv_cdf(p) for p in probabilities]
     rounded = torch.tensor(sorted(values), dtype=torch.float32)
     return tuple((rounded / rounded.max()).tolist())
@@ -79,8 +88,8 @@ def scaled_blocks(
     """Blocks of `x` times the float32 reciprocal of their absmax, and absmax.
 
     Zeros fill the last block; they change no absmax.  The reciprocal of a subnormal number can
-    overflow, so a block with such an absmax counts as zero: absmax 0, and every
-    value 0.  If a value is not finite, neither is the absmax of its block.
+    overflow, so a block with such an absmax counts as zero: absmax 0, every value 0.  A value that
+    is not finite makes the absmax of its block so.
     """
     x, missing = x.float(), -x.numel() % block_size
     if missing:

@@ -9,9 +9,8 @@ layer gets P more keys and values, which belong to no token:
 
     y = softmax(scale * q [prefix_k, k]^T) [prefix_v, v]
 
-Every query sees the whole prefix, and those tokens that causality and the mask let it see.  The
-prefix is always visible because it stands before the first token: causality hides what comes after
-a query, a mask hides padding, and the prefix has no padding.
+Every query sees the whole prefix: causality hides what comes after a query, a mask hides padding,
+and the prefix is neither.
 
 A prompt at the input (layers/prompt.py) trains one vector for each position, and the frozen layers
 compute keys and values from it.  A deep prefix trains the keys and values of each layer directly:

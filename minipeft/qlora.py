@@ -255,7 +255,6 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedModule":
         # .half(), .to(bfloat16): codes are bytes and stay; `weight` follows as a dense one would
-
         def keeping_bytes(t: Tensor) -> Tensor:  # .type(float16) would cast codes too
             out = fn(t)
             return t.to(out.device) if t.dtype == torch.uint8 != out.dtype else out

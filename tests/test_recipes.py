@@ -1,5 +1,6 @@
 """The recipes: each runs and keeps its assertions; labels, beside those of a slow reference."""
 
+import json
 import os
 import subprocess
 import sys
@@ -74,8 +75,22 @@ def test_the_table_of_recipes_wants_losses_that_fall(after, status, tmp_path, mo
     (tmp_path / "common.py").touch()
     monkeypatch.setattr(recipes, "FOLDER", tmp_path)
     monkeypatch.setattr(recipes, "run", lambda path: (3.2, f"4 layers, loss 2.0 -> {after}\n"))
+    monkeypatch.setattr(sys, "argv", ["recipes", "--output", str(tmp_path)])
     assert recipes.main() == status
     assert f"| [one](one.py) | 3 | 2.0 > {after} |\n" in (tmp_path / "README.md").read_text()
+    (file,) = tmp_path.glob("recipes-*.json")
+    figures = {"one": {"seconds": 3.2, "losses": [[2.0, after]]}}
+    assert json.loads(file.read_text())["recipes"] == figures
+
+
+@pytest.mark.parametrize("words", [["--print-only"], ["--names", "one"]])
+def test_a_part_of_the_recipes_leaves_the_page_as_it_was(words, tmp_path, monkeypatch):
+    (tmp_path / "one.py").touch()
+    monkeypatch.setattr(recipes, "FOLDER", tmp_path)
+    monkeypatch.setattr(recipes, "run", lambda path: (3.2, "loss 2.0 -> 1.5\n"))
+    monkeypatch.setattr(sys, "argv", ["recipes", "--output", str(tmp_path), *words])
+    assert recipes.main() == 0
+    assert not (tmp_path / "README.md").exists()
 
 
 def test_there_is_a_recipe_for_each_system():

@@ -1,11 +1,13 @@
 """Parameters of which each process holds a part: torch's DTensor, as `fully_shard` makes them.
 
-    gathered(shard)             the whole tensor; every process must call it
-    like(value, shard)          a whole tensor, cut as `shard` is; no process is asked
-    with agreed(caller, mesh)   every process gets through, or every one raises
+    gathered(shard)               the whole tensor; every process must call it
+    like(value, shard)            a whole tensor, cut as `shard` is; no process is asked
+    with agreed(caller, meshes)   every process gets through, or every one raises
 
-A mesh is torch's name for the processes that share a tensor.  torch.distributed is not imported
-here while nobody else did.
+A mesh is torch's name for the processes that share a tensor: a grid, whose axes are groups.  One
+model can have several, where its layers are cut in different ways: of a model that is cut by layers
+over `mesh["tp"]` and sharded over `mesh["dp"]`, what both cut is on the whole grid, and the rest is
+on `mesh["dp"]` alone.  torch.distributed is not imported here while nobody else did.
 """
 
 import sys
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Meshes = tuple[Any, ...]
+_TOLD = "_minipeft_told"  # an attribute of an error that all processes know of
 _FSDP = ("torch.distributed.fsdp", "FSDPModule")  # what fully_shard makes of a module
 
 
@@ -44,8 +48,8 @@ def own_class(module: object) -> type:
     return kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]
 
 
-def resharded(model: object) -> Any:
-    """The processes that share the model's parameters; None: each process has the whole of each.
+def resharded(model: object) -> Meshes | None:
+    """The meshes over which the model's parameters are cut; None: each process has all of each.
 
     Puts the shards back first: after a forward fully_shard leaves the whole parameters of the
     outermost module in their place, and what is written into those is lost.
@@ -55,14 +59,37 @@ def resharded(model: object) -> Any:
     for module in model.modules():
         if is_sharded_module(module):
             module.reshard()  # type: ignore[operator]
-    shards: Iterator[Any] = (parameter for parameter in model.parameters() if is_shard(parameter))
-    return next((shard.device_mesh for shard in shards), None)
+    meshes: list[Any] = []
+    for parameter in model.parameters():
+        if is_shard(parameter) and parameter.device_mesh not in meshes:  # type: ignore[attr-defined]
+            meshes.append(parameter.device_mesh)  # type: ignore[attr-defined]
+    return tuple(meshes) or None
 
 
-def is_first(mesh: Any) -> bool:
-    """Whether this process is the one of the mesh that writes files."""
-    coordinate = mesh.get_coordinate()
-    return coordinate is not None and not any(coordinate)
+def is_first(meshes: Meshes) -> bool:
+    """Whether this process is the one that writes files: of all that share the model, exactly one.
+
+    It is the one of the lowest rank.  Every process must call this.
+    """
+    return bool(_groups(meshes)) and min(exchange(meshes, None)) == _rank()
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank()
+
+
+def _groups(meshes: Meshes) -> list[Any]:
+    """The groups of processes that this process is in: one for each axis of the meshes."""
+    import torch.distributed as dist
+
+    found: dict[tuple[int, ...], Any] = {}
+    for mesh in meshes:
+        for axis in range(mesh.ndim if mesh.get_coordinate() is not None else 0):
+            group = mesh.get_group(axis)
+            found.setdefault(tuple(dist.get_process_group_ranks(group)), group)
+    return list(found.values())
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -76,8 +103,33 @@ def gathered(tensor: Tensor) -> Tensor:
     own, wanted = shard.device, shard.device_mesh.device_type
     if own.type != wanted:  # offloaded to the CPU, where these processes cannot talk
         shard = shard.to(wanted)
-    whole: Tensor = shard.full_tensor()
+    with _among_all():
+        whole: Tensor = shard.full_tensor()
     return whole.to(own)
+
+
+def gathered_all(
+    caller: str, meshes: Meshes | None, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The whole tensors, detached; tensors that are whole come back themselves.
+
+    Every process must call it.  What can fail in one process alone comes first: all must have the
+    same tensors, and memory for all that is gathered is taken.  If that fails in one, all raise.
+
+    Raises:
+        ValueError: processes have other names, shapes or dtypes; another process raised.
+    """
+    if meshes is None:
+        return {name: gathered(tensor) for name, tensor in tensors.items()}
+    with agreed(caller, meshes):
+        shards = {n: t for n, t in tensors.items() if is_shard(t) and not t.is_meta}
+        rooms = {n: torch.empty(t.shape, dtype=t.dtype, device=t.device) for n, t in shards.items()}
+    marks = {name: (tuple(room.shape), str(room.dtype)) for name, room in rooms.items()}
+    _check_same(f"{caller}: processes {{}} and {{}} have models with different parameters ({{}}); "
+                "build the same model in all of them", meshes, marks)  # fmt: skip
+    for name, room in rooms.items():
+        room.copy_(gathered(shards[name]))
+    return {n: rooms[n] if n in rooms else tensor.detach() for n, tensor in tensors.items()}
 
 
 def like(value: Tensor, own: Tensor) -> Tensor:
@@ -119,62 +171,86 @@ def refuse_shards(caller: str, model: nn.Module, advice: str) -> None:
             )
 
 
-def exchange(mesh: Any, said: object) -> dict[int, Any]:
-    """What every process of the mesh says, by its rank; every process must call it."""
+def exchange(meshes: Meshes, said: object) -> dict[int, Any]:
+    """What every process of the meshes says, by its rank; every process must call it."""
     import torch.distributed as dist
 
     heard: dict[int, Any] = {dist.get_rank(): said}
-    for axis in range(mesh.ndim):
-        group = mesh.get_group(axis)
+    for group in _groups(meshes):  # the axes of a grid: after the last one each has heard of all
         found: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(found, heard, group=group)
+        with _among_all():
+            dist.all_gather_object(found, heard, group=group)
         heard = {rank: words for part in found for rank, words in part.items()}
     return heard
 
 
 @contextmanager
-def agreed(caller: str, mesh: Any) -> Iterator[None]:
-    """Every process of the mesh gets through this context, or every one raises.
+def _among_all() -> Iterator[None]:
+    """Around a call that waits for the others: whoever fails in it cannot tell them by another."""
+    try:
+        yield
+    except Exception as error:
+        setattr(error, _TOLD, True)
+        raise
 
-    So none goes on alone into a call that waits for the others.  Each must enter it; a mesh of None
-    is a process by itself.
+
+@contextmanager
+def agreed(caller: str, meshes: Meshes | None) -> Iterator[None]:
+    """Every process of the meshes gets through this context, or every one raises.
+
+    So none goes on alone into a call that waits for the others.  Each must enter it; without meshes
+    a process is by itself.  Contexts may be nested: an error is told once, by the innermost.  Where
+    the body has a call that waits for the others, what comes before it needs a context of its own.
+    An error inside such a call (a connection that broke) is not told: the others are in it too, and
+    torch.distributed ends them when this process ends or its time limit is over.
 
     Raises:
         ValueError, OSError: another process raised; the message has its words.
     """
-    if mesh is None:
+    if meshes is None:
         yield
         return
     try:
         yield
     except Exception as error:
-        exchange(mesh, (isinstance(error, OSError), f"{type(error).__name__}: {error}"))
+        if not hasattr(error, _TOLD):
+            setattr(error, _TOLD, True)
+            exchange(meshes, (isinstance(error, OSError), f"{type(error).__name__}: {error}"))
         raise
-    heard = {rank: words for rank, words in exchange(mesh, None).items() if words is not None}
+    heard = {rank: words for rank, words in exchange(meshes, None).items() if words is not None}
     if heard:
         rank, (of_the_system, why) = min(heard.items())
         kind = OSError if of_the_system else ValueError
-        raise kind(f"{caller}: process {rank} raised, so all processes stop here: {why}")
+        told = kind(f"{caller}: process {rank} raised, so all processes stop here: {why}")
+        setattr(told, _TOLD, True)
+        raise told
 
 
-def check_equal(caller: str, mesh: Any, tensors: Mapping[str, Tensor]) -> None:
+def check_equal(caller: str, meshes: Meshes | None, tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError in every process unless all were given the same tensors.
 
     Compared are names, shapes, dtypes and a checksum of the values of tensors that are whole.
     """
-    if mesh is None:
+    if meshes is None:
         return
-    heard = sorted(exchange(mesh, {key: _mark(value) for key, value in tensors.items()}).items())
+    with agreed(caller, meshes):
+        marks = {key: _mark(value) for key, value in tensors.items()}
+    _check_same(f"{caller}: processes {{}} and {{}} were given different tensors ({{}}); give "
+                "every process the same. Nothing has been copied", meshes, marks)  # fmt: skip
+
+
+def _check_same(text: str, meshes: Meshes, marks: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise ValueError in every process, of this text, unless all have the same marks by name."""
+    heard = sorted(exchange(meshes, dict(marks)).items())
     first, mine = heard[0]
     for rank, other in heard[1:]:
         names: Iterable[str] = dict.fromkeys([*mine, *other])
         for key in names:
             if (one := mine.get(key)) != (two := other.get(key)):
                 shown = "other values" if one and two and one[:2] == two[:2] else f"{one} and {two}"
-                raise ValueError(
-                    f"{caller}: processes {first} and {rank} were given different tensors "
-                    f"({key}: {shown}); give every process the same. Nothing has been copied"
-                )
+                told = ValueError(text.format(first, rank, f"{key}: {shown}"))
+                setattr(told, _TOLD, True)
+                raise told
 
 
 def _mark(value: Tensor) -> tuple[tuple[int, ...], str, int]:

@@ -3,6 +3,7 @@
 These functions find adapters through protocol.py alone, so a layer of your own takes part.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +17,8 @@ from minipeft.adapters.protocol import Adapter, is_adapter
 from minipeft.adapters.sharded import (
     agreed,
     check_equal,
-    gathered,
+    gathered_all,
+    is_shard,
     like,
     resharded,
     why_unlike,
@@ -111,9 +113,10 @@ def adapter_state_dict(model: nn.Module, *, name: str | None = None) -> dict[str
     and gets them all.  Where one leaves the call out, the others wait for it until the time limit
     of torch.distributed ends them (`timeout` of init_process_group).
     """
-    resharded(model)
-    parameters, buffers = named_tensors("adapter_state_dict", model, name)
-    return {key: gathered(value) for key, value in {**parameters, **buffers}.items()}
+    caller, meshes = "adapter_state_dict", resharded(model)
+    with agreed(caller, meshes):
+        parameters, buffers = named_tensors(caller, model, name)
+    return gathered_all(caller, meshes, {**parameters, **buffers})
 
 
 def refuse_merged(caller: str, adapters: Mapping[str, Adapter]) -> None:
@@ -130,7 +133,8 @@ def load_adapter_state_dict(
 
     `name` chooses one adapter, as in `adapter_state_dict`.  Names may have the parts that torch's
     wrappers add (`_orig_mod.`, `module.`).  Returns (missing, unexpected) keys, which are empty if
-    `strict`.  Running statistics may be missing.
+    `strict`.  Running statistics may be missing.  NaN and Inf are loaded, so that a run that
+    diverged can be looked at, and a RuntimeWarning names the tensors; `load_peft` refuses them.
 
     Into a model that `fully_shard` has cut every process must load, and give the same whole tensors
     (as `adapter_state_dict` returns them) or shards that are cut as the model's are; each takes its
@@ -149,8 +153,23 @@ def load_adapter_state_dict(
         state = understood(caller, state, own)
         missing = [key for key in parameters if key not in state]
         chosen, unexpected = checked_state(caller, own, state, missing, strict=strict)
+        if bad := [key for key, value in chosen.items() if not _finite(value, own[key].dtype)]:
+            warnings.warn(
+                f"{caller}: {bad[:5]} ({len(bad)} in all) hold NaN or Inf, or what is so in the "
+                "model's dtype, and are loaded all the same; is it the state of a training that "
+                "diverged? An older one may be finite",
+                RuntimeWarning, stacklevel=2,
+            )  # fmt: skip
     copy_state(caller, mesh, own, chosen)
     return missing, unexpected
+
+
+def _finite(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether no number is NaN or infinite in `dtype`; of a shard, in this process's part."""
+    part: Any = value.detach()
+    if is_shard(value):
+        part = part.to_local()
+    return not dtype.is_floating_point or bool(part.to(dtype).isfinite().all())
 
 
 def checked_state(

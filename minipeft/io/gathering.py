@@ -6,13 +6,13 @@ what describes an adapter (a PEFT file, a prefix with its network) needs to know
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import innermost
-from minipeft.adapters.sharded import agreed, gathered, is_first, is_shard, resharded
+from minipeft.adapters.sharded import agreed, gathered_all, is_first, is_shard, resharded
 from minipeft.adapters.state import named_adapters
 from minipeft.layers.trained import TrainedBias
 from minipeft.model.trained_state import trained_state
@@ -24,10 +24,11 @@ TASK_HEADS = ("classifier", "score", "qa_outputs")  # PEFT's files of prompts ho
 def whole(caller: str, model: Any, state_dict: Mapping[str, Tensor] | None) -> Iterator[bool]:
     """Within this context all that an adapter's file holds is whole.
 
-    Gives whether this process writes.  Of shards that is the first one; every process must enter
-    the context, the others wait at its end for the one that writes, and an error of one is raised
-    in all.  `state_dict` has values by the names of the model's parameters: nothing is gathered
-    then, no process waits for another, and whoever called writes.
+    Gives whether this process writes.  Of shards that is one: the process of the lowest rank among
+    those that share the model.  Every process must enter the context, the others wait at its end
+    for the one that writes, and an error of one is raised in all.  `state_dict` has values by the
+    names of the model's parameters: nothing is gathered then, no process waits for another, and
+    whoever called writes.
 
     Raises:
         ValueError: `state_dict` lacks a shard that is to be written.
@@ -47,14 +48,20 @@ def whole(caller: str, model: Any, state_dict: Mapping[str, Tensor] | None) -> I
         with _in_place(model, values):
             yield True
         return
-    mesh = resharded(model)
-    if mesh is None:
+    meshes = resharded(model)
+    if meshes is None:
         yield True
         return
-    with agreed(caller, mesh):
-        values = {id(p): gathered(p) for p in _written(model) if is_shard(p)}
-        with _in_place(model, values):
-            yield is_first(mesh)
+    first = is_first(meshes)
+    with ExitStack() as stack:
+        with agreed(caller, meshes):  # nobody writes before all have come so far
+            names = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
+            shards = {names[id(p)]: p for p in _written(model) if is_shard(p)}
+            found = gathered_all(caller, meshes, shards)
+            values = {id(shards[name]): value for name, value in found.items()}
+            stack.enter_context(_in_place(model, values))
+        with agreed(caller, meshes):
+            yield first
 
 
 def _written(model: nn.Module) -> list[nn.Parameter]:

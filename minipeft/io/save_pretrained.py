@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minipeft.adapters.names import DEFAULT, named
 from minipeft.adapters.protocol import is_adapter, is_packed
-from minipeft.adapters.sharded import gathered, is_shard, resharded
+from minipeft.adapters.sharded import gathered_all, is_shard, resharded
 from minipeft.adapters.state import named_adapters
 from minipeft.io.gathering import whole
 from minipeft.io.peft import CONFIG_NAME, WEIGHTS_NAME, CannotExpress
@@ -66,7 +66,8 @@ def save_adapters(
             "save_pretrained: the model has 4-bit layers; minipeft.save_quantized writes "
             "them as a checkpoint that from_pretrained (with bitsandbytes) and load_quantized load"
         )
-    if not is_main_process and (state_dict is not None or resharded(model) is None):
+    meshes = None if state_dict is not None else resharded(model)
+    if not is_main_process and meshes is None:
         return
     # two names of files, and what to write into them; None: they are removed
     staged: list[tuple[tuple[str, str], tuple[Any, ...] | None]] = []
@@ -94,7 +95,7 @@ def save_adapters(
                 f"save_pretrained: {cut[0]} trains and is a shard (DTensor), and state_dict lacks "
                 "it; leave state_dict out and call this in every process"
             )
-        trained = {key: gathered(value) for key, value in trained.items()}
+        trained = gathered_all("save_pretrained", meshes, trained)
         if writes:
             _write(Path(save_directory), staged, trained)
 

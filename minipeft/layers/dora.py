@@ -181,7 +181,8 @@ class DoRA(LowRank):
 
     def _always_new(self) -> bool:
         """Whether nothing is kept: the layers below may change without a trace."""
-        return torch.compiler.is_compiling() or is_adapter(self.base)
+        recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        return recorded or is_adapter(self.base)
 
     def _factor_parameters(self) -> list[Tensor]:
         return [p for n, p in self._parameters.items() if p is not None and n.startswith("lora_")]

@@ -20,35 +20,59 @@ def resident_bytes(field: str) -> int:
 class PeakMemory:
     """The highest memory since this object was made: of the process, or of CUDA's allocations.
 
-    On Linux the resident memory, whose highest mark is set back first; elsewhere the highest of the
-    process so far, less what it was when this was made, which is too little where it had been
-    higher before.
+    On Linux the resident memory, whose highest mark is set back first.  Where the mark cannot be
+    set back (macOS, some containers) it is the highest of the process so far, less what that was
+    when this was made: too little where it had been higher before.  On Windows Python has no such
+    figure, and `figures` gives None.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            return
+        self.device = device
+        self.before = self.earlier = 0
         gc.collect()
-        self.before = self._highest()
-        if _MARK.exists():
-            _MARK.write_text("5")  # the highest mark starts again from now
+        if device.type != "cuda":
+            self.before = self._highest()
+        self.restarts = self._set_back()
+        if self.restarts and device.type != "cuda":
             self.before = resident_bytes("VmRSS")
 
-    @staticmethod
-    def _highest() -> int:
+    def part(self) -> None:
+        """From now on `part_peak_bytes` is counted anew; the peak of the whole goes on."""
+        self.earlier = max(self.earlier, self._highest())
+        self.restarts = self._set_back()
+
+    def _set_back(self) -> bool:
+        """Let the highest mark start again from now; whether it could."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return True
+        try:
+            _MARK.write_text("5")
+        except OSError:
+            return False
+        return True
+
+    def _highest(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
         if _STATUS.exists():
             return resident_bytes("VmHWM")
-        import resource  # no such module on Windows
-
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0
         unit = 1 if sys.platform == "darwin" else 1024
         return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    def figures(self) -> dict[str, int]:
-        """Bytes: the peak above what was there at the start, and of the whole process."""
-        if self.cuda:
-            peak = torch.cuda.max_memory_allocated()
-            return {"peak_bytes": peak, "process_peak_bytes": peak}
-        peak = self._highest()
-        return {"peak_bytes": peak - self.before, "process_peak_bytes": peak}
+    def figures(self) -> dict[str, int | None]:
+        """Bytes above what was there at the start, and of the whole process; None: not known.
+
+        `peak_bytes` is the highest of all parts, `part_peak_bytes` of the last one.
+        """
+        part = self._highest()
+        peak = max(self.earlier, part)
+        return {
+            "peak_bytes": peak - self.before if peak else None,
+            "process_peak_bytes": peak or None,
+            "part_peak_bytes": part - self.before if self.restarts else None,
+        }

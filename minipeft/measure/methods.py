@@ -13,6 +13,14 @@ from minipeft.model.inject_lora import inject_lora
 from minipeft.model.quantize import inject_qlora
 
 
+class Unsupported(Exception):
+    """A method cannot be used here, and says why: a package is missing, or the model has no place.
+
+    minipeft's own ValueError, TypeError and NotImplementedError count as that too; a method of
+    yours or of another library raises this, or is shown as failed.
+    """
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A model ready to train, and a context within which its adapters are off."""
@@ -26,9 +34,10 @@ class Method:
     """How one method prepares a model: `prepare(model, settings)`.
 
     `settings` has what `benchmark` was given: target, head, rank, alpha, prefix_length.  `peer` is
-    the method of another library that does the same work, which `is_peer` there.  `starts_at_base`:
-    untrained, it computes what the base does (a prefix does not).  `imports` come before memory is
-    measured.
+    the method of another library that does the same work, which `is_peer` there.  `starts_at_base`
+    says that the prepared, untrained model computes what the base does, in every bit: LoRA does,
+    since its B is zero, and a prefix does not.  The gate compares the two losses, and a method gets
+    no figures where it says the wrong thing.  `imports` come before memory is measured.
     """
 
     title: str
@@ -89,8 +98,14 @@ def chosen(methods: Sequence[str] | Mapping[str, Any]) -> dict[str, Method]:
     """Methods by name: ours by their names, others as functions `model -> None or model`.
 
     Raises:
+        TypeError: `methods` is neither a mapping nor a list of names.
         ValueError: none, a name that is not here, or something that is neither.
     """
+    if not isinstance(methods, Mapping | Sequence):
+        raise TypeError(
+            f"benchmark: methods is a {type(methods).__name__}; expected a list of names, of "
+            f"{list(METHODS)}, or a mapping from names to functions"
+        )
     named = dict.fromkeys(methods) if not isinstance(methods, Mapping) else dict(methods)
     if isinstance(methods, str) or not named:
         raise ValueError(f"benchmark: methods={methods!r}; a list of names, of {list(METHODS)}")

@@ -19,7 +19,7 @@ and the bias is added by the first process alone.
 This file imports torch.distributed.tensor, so `import minipeft` does not import it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatch
 from typing import Any, NamedTuple, cast
 
@@ -86,7 +86,7 @@ class ColwiseParallel(torch_parallel.ColwiseParallel):
     def cut(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Cut a module that all processes have checked."""
         if isinstance(module, nn.Linear | nn.Embedding):
-            return super()._apply(module, device_mesh)
+            return _by_torch(super()._apply, module, device_mesh)
         return _cut(self, _COLWISE, module, device_mesh)
 
 
@@ -111,7 +111,7 @@ class RowwiseParallel(torch_parallel.RowwiseParallel):
     def cut(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Cut a module that all processes have checked."""
         if isinstance(module, nn.Linear | nn.Embedding):
-            return super()._apply(module, device_mesh)
+            return _by_torch(super()._apply, module, device_mesh)
         return _cut(self, _ROWWISE, module, device_mesh)
 
 
@@ -128,6 +128,9 @@ def parallelize(
     Values are those of the mesh's process `src_data_rank`; None: each process takes its part of its
     own values, and nothing is sent.  Styles of other classes (torch's SequenceParallel) are applied
     unchecked.  Returns the names of the modules.
+
+    The model can be copied (copy.deepcopy), and pickled by and for processes of this mesh; not if a
+    plain nn.Linear or nn.Embedding was cut, on which torch puts functions that pickle refuses.
 
     Raises:
         TypeError: not a module, not a style, or a module that its style does not take.
@@ -201,8 +204,9 @@ def agree(
         if problem is None and isinstance(style, ColwiseParallel | RowwiseParallel):
             try:
                 _check(module, style, mesh.size())
-            except (TypeError, ValueError) as error:
-                problem = type(error)(f"{name}: {error}" if name else str(error))
+            except Exception as error:  # the others wait to hear of it
+                kind = TypeError if isinstance(error, TypeError) else ValueError
+                problem = kind(f"{name}: {error}" if name else str(error))
         tensors = [(n, tuple(p.shape), p.dtype) for n, p in module.named_parameters()]
         facts.append(f"{name} {style!r} {style.src_data_rank} {module!r} {tensors}")
     every: list[Any] = [None] * mesh.size()
@@ -298,7 +302,11 @@ def _cut(style: Any, cut: _Cut, module: nn.Module, mesh: DeviceMesh) -> nn.Modul
         layer._parameters.clear()
         layer._parameters.update(new)
     for layer in _stack(module):  # each, so that they work when adapters over them are taken off
-        _hook(style, cut, layer, mesh)
+        hooks = _Hooks(style, cut, mesh)
+        layer.register_forward_pre_hook(hooks.enter, with_kwargs=True)
+        layer.register_forward_hook(hooks.leave)
+        # also after an exception, such as the one by which checkpointing ends a recomputation early
+        layer.register_forward_hook(hooks.put_back, always_call=True)
     return module
 
 
@@ -311,13 +319,21 @@ def _placement(cut: _Cut, name: str, value: Tensor) -> Placement:
     return known.get(name) or Shard(cut.axis if value.dim() > 1 else 0)
 
 
-def _hook(style: Any, cut: _Cut, module: nn.Module, mesh: DeviceMesh) -> None:
-    """Let the module run on local tensors; the functions hold no module, so copies work."""
+class _Hooks:
+    """Let a module run on local tensors; no module is held, so copies and pickles of one work."""
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def __init__(self, style: Any, cut: _Cut, mesh: DeviceMesh) -> None:
+        self.style, self.cut, self.mesh = style, cut, mesh
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hooks":
+        return self  # nothing in it changes, and the processes are the same
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Before forward: put the local tensors and sizes in."""
+        style, cut, mesh = self.style, self.cut, self.mesh
         if not args:
             raise TypeError(f"{type(style).__name__}: give the input by position")
-        put_back(module)  # after a forward that was interrupted
+        self.put_back(module)  # after a forward that was interrupted
         stored = [p for layer in _stack(module) for p in layer._parameters.values()]
         if not any(isinstance(p, DTensor) for p in stored):
             return None  # an adapter over this layer has entered already
@@ -339,22 +355,51 @@ def _hook(style: Any, cut: _Cut, module: nn.Module, mesh: DeviceMesh) -> None:
             vars(layer).update(_local_sizes(cut.axis, sizes, mesh.size()))
         return (x, *args[1:]), kwargs
 
-    def put_back(module: nn.Module, *_: Any) -> None:
+    def put_back(self, module: nn.Module, *_: Any) -> None:
+        """After forward: the DTensors and the sizes of the whole layer."""
         for layer, sizes, parameters in vars(module).pop(_OUTSIDE, ()):
             layer._parameters.update(parameters)
             vars(layer).update(sizes)
 
-    def leave(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    def leave(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        """After forward: the output as the style wants it."""
         if _OUTSIDE not in vars(module):
             return out
-        made = DTensor.from_local(out, mesh, [cut.made], run_check=False)
-        made = made.redistribute(placements=style.output_layouts)
-        return made.to_local() if style.use_local_output else made
+        made = DTensor.from_local(out, self.mesh, [self.cut.made], run_check=False)
+        made = made.redistribute(placements=self.style.output_layouts)
+        return made.to_local() if self.style.use_local_output else made
 
-    module.register_forward_pre_hook(enter, with_kwargs=True)
-    module.register_forward_hook(leave)
-    # also after an exception, such as the one by which checkpointing ends a recomputation early
-    module.register_forward_hook(put_back, always_call=True)
+
+def _by_torch(
+    apply: Callable[[nn.Module, DeviceMesh], nn.Module], module: nn.Module, mesh: DeviceMesh
+) -> nn.Module:
+    """What torch's own style makes of a module; its hooks say why they cannot be pickled."""
+    kinds: list[Any] = [module._forward_pre_hooks, module._forward_hooks]
+    before = [set(hooks) for hooks in kinds]
+    module = apply(module, mesh)
+    for hooks, old in zip(kinds, before, strict=True):
+        for key in hooks.keys() - old:
+            hooks[key] = _OfTorch(hooks[key], type(module).__name__)
+    return module
+
+
+class _OfTorch:
+    """A hook that torch made, a lambda."""
+
+    def __init__(self, hook: Callable[..., Any], kind: str) -> None:
+        self.hook, self.kind = hook, kind
+
+    def __call__(self, *given: Any) -> Any:
+        return self.hook(*given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_OfTorch":
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"parallelize: torch cut a plain {self.kind} of this model, with functions that cannot "
+            "be pickled; save the adapter (save_peft) or the state dict, and cut a new model"
+        )
 
 
 def _local(whole: DTensor) -> Tensor:

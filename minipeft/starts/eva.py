@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.progress import Progress
+from minipeft.adapters.sharded import is_shard, is_sharded_module, refuse_shards
 from minipeft.lora import LoRALinear
 
 
@@ -108,12 +109,20 @@ def eva(
 
     Raises:
         ValueError: no LoRALinear, one whose B is not zero (trained, or PiSSA's), rho below 1, no
-            batches, one that does not fit the model's forward, inputs of fewer rows than a rank, or
-            inputs that are not finite.  The model is then as it was.
+            batches, one that does not fit the model's forward, inputs of fewer rows than a rank,
+            inputs that are not finite, or layers of which each process has a part (shards).  The
+            model is then as it was.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     if not layers:
         raise ValueError("eva: the model has no LoRALinear; inject first")
+    if any(map(is_sharded_module, model.modules())) or any(
+        is_shard(p) for layer in layers.values() for p in layer.parameters()
+    ):
+        refuse_shards(
+            "eva", model, "use it in every process, with the same batches, then shard or cut the "
+            "model"
+        )  # fmt: skip
     if trained := [n for n, x in layers.items() if x.lora_a0 is not None or x.lora_b.any()]:
         raise ValueError(
             f"eva: {trained[:3]} do not start at zero ({len(trained)} layers), so that what "

@@ -17,9 +17,13 @@ import torch
 from torch import Tensor
 
 from minipeft.adapters.protocol import whole
+from minipeft.adapters.sharded import is_shard, refuse_shards
 from minipeft.lora import LoRALinear, LowRank
 
 Init = Callable[[Any], None]
+WHOLE = (
+    "start where they are whole: inject with init= in every process, then shard or cut the model"
+)
 
 
 def gaussian() -> Init:
@@ -36,7 +40,7 @@ def gaussian() -> Init:
 def orthogonal() -> Init:
     """A and B from alternate rows of one orthogonal (rank, rank) matrix: B A = 0, neither is 0.
 
-    The function raises ValueError on an odd rank and on another layer than LoRALinear.
+    The function raises ValueError on an odd rank, on another layer than LoRALinear, and on shards.
     """
 
     def init(layer: LowRank) -> None:
@@ -44,6 +48,8 @@ def orthogonal() -> Init:
         half, dtype = layer.rank // 2, torch.float32
         if layer.rank % 2:
             raise ValueError(f"orthogonal: rank {layer.rank} is odd; half is for A, half for B")
+        if is_shard(layer.lora_a):
+            refuse_shards("orthogonal", layer, WHOLE)
         with torch.no_grad():
             q = torch.linalg.qr(torch.randn(layer.rank, layer.rank, dtype=dtype)).Q.to(layer.lora_a)
             a = torch.randn(layer.in_features, half, dtype=dtype).to(layer.lora_a) @ q[0::2]
@@ -60,7 +66,8 @@ def pissa(iterations: int | None = None) -> Init:
     A = sqrt(S/s) V^T and B = U sqrt(S/s) of the largest ones.  Takes a singular value decomposition
     of the whole weight (of an NF4 base, the rounded one).  With `iterations` it is a random
     projection with so many power iterations, for large layers; PEFT's "pissa_niter_16" has 16.
-    The function raises ValueError on another layer than LoRALinear, and on the meta device.
+    The function raises ValueError on another layer than LoRALinear, on the meta device, and on a
+    base of which each process has a part (shards of fully_shard, or cut by `parallelize`).
 
     Raises:
         ValueError: iterations below 1.
@@ -86,7 +93,7 @@ def pissa(iterations: int | None = None) -> Init:
 def olora() -> Init:
     """B = the first columns of Q, A = the first rows of R, of W = Q R.
 
-    The function raises ValueError on another layer than LoRALinear, and on the meta device.
+    The function raises ValueError where that of `pissa` does.
     """
 
     def init(layer: LowRank) -> None:
@@ -110,6 +117,7 @@ def _weight(caller: str, layer: object) -> Tensor:
     layer = _linear(caller, layer)
     if layer.lora_a.is_meta:
         raise ValueError(f"{caller}: the base is on the meta device; load its weights first")
+    refuse_shards(caller, layer, WHOLE)
     with torch.no_grad():
         weight = layer.exact_below("weight", torch.float32)
     return weight.T if layer.transposed else weight

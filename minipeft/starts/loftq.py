@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from minipeft.adapters.protocol import is_conv1d
+from minipeft.adapters.sharded import is_shard, refuse_shards
 from minipeft.lora import LoRALinear
 from minipeft.qlora import NF4Linear, encoded
+from minipeft.starts.factors import WHOLE
 
 
 class LoftQ:
@@ -48,8 +50,8 @@ class LoftQOfWeight:
         """Set the factors and the base's codes.
 
         Raises:
-            ValueError: another layer than LoRALinear over NF4Linear, values that are not NF4's, or
-                another weight's shape.
+            ValueError: another layer than LoRALinear over NF4Linear, values that are not NF4's,
+                another weight's shape, or a weight or layer of which each process has a part.
         """
         if self.weight.is_meta:
             raise ValueError("loftq: the weight is on the meta device; load it first")
@@ -58,6 +60,12 @@ class LoftQOfWeight:
             raise ValueError(
                 f"loftq: a {type(layer).__name__} over {type(base).__name__}; expected LoRALinear "
                 "over NF4Linear"
+            )
+        refuse_shards("loftq", layer, WHOLE)
+        if is_shard(self.weight):
+            raise ValueError(
+                "loftq: the weight is a shard (DTensor), of which each process has a part; give "
+                "weight.full_tensor(), or the weight from before the model was sharded"
             )
         if base.codebook is not None:
             raise ValueError(

@@ -37,6 +37,21 @@ def test_the_base_state_has_the_plain_models_names():
     assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e300])
+def test_numbers_that_are_not_finite_are_loaded_with_a_warning(value):
+    model = make()
+    state = {n: v.clone().double() for n, v in mp.adapter_state_dict(model).items()}
+    state["2.lora_b"][1, 0] = value  # 1e300 is infinite in float32
+    with pytest.warns(RuntimeWarning, match=r"\['2\.lora_b'\] \(1 in all\) hold NaN or Inf"):
+        mp.load_adapter_state_dict(model, state)
+    assert not model[2].lora_b[1, 0].isfinite()
+    before = model[0].lora_a.clone()
+    state["0.lora_a"] += 1
+    with pytest.raises(RuntimeWarning):  # where warnings are errors nothing is copied
+        mp.load_adapter_state_dict(model, state)
+    assert torch.equal(model[0].lora_a, before)
+
+
 def broken_states(state):
     missing = dict(state)
     missing.pop("2.lora_b")

@@ -21,6 +21,8 @@ def test_a_job_has_a_main_and_the_options_of_its_small_run(name):
     assert "\ndef main(" in text
     assert '\nif __name__ == "__main__":' in text
     assert job.group in jobs.GROUPS
+    assert '"--output"' in text or "add_output(" in text
+    assert (job.quick is None) == bool(job.needs)
     for word in job.quick or ():
         if word.startswith("--"):
             plain = word.replace("--no-", "--")
@@ -51,14 +53,23 @@ def test_an_unknown_job_is_named(monkeypatch, capsys):
     assert "no job 'methodz'" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_small_runs_of_three_jobs(tmp_path, capsys, monkeypatch):
-    words = ["--quick", "--only", "trips", "nf4_sweep", "recipes", "--output", str(tmp_path)]
-    assert door.run_all(words) == 0
-    said = capsys.readouterr().out
-    assert "recipes: not in a quick run" in said and "2 jobs in" in said
-    (path,) = tmp_path.glob("all-quick-*.json")
-    assert [run["name"] for run in json.loads(path.read_text())["runs"]] == ["trips", "nf4_sweep"]
+def test_the_readme_has_the_table_of_jobs():
+    """Made by `python -m benchmarks markdown`."""
+    assert jobs.markdown() in (FOLDER / "README.md").read_text()
+    assert jobs.markdown().count("\n") == len(jobs.JOBS) + 2
+
+
+def test_a_workflow_runs_all_jobs_every_week():
+    yaml = pytest.importorskip("yaml")
+    path = FOLDER.parent / ".github" / "workflows" / "benchmarks.yml"
+    plan = yaml.load(path.read_text(), yaml.BaseLoader)  # plain text: `on` is not a truth value
+    assert set(plan["on"]) == {"schedule", "workflow_dispatch"}
+    minute, hour, *days = plan["on"]["schedule"][0]["cron"].split()
+    assert minute.isdigit() and hour.isdigit() and days == ["*", "*", "1"]
+    steps = plan["jobs"]["quick"]["steps"]
+    assert any("benchmarks all --quick --output build" in step.get("run", "") for step in steps)
+    (kept,) = [step for step in steps if "upload-artifact" in step.get("uses", "")]
+    assert kept["with"]["path"] == "build/all-quick-*.json" and kept["if"] == "always()"
 
 
 @pytest.mark.slow

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import minipeft as mp
+from minipeft.fast.flops import attention_on_a_cpu
 
 
 def counted(model, *inputs):
@@ -29,6 +31,34 @@ def test_experts_and_adapters_count():
     dense = nn.Linear(64, 32)
     packed = mp.LoRALinear(mp.NF4Linear.from_linear(dense), 2)
     assert counted(packed, x) == counted(mp.LoRALinear(dense, 2), x)
+
+
+@pytest.mark.parametrize("key_heads", [6, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_on_a_cpu_counts_as_on_a_gpu(key_heads, causal):
+    """By hand: two products forward, five backward; a causal mask halves nothing, as on a GPU."""
+    batch, heads, queries, keys, width = 2, 6, 5, 7, 8
+    q = torch.randn(batch, heads, queries, width, requires_grad=True)
+    k, v = (torch.randn(batch, key_heads, keys, width, requires_grad=True) for _ in range(2))
+    with FlopCounterMode(display=False, custom_mapping=attention_on_a_cpu()) as counter:
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, enable_gqa=key_heads < heads
+        )
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    assert forward == 4 * batch * heads * queries * keys * width
+    assert counter.get_total_flops() - forward == 2.5 * forward
+
+
+def test_torchs_own_formulas_of_attention_say_the_same():
+    """Those for GPUs; values of another width than keys too."""
+    from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
+
+    from minipeft.fast.flops import attention_backward_flops, attention_flops
+
+    q, k, v, out = (3, 4, 5, 8), (3, 4, 7, 8), (3, 4, 7, 6), (3, 4, 5, 6)
+    assert attention_flops(q, k, v) == sdpa_flop_count(q, k, v)
+    assert attention_backward_flops(out, q, k, v) == sdpa_backward_flop_count(out, q, k, v)
 
 
 COUNT = """

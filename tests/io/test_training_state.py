@@ -635,3 +635,15 @@ def test_fifty_kills_of_a_loop_leave_a_state_of_the_undisturbed_run(capsys):
     with capsys.disabled():
         print(f"\n{done.stdout}")
     assert "'end as undisturbed': 1" in done.stdout
+
+
+def test_a_run_that_diverged_is_resumed_as_it_was(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    mp.inject_lora(model, ["0"], rank=2)
+    optimizer = torch.optim.AdamW(mp.adapter_parameters(model))
+    with torch.no_grad():
+        model[0].lora_b[0, 0] = torch.nan
+    mp.save_training_state(tmp_path, model, optimizer, step=3)
+    nn.init.zeros_(model[0].lora_b)
+    assert mp.load_training_state(tmp_path, model, optimizer) == 3
+    assert model[0].lora_b.isnan().sum() == 1

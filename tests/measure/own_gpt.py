@@ -45,6 +45,65 @@ def loss(model, batch):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten())
 
 
+def losses_of_rows(model, batch):
+    logits = model(batch["ids"])
+    return F.cross_entropy(logits[:, :-1].mT, batch["ids"][:, 1:], reduction="none")
+
+
+def infinite(model, batch):
+    return loss(model, batch) / 0
+
+
+def of_the_batch_alone(model, batch):
+    return batch["ids"].float().mean()
+
+
+def that_reads_values(model, batch):
+    return loss(model, batch) * (1 if float(batch["ids"].sum()) >= 0 else 2)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, row):
+        return make_batch(row)["ids"][0]
+
+
+def loaded_batch(step):
+    from itertools import islice
+
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(Rows(), 2, num_workers=1)
+    return {"ids": next(islice(loader, step, None))}
+
+
+def model_that_warns():
+    import warnings
+
+    warnings.warn("the head is not tied", stacklevel=1)
+    return GPT()
+
+
+def model_that_keeps_its_process():
+    import threading
+    import time
+
+    threading.Thread(target=time.sleep, args=(60,)).start()
+    return GPT()
+
+
+def refuses(model):
+    raise ValueError("not on a Friday")
+
+
+def breaks_our_layer(model):
+    import minipeft as mp
+
+    mp.inject_lora(model, ["up"], rank=0)
+
+
 def broken_batch(step):
     raise OSError(f"no data at step {step}")
 

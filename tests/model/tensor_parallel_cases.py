@@ -6,6 +6,7 @@ Run by test_tensor_parallel.py, which asserts on the JSON that the first process
 import copy
 import json
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -177,6 +178,10 @@ def mlp_case(mesh: DeviceMesh, kind: str, dtype: torch.dtype) -> dict[str, Any]:
     found["checkpointed"] = compared(one, cut, run)["worst"]
     with torch.no_grad():
         found["copied"] = off(copy.deepcopy(cut.eval())(given), one.eval()(given))
+        try:
+            found["pickled"] = off(pickle.loads(pickle.dumps(cut))(given), one(given))
+        except TypeError as error:
+            found["pickled"] = str(error)
         if not kind.startswith("plain"):
             with mp.disable_adapters(one), mp.disable_adapters(cut):
                 found["disabled"] = off(cut(given), one(given))

@@ -189,6 +189,18 @@ print(((got - expected).abs().max() / expected.abs().max()).item())
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_of_dora_computes_the_lengths_again():
+    model = nn.Sequential(nn.Linear(64, 8))
+    mp.inject_lora(model, ["0"], rank=2, dora=True)
+    nn.init.normal_(model[0].lora_b)
+    traced = torch.jit.trace(model.eval(), (torch.randn(3, 64),))
+    nn.init.normal_(model[0].lora_a)  # the trace shares the parameters
+    other = torch.randn(5, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(other), model(other), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_of_a_dense_lora_is_right_and_one_of_4_bit_layers_is_refused():
     model = nn.Sequential(nn.Linear(64, 8))
     mp.inject_lora(model, ["0"], rank=2)

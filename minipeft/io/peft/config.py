@@ -81,7 +81,7 @@ _IN_OBJECTS = {
 _NUMBERS = ("r", "lora_alpha", "lora_dropout")  # null is refused, not passed over as unused
 
 # the values of peft_type that are read
-PROMPT_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
+PROMPT_KINDS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "CARTRIDGE")
 READ_KINDS = ("LORA", *PROMPT_KINDS)
 
 # Fields that ask for something that no layer here computes.  They may be absent, or off: None,

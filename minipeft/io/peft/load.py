@@ -56,8 +56,8 @@ def load_peft(
 
     LoRA and DoRA on linear layers, embeddings, convolutions, attention and expert weights; trained
     biases, modules saved whole, trained tokens (rows that extend_vocabulary made go behind the
-    table, or into one of the new size); on transformers models prefix tuning, prompt tuning
-    and P-tuning with their heads.  Every key must belong to a module of the model,
+    table, or into one of the new size); on transformers models prefix tuning, cartridges, prompt
+    tuning and P-tuning with their heads.  Every key must belong to a module of the model,
     with or without PEFT's "base_model.model." before it, and every module that the configuration
     targets must have its keys.  Values take the dtype of the layers, float32.  With a `name` it is
     one more adapter, over those that are there.  Freezes every parameter that no adapter owns.
@@ -73,7 +73,7 @@ def load_peft(
 
     Raises:
         ValueError: a file missing or damaged, another kind of adapter, a key missing, extra or of
-            another shape, an adapter of another model.  The model is then as it was.
+            another shape, NaN or Inf, an adapter of another model.  The model is then as it was.
     """
     directory = Path(path)
     if resharded(model) is not None and name in named(model):

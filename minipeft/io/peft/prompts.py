@@ -1,8 +1,9 @@
-"""PEFT's prompt-learning adapters: prefix tuning, prompt tuning and P-tuning, both ways.
+"""PEFT's prompt-learning adapters: prefix and prompt tuning, P-tuning and cartridges, both ways.
 
-Source: PEFT 0.21.  All three store one tensor `prompt_embeddings`: prefix tuning the flat table
-(tokens, layers * 2 * token_dim), the others (tokens, token_dim).  PEFT folds networks (an MLP, or
-P-tuning's LSTM) into it, so a P-tuning file is read as the table of a prompt.
+Source: PEFT 0.21.  All store one tensor `prompt_embeddings`: prefix tuning and cartridges the flat
+table (tokens, layers * 2 * token_dim), the others (tokens, token_dim).  PEFT folds networks (an
+MLP, or P-tuning's LSTM) into it, so a P-tuning file is read as the table of a prompt.  A cartridge
+is a prefix of which the first `num_frozen_tokens` positions do not train.
 PEFT counts a prefix as tokens: it shifts positions, and a sliding window leaves it behind.
 """
 
@@ -35,13 +36,19 @@ from minipeft.prefix import PrefixEncoder
 _KEY, _HEAD = "prompt_embeddings", "base_model."
 _SIZE = whole(1, 2**24)
 # Fields that are known.  Only those in _FIELDS are used: the tensor holds what the rest produced.
-_KNOWN = ORIGIN | {
+_OF_ALL = ORIGIN | {
     "peft_type", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers",
-    "num_transformer_submodules", "encoder_hidden_size", "prefix_projection", "init_weights",
+    "num_transformer_submodules", "modules_to_save",
+}  # fmt: skip
+_KNOWN = _OF_ALL | {
+    "encoder_hidden_size", "prefix_projection", "init_weights",
     "encoder_dropout", "encoder_num_layers", "encoder_reparameterization_type",
     "prompt_tuning_init", "prompt_tuning_init_text", "prompt_tuning_init_state_dict_path",
-    "tokenizer_name_or_path", "tokenizer_kwargs", "modules_to_save",
+    "tokenizer_name_or_path", "tokenizer_kwargs",
 }  # fmt: skip
+_CARTRIDGE, _FROZEN = "CARTRIDGE", "num_frozen_tokens"
+_KNOWN_OF_CARTRIDGES = _OF_ALL | {_FROZEN}
+_FROZEN_UNLESS_SAID = 1  # PEFT's default
 
 _FIELDS = {
     "num_virtual_tokens": _SIZE,
@@ -49,6 +56,7 @@ _FIELDS = {
     "num_attention_heads": optional(_SIZE),
     "num_transformer_submodules": optional(one_of(1, 2)),
     "modules_to_save": optional(NAMES),
+    _FROZEN: whole(0),
 }
 _TRAINING = {"dropout": Kind("a fraction", lambda v: type(v) is float), "frozen": whole(0)}
 
@@ -64,8 +72,9 @@ def load_prompts(
         ValueError: a file missing or damaged, an adapter of another model, an encoder-decoder.
             The model is then as it was.
     """
+    known = _KNOWN_OF_CARTRIDGES if content["peft_type"] == _CARTRIDGE else _KNOWN
     for key, value in content.items():
-        if key not in _KNOWN and not is_off(value):
+        if key not in known and not is_off(value):
             raise ValueError(f"{CONFIG_NAME}: {key:.40} = {value!r:.40} is no field known here")
     check(CONFIG_NAME, content, _FIELDS, needed=("num_virtual_tokens",))
     config = {"modules_to_save": None, **content}
@@ -77,10 +86,7 @@ def load_prompts(
         )
     where = directory / WEIGHTS_NAME
     tensors, training = read_weights(directory, config)
-    settings = training.get("prefix", {})  # of a file of ours: dropout, frozen positions
-    if not isinstance(settings, dict) or not settings.keys() <= _TRAINING.keys():
-        raise ValueError(f"{where}: {settings!r:.80} is not how a prefix trains")
-    check(f"{where}: prefix", settings, _TRAINING)
+    settings = _how_it_trains(config, training.get("prefix", {}), where)
     table = tensors.pop(_KEY, None)
     if table is None or table.dim() != 2 or not table.is_floating_point():
         raise ValueError(f"{where}: no floating-point {_KEY!r} of two dimensions")
@@ -90,7 +96,7 @@ def load_prompts(
     if strict and unexpected:
         raise ValueError(f"{where}: unexpected {unexpected[0]!r:.80} ({len(unexpected)} in all)")
     modules = check_heads("load_peft", model, heads)
-    deep = config["peft_type"] == "PREFIX_TUNING"
+    deep = config["peft_type"] in ("PREFIX_TUNING", _CARTRIDGE)
 
     def make(prefix: Prefix) -> nn.Module:
         if prefix.has_windows and prefix.causal and prefix.window != "like_token":
@@ -114,6 +120,28 @@ def load_prompts(
     return [f"{NAME}.encoders.{name}", *modules], unexpected
 
 
+def _how_it_trains(config: Mapping[str, Any], settings: Any, where: Path) -> dict[str, Any]:
+    """Dropout and frozen positions, as arguments of PrefixEncoder.
+
+    `settings` are of a file of ours; of a cartridge the configuration says how many are frozen.
+    """
+    kinds = dict(_TRAINING)
+    if config["peft_type"] == _CARTRIDGE:
+        del kinds["frozen"]
+    if not isinstance(settings, dict) or not settings.keys() <= kinds.keys():
+        raise ValueError(f"{where}: {settings!r:.80} is not how a prefix trains")
+    check(f"{where}: prefix", settings, kinds)
+    if config["peft_type"] != _CARTRIDGE:
+        return settings
+    frozen, length = config.get(_FROZEN, _FROZEN_UNLESS_SAID), config["num_virtual_tokens"]
+    if frozen >= length:
+        raise ValueError(
+            f"{CONFIG_NAME}: {_FROZEN} is {frozen} of num_virtual_tokens {length}; expected fewer, "
+            "so that something trains: lower it, it changes no output"
+        )
+    return {**settings, "frozen": frozen}
+
+
 def _check_layers(config: Mapping[str, Any], prefix: Prefix, model: nn.Module) -> None:
     """Raise ValueError if the table is of a model of other layers, which may have its width."""
     layers, heads = config.get("num_layers"), config.get("num_attention_heads")
@@ -128,7 +156,7 @@ def _check_layers(config: Mapping[str, Any], prefix: Prefix, model: nn.Module) -
 def _heads_in(
     model: nn.Module, tensors: Mapping[str, Tensor], wanted: list[str], where: Path
 ) -> tuple[Heads, list[str]]:
-    """The tensors of modules by the modules' names, and names of modules that the model lacks."""
+    """The tensors of modules by the modules' names, and the names of what the model lacks."""
     modules = dict(model.named_modules())
     plain: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -139,11 +167,12 @@ def _heads_in(
             raise ValueError(f"{where}: two keys for {found!r:.80}")
         plain[found] = value
     saved = [m for m in modules if any(m == e or m.endswith(f".{e}") for e in wanted)]
-    heads = by_module(plain, saved)
+    loose = [name for name in plain if "." not in name]  # of no module
+    heads = by_module({n: value for n, value in plain.items() if n not in loose}, saved)
     unknown = [place for place in heads if place not in modules]
     if missing := [m for m in saved if m not in heads and "." not in m and m in wanted]:
         raise ValueError(f"{where}: {CONFIG_NAME} asks for {missing[0]!r}, which has no tensors")
-    return {p: own for p, own in heads.items() if p not in unknown}, unknown
+    return {p: own for p, own in heads.items() if p not in unknown}, [*loose, *unknown]
 
 
 class CannotExpress(ValueError):
@@ -202,13 +231,17 @@ def describe_prompts(
         if len(set(prefix.kv_shapes)) != 1 or prefix.kv_shapes[0][1] != prefix.kv_shapes[0][2]:
             raise refuse("layers of different shapes")
         kv_heads, size, _ = prefix.kv_shapes[0]
-        config |= {
-            "peft_type": "PREFIX_TUNING", "token_dim": kv_heads * size,
-            "num_attention_heads": kv_heads, "encoder_hidden_size": kv_heads * size,
-            "prefix_projection": False,
-        }  # fmt: skip
-        trains = {"dropout": float(encoder.dropout), "frozen": encoder.frozen}
-        training: dict[str, object] = {"prefix": trains} if any(trains.values()) else {}
+        config |= {"token_dim": kv_heads * size, "num_attention_heads": kv_heads}
+        if encoder.frozen:
+            config |= {"peft_type": _CARTRIDGE, _FROZEN: encoder.frozen}
+        else:
+            config |= {
+                "peft_type": "PREFIX_TUNING", "encoder_hidden_size": kv_heads * size,
+                "prefix_projection": False,
+            }  # fmt: skip
+        training: dict[str, object] = {}
+        if encoder.dropout:
+            training = {"prefix": {"dropout": float(encoder.dropout)}}
         return config, {_KEY: encoder.flat().detach(), **heads}, training
     source = encoder.source
     config |= {

@@ -297,6 +297,7 @@ def save_peft(
     in a new folder, one that load_peft refuses; io/replace.py says what others see.  What training
     needs and PEFT's format lacks (slices of fused projections, a subtracted start, dropout of a
     prefix, parameters of the adapter that do not train) is in the weights' metadata for load_peft.
+    A prefix with frozen positions is written as PEFT's cartridge, other prefixes as prefix tuning.
     An encoder that stands alone in the model, for attention of your own, is no part of PEFT's
     format: a warning names it.
 

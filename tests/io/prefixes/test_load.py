@@ -22,6 +22,7 @@ FAMILIES = [
 CONFIGS = {
     "prefix": ("PrefixTuningConfig", {}),
     "prefix, MLP": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 12}),
+    "cartridge": ("CartridgeConfig", {"num_frozen_tokens": 2}),
     "prompt": ("PromptTuningConfig", {}),
     "P-tuning, MLP": ("PromptEncoderConfig", {"encoder_hidden_size": 12}),
     "P-tuning, LSTM": ("PromptEncoderConfig", {
@@ -69,6 +70,7 @@ def loaded(model: nn.Module, path):
     ("family", "kind"),
     [(family, "prefix") for family in FAMILIES]
     + [("LLaMA", kind) for kind in CONFIGS]
+    + [("GPT-2", "cartridge"), ("Mistral, window", "cartridge"), ("BERT", "cartridge")]
     + [("GPT-2", "prompt"), ("BLOOM", "prompt"), ("Gemma3, window", "prompt")],
 )
 def test_pefts_adapters_come_in_and_go_out(family, kind, tmp_path, capsys):
