@@ -15,16 +15,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import minipeft as mp
-from benchmarks.harness import commit
+from benchmarks.harness import save_result
 from benchmarks.memory_cases import METHODS, MODELS, Case
-from minipeft.measure.machine import allocator_environment, hardware, versions
+from minipeft.measure.machine import allocator_environment
 
 ROOT = Path(__file__).parent.parent
 SETTING = allocator_environment()
@@ -158,13 +157,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write; the exit status is 1 if a prediction is off by more than it may be."""
     rows = [] if arguments.table_only else compare(arguments)
     presets = table(arguments.batch, arguments.length, arguments.rank) if arguments.table else []
-    data = {
-        "job": "memory", "commit": commit(), "hardware": hardware(), "versions": versions(),
-        "setting": SETTING, "tolerances": TOLERANCES, "cases": rows, "presets": presets,
-    }  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / f"memory-{datetime.now():%Y%m%d-%H%M%S}.json"
-    file.write_text(json.dumps(data, indent=1) + "\n")
+    save_result(
+        arguments.output, "memory", setting=SETTING, tolerances=TOLERANCES, cases=rows,
+        presets=presets,
+    )  # fmt: skip
     off = [
         (row["case"], name) for row in rows if row["allocator"] == "setting"
         for name, most in TOLERANCES.items()
@@ -174,7 +170,6 @@ def run(arguments: argparse.Namespace) -> int:
     ]  # fmt: skip
     for case, name in off:
         print(f"off by more than {TOLERANCES[name]:.0%}: {name} of {Case(**case)}")
-    print(f"written: {file.name}")
     return int(bool(off))
 
 
