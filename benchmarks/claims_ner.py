@@ -22,10 +22,10 @@ TARGETS = {
 class Sizes(NamedTuple):
     """Sentences of each part, and how often the training sentences are seen."""
 
-    train: int = 1000
-    valid: int = 300
-    test: int = 500
-    epochs: int = 4
+    train: int = 400
+    valid: int = 200
+    test: int = 400
+    epochs: int = 3
 
 
 @cache
