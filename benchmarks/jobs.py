@@ -81,6 +81,8 @@ JOBS: dict[str, Job] = {
                    ("--methods", "prefix", "--steps", "2", "--validation-rows", "2")),
     "ner": Job("ner", "quality", "named entities: P-tuning v2, LoRA, full fine-tuning", 45,
                ("--quick", "--train-sentences", "100", "--held-out-sentences", "50")),
+    "claims": Job("claims", "quality", "what the papers claim of each method: does it hold?", 90,
+                  ("--quick",)),
     "vocabulary": Job("vocabulary", "quality", "200 Chinese pieces for SmolLM2", 4,
                       ("--pieces", "20", "--steps", "2", "--validate", "2")),
     "recipes": Job("recipes", "quality", "every recipe: seconds and losses", 5, None),
