@@ -24,6 +24,7 @@ from benchmarks.claims_queue import Run, chosen_rate
 HOLDS, FAILS, OPEN, NOT_RUN = (
     "holds", "does not hold here", "too close to tell", "not run"
 )  # fmt: skip
+VERDICTS = (HOLDS, FAILS, OPEN, NOT_RUN)
 # two points of F1, and 0.02 of a loss of about 4: smaller than what methods are chosen for
 MARGINS = {"ner": 0.02, "chat": 0.02, "types": 0.02}
 
