@@ -1,6 +1,7 @@
 """The claims job: the rules by hand, which run comes next, a state file that was cut, the page."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("transformers")
 
 from benchmarks import claims, claims_methods, claims_page, claims_queue, claims_rules
+from benchmarks.claims_advice import ADVICE
 from benchmarks.claims_arms import ARMS, BY_NAME, HIGHER_IS_BETTER, PARTS, SEEDS, Arm, rates
 from benchmarks.claims_queue import Run
 from benchmarks.claims_rules import CLAIMS, FAILS, HOLDS, NOT_RUN, OPEN, Claim
@@ -285,3 +287,8 @@ def test_a_small_run_from_end_to_end(tmp_path):
     said = {row["claim"]: row["verdict"] for row in found["claims"] if row["task"] == "entities"}
     assert said["LoRA is as good as full fine-tuning"] != NOT_RUN
     assert said["DoRA is better than LoRA"] == NOT_RUN
+
+
+def test_every_arm_in_the_advice_exists():
+    names = [name for text in ADVICE for name in re.findall(r"<([^>]+)>", text)]
+    assert names and set(names) <= set(BY_NAME)
