@@ -16,8 +16,8 @@ ADVICE: list[str] = [
     "**Tune the learning rate before you change the method.** On entities none of rsLoRA, "
     "LoRA+, DoRA and PiSSA is further from LoRA than the deviations over three seeds, and LoftQ "
     "is no further from QLoRA. For most of them the next higher rate, a factor of 3.16 away, "
-    "ended in a model that finds no entity at all. LoRA scores <ner: LoRA>, LoRA+ <ner: LoRA+>, DoRA "
-    "<ner: DoRA>, rsLoRA <ner: rsLoRA>, PiSSA <ner: PiSSA>, LoftQ <ner: LoftQ>.",
+    "ended in a model that finds no entity at all. LoRA scores <ner: LoRA>, LoRA+ <ner: LoRA+>, "
+    "DoRA <ner: DoRA>, rsLoRA <ner: rsLoRA>, PiSSA <ner: PiSSA>, LoftQ <ner: LoftQ>.",
     "**A rank of 4 to 16 is enough for little data.** Ranks 1, 4, 16 and 64 score "
     "<ranks: LoRA, rank 1>, <ranks: LoRA, rank 4>, <ner: LoRA> and <ranks: LoRA, rank 64>; rank "
     "64 with rsLoRA's scaling <ranks: rsLoRA, rank 64>.",
