@@ -131,14 +131,18 @@ def missing(done: Mapping[Run, Any]) -> list[str]:
 
 
 def advice(done: Mapping[Run, Any]) -> list[str]:
-    """The advice whose arms were all run."""
-    lines = []
-    for text in ADVICE:
-        try:
-            lines.append("- " + with_scores(text, done))
-        except ValueError:
-            continue
-    return lines
+    """A point for each piece of advice, of the sentences whose arms were all run."""
+    points = []
+    for sentences in ADVICE:
+        said = []
+        for text in sentences:
+            try:
+                said.append(with_scores(text, done))
+            except ValueError:
+                continue
+        if said and said[0].startswith("**"):  # the advice itself, not its second half alone
+            points.append("- " + " ".join(said))
+    return points
 
 
 def page(result: Mapping[str, Any], name: str) -> str:

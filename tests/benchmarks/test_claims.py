@@ -290,5 +290,14 @@ def test_a_small_run_from_end_to_end(tmp_path):
 
 
 def test_every_arm_in_the_advice_exists():
-    names = [name for text in ADVICE for name in re.findall(r"<([^>]+)>", text)]
+    names = [name for text in sum(ADVICE, ()) for name in re.findall(r"<([^>]+)>", text)]
     assert names and set(names) <= set(BY_NAME)
+
+
+def test_advice_is_left_out_with_the_arms_that_it_rests_on():
+    done = runs({LORA: (0.8,) * 3, FULL: (0.7,) * 3, "ner: head only": (0.6,) * 3})
+    (said,) = claims_page.advice(done)  # of seven
+    assert said.startswith("- **Begin with LoRA") and "0.600 ± 0.000" in said
+    assert "conversations" not in said
+    # the second sentence of an advice does not stand alone
+    assert claims_page.advice(runs({"chat: DoRA": (3.0,) * 3, "chat: LoRA": (3.0,) * 3})) == []
