@@ -90,6 +90,8 @@ JOBS: dict[str, Job] = {
     "ner": Job("ner", "quality", "named entities: P-tuning v2, LoRA, full fine-tuning", 45,
                ("--quick", "--train-sentences", "50", "--held-out-sentences", "30",
                 "--methods", "frozen", "LoRA", "--threads", "1")),
+    "claims": Job("claims", "quality", "what the papers claim of each method: does it hold?", 90,
+                  ("--quick",)),
     "vocabulary": Job("vocabulary", "quality", "200 Chinese pieces for SmolLM2", 4,
                       ("--pieces", "100", "--steps", "6", "--validate", "2")),
     "cartridge": Job("cartridge", "quality", "a page of 550 tokens in a prefix of 64 positions", 15,
