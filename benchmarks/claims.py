@@ -1,9 +1,8 @@
 """What the papers claim, measured on this machine: `python -m benchmarks claims`.
 
 Every method of the library on two tasks, each with its own learning rate, chosen on validation
-data, and three seeds; then a table of claims, each with a rule that was written before any score
-was read.  Every run is kept in the state file when it ends, so the job can be stopped and started
-again.
+data, and three seeds; then a table of claims, judged by the rules of claims_rules.py.  Every run is
+kept in the state file when it ends, so the job can be stopped and started again.
 """
 
 import argparse

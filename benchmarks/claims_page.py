@@ -159,7 +159,7 @@ def page(result: Mapping[str, Any], name: str) -> str:
         "What papers say of these methods, tried on small models with little data. Each method has",
         "as many examples as the others and its own learning rate, chosen on validation data with",
         "one seed. The figures are of test data: the mean and the standard deviation of three",
-        "seeds. Rules that were written before any score was read give the verdicts.", "",
+        "seeds. Rules that are the same for every method give the verdicts.", "",
         f"![Scores of every method]({FIGURE})", "",
         "## What was done", "",
         f"- **Entities**: MiniLM (22.6 M parameters) on CoNLL-2003, {ner['train']} sentences seen",
