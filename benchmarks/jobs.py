@@ -93,7 +93,7 @@ JOBS: dict[str, Job] = {
     "claims": Job("claims", "quality", "what the papers claim of each method: does it hold?", 90,
                   ("--quick",)),
     "vocabulary": Job("vocabulary", "quality", "200 Chinese pieces for SmolLM2", 4,
-                      ("--pieces", "100", "--steps", "6", "--validate", "2")),
+                      ("--pieces", "100", "--steps", "8", "--validate", "2")),
     "cartridge": Job("cartridge", "quality", "a page of 550 tokens in a prefix of 64 positions", 15,
                      ("--each", "1", "--length", "24", "--questions", "2", "--steps", "8")),
     "recipes": Job("recipes", "quality", "every recipe: seconds and losses", 5,

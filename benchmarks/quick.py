@@ -21,7 +21,7 @@ from benchmarks.harness import save_result
 from benchmarks.jobs import JOBS
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 300.0  # a job takes a minute on two free cores at most, and machines are shared
+SECONDS = 300.0  # the limit of a job: machines are shared
 TAIL = 2000  # characters of a failed job's output
 
 
