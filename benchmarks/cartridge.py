@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 import minipeft as mp
-from benchmarks.harness import save_result
 from benchmarks.models import load_model, load_tokenizer
+from benchmarks.output import save_result
 
 example: Any = importlib.import_module("examples.11_cartridge")
 

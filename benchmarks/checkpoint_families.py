@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 from minipeft.adapters.progress import Progress
 from tests.checkpoint_families import FAMILIES
 from tests.checkpoint_trips import OWN, TRIPS, measured

@@ -21,7 +21,7 @@ from benchmarks import claims_chat, claims_ner, claims_types
 from benchmarks.claims_arms import ARMS, BY_NAME, PARTS
 from benchmarks.claims_page import verdicts, write
 from benchmarks.claims_queue import Done, run_all
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 
 RESULTS = Path(__file__).parent / "results"
 SIZES: dict[str, Any] = {

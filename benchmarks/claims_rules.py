@@ -1,8 +1,8 @@
 """What is claimed, by whom, and the rule that says whether it holds here.
 
-Three rules compare the test scores of arms, means over three seeds.  The spread of a comparison is
-the sum of the standard deviations of the arms in it (of seeds, n - 1): differences below it may be
-luck.
+Three rules compare test scores of arms, means over three seeds; a fourth compares learning rates.
+The spread of a comparison is the sum of the standard deviations of the arms in it (of seeds, n - 1):
+differences below it may be luck.
 
     better     a is better than b by more than the spread
     no worse   a is worse than b by less than a margin, even after the spread is added
@@ -30,7 +30,7 @@ MARGINS = {"ner": 0.02, "chat": 0.02, "types": 0.02}
 
 LORA_PAPER = "LoRA (Hu et al. 2021)"
 QLORA_PAPER = "QLoRA (Dettmers et al. 2023)"
-PTUNING = "P-tuning v2 (Liu et al. 2021)"
+PTUNING = "P-tuning v2 (Liu et al. 2022)"
 REGRET = "LoRA Without Regret (Schulman et al. 2025, thinkingmachines.ai)"
 
 

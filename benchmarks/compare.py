@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 import minipeft as mp
-from benchmarks.harness import commit, estimate_own, estimate_seconds, options_from, run_all
+from benchmarks.harness import estimate_own, estimate_seconds, options_from, run_all
 from benchmarks.methods import METHODS
 from benchmarks.models import LlamaSizes, require, smollm2_folder
+from benchmarks.output import commit
 from minipeft.measure.benchmark import LATER_STEPS
 from minipeft.measure.loss import own_loss
 from minipeft.measure.methods import METHODS as OURS

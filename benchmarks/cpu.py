@@ -29,7 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 from minipeft.measure.report import WIDTH
 
 RESULTS = Path(__file__).parent / "results"

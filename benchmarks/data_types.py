@@ -10,12 +10,10 @@ perplexities are against that copy, which favours evenly spaced types.
 """
 
 import argparse
-import json
 import math
 import pydoc_data.topics
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ from torch import Tensor, nn
 
 import minipeft as mp
 from benchmarks.data import chat_batches
-from benchmarks.harness import commit, hardware, versions
 from benchmarks.loss import loss_of
 from benchmarks.models import data_file, load_model, load_tokenizer
+from benchmarks.output import save_result
 from minipeft.adapters.progress import Progress
 from minipeft.adapters.targets import survey
 from minipeft.model.quantize import quantizable
@@ -207,15 +205,8 @@ def main() -> int:
     beyond = beyond_published(measured["Gaussian"]) if arguments.block_size == 64 else []
     if ppl:
         print(f"NF4 + double quantisation against FP4 and Int4: worse on {worse or 'neither text'}")
-    result = {
-        "job": "data_types", "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(), "hardware": hardware(), "versions": versions(),
-        "options": {k: v for k, v in vars(arguments).items() if k != "output"},
-        "errors": measured, "perplexity": ppl,
-    }  # fmt: skip
-    path = arguments.output / f"data_types-{datetime.now(UTC):%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path.name} in {path.parent.name}/")
+    options = {k: v for k, v in vars(arguments).items() if k != "output"}
+    save_result(arguments.output, "data_types", options=options, errors=measured, perplexity=ppl)
     return int(bool(worse or beyond))
 
 

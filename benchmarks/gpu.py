@@ -27,7 +27,7 @@ from benchmarks.gpu_timers import (
     measured_rate,
     seconds,
 )
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096))  # (out, in) of LLaMA layers
 ROWS = (1, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)

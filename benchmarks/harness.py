@@ -4,14 +4,11 @@ minipeft.benchmark runs them, in rounds, each in a process of its own; here are 
 batches, loss and validation, and the untouched model's loss beside them.
 """
 
-import json
 import os
-import subprocess
 import tempfile
 import time
 import warnings
 from dataclasses import replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,11 @@ from benchmarks.data import Batches, chat_batches, random_batches
 from benchmarks.loss import MakeBatch, MakeModel, Validation, loss_of
 from benchmarks.methods import METHODS
 from benchmarks.models import LlamaSizes, load_tokenizer, require, training_dtype
+from benchmarks.output import commit
 from minipeft.measure.benchmark import LATER_STEPS
 from minipeft.measure.display import Display
 from minipeft.measure.figures import count_flops
 from minipeft.measure.loss import Loss, moved
-from minipeft.measure.machine import hardware, versions
 from minipeft.measure.processes import in_a_process
 from minipeft.measure.report import Report
 from minipeft.measure.run import Case
@@ -35,31 +32,6 @@ from minipeft.measure.run import Case
 Result = dict[str, Any]
 PARAMETERS = 134.5e6  # of SmolLM2-135M, for the estimate
 SECONDS = 12  # that a process takes to start, for the estimate
-
-
-def commit() -> str | None:
-    """The commit of the code, with '+changes' where the tree differs from it."""
-    root = Path(__file__).parent.parent
-    try:
-        command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes"]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def save_result(folder: Path, job: str, **content: Any) -> Path:
-    """Write a job's figures with when, where and on which code they were measured; says so."""
-    now = datetime.now(UTC)
-    result = {
-        "job": job, "when": now.isoformat(timespec="seconds"), "commit": commit(),
-        "hardware": hardware(), "versions": versions(), **content,
-    }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{job}-{now:%Y%m%d-%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {path.name} in {path.parent.name}/")
-    return path
 
 
 def make_batches(options: Result) -> tuple[Batches, Batches]:

@@ -18,9 +18,9 @@ from rich.table import Table
 
 import minipeft as mp
 from benchmarks.data import Batches, chat_batches
-from benchmarks.harness import save_result
 from benchmarks.loss import decoder_and_head, loss_of
 from benchmarks.models import load_model, load_tokenizer
+from benchmarks.output import save_result
 from minipeft.adapters.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.harness import save_result
 from benchmarks.models import enable_checkpointing
+from benchmarks.output import save_result
 from minipeft.adapters.progress import Progress
 from minipeft.io.bitsandbytes import checkpoint
 from minipeft.io.bitsandbytes.weight import Settings, entries, specs

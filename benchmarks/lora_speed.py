@@ -27,8 +27,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import minipeft as mp
-from benchmarks.harness import save_result
 from benchmarks.import_time import seconds as seconds_to_import
+from benchmarks.output import save_result
 
 RESULTS = Path(__file__).parent / "results"
 SIZE, RANK, ALPHA = 1024, 16, 32

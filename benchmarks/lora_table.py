@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import minipeft as mp
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 1e-5  # float32, sums of at most a few hundred products in another order

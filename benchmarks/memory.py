@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import minipeft as mp
-from benchmarks.harness import save_result
 from benchmarks.memory_cases import METHODS, MODELS, Case
+from benchmarks.output import save_result
 from minipeft.measure.machine import allocator_environment
 
 ROOT = Path(__file__).parent.parent

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 import minipeft as mp
-from benchmarks.harness import save_result
 from benchmarks.models import data_file, require
 from benchmarks.ner_data import LABELS, Row, collate, encode, sentences, shuffled, span_f1
+from benchmarks.output import save_result
 from minipeft.adapters.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"

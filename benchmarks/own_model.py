@@ -17,8 +17,8 @@ from typing import Any
 
 import minipeft as mp
 from benchmarks.compare import from_file, module_of, positive
-from benchmarks.harness import save_result
 from benchmarks.models import require
+from benchmarks.output import save_result
 from minipeft.measure.report import Report, megabytes
 
 ROOT = Path(__file__).parent.parent

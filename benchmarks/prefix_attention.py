@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 from minipeft.fast.prefix import merge_is_faster, merged_prefix_attention
 from minipeft.prefix import joined_attention
 

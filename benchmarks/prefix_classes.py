@@ -16,7 +16,7 @@ from typing import Any
 
 import transformers
 
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 from minipeft.adapters.progress import Progress
 from tests.prefix_audit import FAULTS, NOT_SMALL, Finding, audit, classes
 

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 from minipeft.adapters.progress import Progress
 from tests.peers.peft_prefix import IN_PEFT
 from tests.prefix_behaviours import BEHAVIOURS

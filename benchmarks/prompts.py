@@ -19,10 +19,10 @@ from rich.table import Table
 
 import minipeft as mp
 from benchmarks.data import Batches, chat_batches
-from benchmarks.harness import save_result
 from benchmarks.inits import validation_loss
 from benchmarks.loss import loss_of
 from benchmarks.models import load_model, load_tokenizer
+from benchmarks.output import save_result
 from minipeft.adapters.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"

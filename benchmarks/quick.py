@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import save_result
 from benchmarks.jobs import JOBS
+from benchmarks.output import save_result
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 300.0  # the limit of a job: machines are shared

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import minipeft as mp
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 from benchmarks.saves import in_child
 
 STEPS, SAVED, DIES = 6, 3, 5

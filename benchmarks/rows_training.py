@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 import minipeft as mp
-from benchmarks.harness import hardware, save_result
+from benchmarks.output import save_result
 from minipeft.adapters.state import named_tensors
+from minipeft.measure.machine import hardware
 from minipeft.measure.memory import PeakMemory
 
 RANK = 16

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import minipeft as mp
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 from minipeft.io.bitsandbytes import load_quantized, quantize_checkpoint, save_quantized
 from minipeft.io.prefixes import load_prefix, save_prefix
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import minipeft as mp
-from benchmarks.harness import save_result
+from benchmarks.output import save_result
 from benchmarks.processes import Outcome, together
 from minipeft.io.prefixes import load_prefix, save_prefix
 

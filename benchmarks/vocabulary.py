@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 import minipeft as mp
-from benchmarks.harness import save_result
 from benchmarks.models import data_file, load_model, load_tokenizer
+from benchmarks.output import save_result
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGE, FOLDER = "chatterbot-corpus", "chatterbot_corpus/data/chinese"

@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import compare, data, harness, loss, methods, models, report
 from minipeft.measure import run as measured
+from minipeft.measure.machine import hardware
 from minipeft.measure.report import Report
 
 ROOT = Path(__file__).parents[2]
@@ -222,7 +223,7 @@ def test_the_table_says_the_level_of_the_cpu(found, said):
     data = {"options": options, "about": harness.about(options), "methods": {}, "runs": [],
             "hardware": {"processor": "CPU", **found}}  # fmt: skip
     assert said in Report(data).caption()
-    assert {"cpu_capability", "cpu_amx", "cpu_limits"} <= harness.hardware().keys()
+    assert {"cpu_capability", "cpu_amx", "cpu_limits"} <= hardware().keys()
 
 
 def test_a_method_and_its_peer_must_train_as_many_parameters():

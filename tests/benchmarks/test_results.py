@@ -5,6 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.output import text_of
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
@@ -39,6 +43,22 @@ def test_a_result_is_quoted(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_a_result_has_at_most_200_kb(path):
     assert path.stat().st_size <= 200_000
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".json"], ids=lambda p: p.name)
+def test_a_result_has_no_thousands_of_lines(path):
+    assert path.read_text().count("\n") <= 1000
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(VALUES)
+def test_the_text_of_a_result_is_its_json(value):
+    assert json.loads(text_of(value)) == value
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.suffix == ".json"], ids=lambda p: p.name)
