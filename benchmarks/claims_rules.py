@@ -1,8 +1,8 @@
 """What is claimed, by whom, and the rule that says whether it holds here.
 
 Three rules compare test scores of arms, means over three seeds; a fourth compares learning rates.
-The spread of a comparison is the sum of the standard deviations of the arms in it (of seeds, n - 1):
-differences below it may be luck.
+The spread of a comparison is the sum of the standard deviations of the arms in it (of seeds,
+n - 1): differences below it may be luck.
 
     better     a is better than b by more than the spread
     no worse   a is worse than b by less than a margin, even after the spread is added
