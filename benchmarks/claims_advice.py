@@ -28,11 +28,9 @@ ADVICE: list[tuple[str, ...]] = [
         "away, ended in a model that finds no entity at all. LoRA scores <ner: LoRA>, LoRA+ "
         "<ner: LoRA+>, DoRA <ner: DoRA>, rsLoRA <ner: rsLoRA>, PiSSA <ner: PiSSA>, LoftQ "
         "<ner: LoftQ>.",
-        "In conversations DoRA ends at <chat: DoRA>, LoRA at <chat: LoRA>.",
-        "PiSSA ends there at <chat: PiSSA>.",
-        "rsLoRA ends there at <chat: rsLoRA>.",
-        "LoRA+ ends there at <chat: LoRA+>.",
-        "LoftQ ends there at <chat: LoftQ>.",
+        "In conversations rsLoRA (<chat: rsLoRA>) and DoRA (<chat: DoRA>) end where LoRA does "
+        "(<chat: LoRA>), LoRA+ (<chat: LoRA+>) and PiSSA (<chat: PiSSA>) a little above, and LoftQ "
+        "(<chat: LoftQ>) below QLoRA (<chat: QLoRA>), though not by more than the deviations.",
     ),
     (
         "**A rank of 4 to 16 is enough for little data.** Ranks 1, 4, 16 and 64 score "

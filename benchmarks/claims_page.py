@@ -1,6 +1,7 @@
 """The page of the claims job: docs/claims.md and its figure, made of a result file alone."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,12 @@ def advice(done: Mapping[Run, Any]) -> list[str]:
     return points
 
 
+def processors(done: Mapping[Run, Any]) -> str:
+    """How many runs each kind of processor did: a state file may go on elsewhere."""
+    counts = Counter(run["processor"] for run in done.values())
+    return "; ".join(f"{name}: {count} runs" for name, count in counts.most_common())
+
+
 def page(result: Mapping[str, Any], name: str) -> str:
     """The whole page; `name` is the result's file."""
     done, sizes = runs_of(result), result["sizes"]
@@ -152,7 +159,6 @@ def page(result: Mapping[str, Any], name: str) -> str:
     rows = claim_rows(done)
     counts = {said: sum(row[-1] == said for row in rows) for said in {row[-1] for row in rows}}
     left_out = missing(done)
-    hardware = result["hardware"]
     told = "; ".join(f"{said}: {counts[said]}" for said in VERDICTS if said in counts)
     lines = [
         "# Claims", "",
@@ -173,10 +179,8 @@ def page(result: Mapping[str, Any], name: str) -> str:
         "- LoRA has rank 16 and alpha 16 over all linear layers unless the name says otherwise.",
         "  Rates are a factor of 3.16 apart; where the best was at an end of the three that are",
         "  tried, one more beyond it was tried.",
-        f"- The machine: {hardware['processor']}, {hardware['cores']} cores, "
-        f"{hardware['cpu_capability']}; {len(done)} runs, "
-        f"{sum(run['seconds'] for run in done.values()) / 3600:.1f} hours of one thread",
-        "  added up, on a machine that was busy otherwise too.", "",
+        f"- {processors(done)}; {sum(run['seconds'] for run in done.values()) / 3600:.1f} hours of",
+        "  one thread added up, on machines that were busy otherwise too.", "",
         "These are small models, short runs and three seeds. A claim that does not hold here may",
         "hold for large models and long runs, for which most of the papers make it.", "",
         "## The claims", "",

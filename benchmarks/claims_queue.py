@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.claims_arms import BY_NAME, HIGHER_IS_BETTER, SEEDS, STEP, Arm
 from minipeft.adapters.progress import Progress
+from minipeft.measure.machine import hardware
 
 Result = dict[str, Any]
 
@@ -120,7 +121,9 @@ def work(run: Run, sizes: Result) -> Result:
     begun = time.perf_counter()
     found = module.run(arm, run.rate, run.seed, module.Sizes(**sizes[arm.task]))
     seconds = time.perf_counter() - begun
-    return {**run._asdict(), "sizes": sizes[arm.task], **found, "seconds": seconds}
+    machine = hardware()  # a state file may go on elsewhere
+    return {**run._asdict(), "sizes": sizes[arm.task], **found, "seconds": seconds,
+            "processor": f"{machine['processor']}, {machine['cpu_capability']}"}  # fmt: skip
 
 
 def run_all(

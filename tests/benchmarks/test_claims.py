@@ -238,10 +238,10 @@ def test_training_that_diverges_ends_early():
 
 def result(done):
     sizes = {task: size._asdict() for task, size in claims.SIZES.items()}
-    hardware = {"processor": "a CPU", "cores": 2, "cpu_capability": "AVX2"}
-    entries = [{**run._asdict(), "seconds": 1.0, "trainable": 7, **found}
-               for run, found in done.items()]  # fmt: skip
-    return {"sizes": sizes, "hardware": hardware, "runs": entries}
+    entries = [{**run._asdict(), "seconds": 1.0, "processor": "a CPU, AVX2", "trainable": 7,
+                **found} for run, found in done.items()]  # fmt: skip
+    entries[-1]["processor"] = "another, AVX512"
+    return {"sizes": sizes, "runs": entries}
 
 
 def test_the_page_shows_scores_and_what_was_not_run(tmp_path):
@@ -250,6 +250,9 @@ def test_the_page_shows_scores_and_what_was_not_run(tmp_path):
     claims_page.write(found, "claims-x.json", tmp_path)
     text = (tmp_path / "claims.md").read_text()
     assert "LoRA 0.810 ± 0.010; full 0.710 ± 0.010" in text
+    assert (
+        f"- a CPU, AVX2: {len(found['runs']) - 1} runs; another, AVX512: 1 runs; 0.0 hours" in text
+    )
     listed = text.partition("the time was over: ")[2].partition(".\n")[0].split("; ")
     assert set(listed) == set(BY_NAME) - {LORA, FULL}
     assert (tmp_path / "assets" / "claims.png").stat().st_size > 1000

@@ -101,10 +101,12 @@ def test_one_step_is_two_so_that_the_first_can_warm_up():
     assert run.run(case("lora", steps=0))["step_seconds"] == []
 
 
+@pytest.mark.slow
 def test_a_dataloader_has_workers_in_the_process_of_a_method():
     assert "step_seconds" in in_a_process(case("lora", make_batch=own_gpt.loaded_batch), silent)
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_end_is_ended(monkeypatch):
     monkeypatch.setattr(processes, "END_SECONDS", 0.5)
     heard = []
@@ -248,6 +250,7 @@ def test_a_loss_that_no_method_can_train_on_is_refused(function, why):
         run.run(case("lora", loss=function))
 
 
+@pytest.mark.slow
 def test_such_a_loss_ends_the_comparison_after_its_first_process(capsys):
     with pytest.raises(ValueError, match="benchmark: loss has the shape"):
         mp.benchmark(own_gpt.make_model, own_gpt.make_batch, ["full", "lora"], rounds=1,
@@ -261,6 +264,7 @@ def test_what_is_no_tensor_or_no_floating_number_is_no_loss():
             loss.checked(wrong)
 
 
+@pytest.mark.slow
 def test_a_warning_of_several_processes_is_shown_once(capsys):
     report = mp.benchmark(
         own_gpt.model_that_warns, own_gpt.make_batch, ["full", "lora"], loss=own_gpt.loss,
