@@ -47,7 +47,7 @@ JOBS: dict[str, Job] = {
                   ("--methods", "LoRA", "--kills", "2")),
     "sharded": Job("sharded", "exactness", "functions on shards and in DDP: right or refused?", 10,
                    ("--methods", "LoRA", "--processes", "2")),
-    "methods": Job("compare", "speed", "every method beside PEFT: memory, time, loss", 5,
+    "methods": Job("compare", "speed", "every method beside PEFT: memory, time, loss", 11,
                    ("--model", "llama", "--steps", "2", "--rounds", "1", "--length", "16",
                     "--methods", "lora", "peft-lora", "qlora", "ptuning")),
     "cpu": Job("cpu", "speed", "4-bit layers on a CPU, beside bitsandbytes and dense ones", 15,
