@@ -43,7 +43,7 @@ JOBS: dict[str, Job] = {
                         None, "a folder with their published files"),
     "saves": Job("saves", "exactness", "is anything lost where a save dies?", 3,
                  ("--kills", "3", "--calls", "20", "--seconds", "1", "--print-only")),
-    "resume": Job("resume", "exactness", "does training go on in every bit, and after a kill?", 4,
+    "resume": Job("resume", "exactness", "does training go on in every bit, and after a kill?", 1,
                   ("--methods", "LoRA", "--kills", "2")),
     "sharded": Job("sharded", "exactness", "functions on shards and in DDP: right or refused?", 10,
                    ("--methods", "LoRA", "--processes", "2")),
