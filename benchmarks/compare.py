@@ -23,7 +23,7 @@ import minipeft as mp
 from benchmarks.harness import estimate_own, estimate_seconds, options_from, run_all
 from benchmarks.methods import METHODS
 from benchmarks.models import LlamaSizes, require, smollm2_folder
-from benchmarks.output import commit
+from benchmarks.output import commit, text_of
 from minipeft.measure.benchmark import LATER_STEPS
 from minipeft.measure.loss import own_loss
 from minipeft.measure.methods import METHODS as OURS
@@ -243,7 +243,7 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     name = f"methods-{datetime.now():%Y%m%d-%H%M%S}"
     file, picture = arguments.output / f"{name}.json", arguments.output / f"{name}.png"
-    report.save(file)
+    file.write_text(text_of(report.data) + "\n")
     report.plot(picture)
     report.show()
     print(f"written: {file.name}, {picture.name} in {file.parent.name}/")
