@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks import claims_chat, claims_ner, claims_types
 from benchmarks.claims_arms import ARMS, BY_NAME, PARTS
-from benchmarks.claims_page import verdicts, write
+from benchmarks.claims_page import tally, verdicts, write
 from benchmarks.claims_queue import Done, run_all
 from benchmarks.output import save_result
 
@@ -75,6 +75,7 @@ def save(done: Done, sizes: dict[str, Any], folder: Path) -> None:
     for row in told:
         shown.add_row(row["claim"], row["task"], row["measured"], row["verdict"])
     Console(width=140).print(shown)
+    print(tally([row["verdict"] for row in told]))
     save_result(folder, "claims", sizes=sizes, runs=runs, claims=told)
 
 

@@ -146,6 +146,13 @@ def advice(done: Mapping[Run, Any]) -> list[str]:
     return points
 
 
+def tally(said: list[str]) -> str:
+    """How many claims got each verdict."""
+    counts = Counter(said)
+    told = "; ".join(f"{word}: {counts[word]}" for word in VERDICTS if word in counts)
+    return f"Of {len(said)} claims: {told}"
+
+
 def processors(done: Mapping[Run, Any]) -> str:
     """How many runs each kind of processor did: a state file may go on elsewhere."""
     counts = Counter(run["processor"] for run in done.values())
@@ -157,9 +164,7 @@ def page(result: Mapping[str, Any], name: str) -> str:
     done, sizes = runs_of(result), result["sizes"]
     ner, chat = sizes["ner"], sizes["chat"]
     rows = claim_rows(done)
-    counts = {said: sum(row[-1] == said for row in rows) for said in {row[-1] for row in rows}}
     left_out = missing(done)
-    told = "; ".join(f"{said}: {counts[said]}" for said in VERDICTS if said in counts)
     lines = [
         "# Claims", "",
         "What papers say of these methods, tried on small models with little data. Each method has",
@@ -186,7 +191,7 @@ def page(result: Mapping[str, Any], name: str) -> str:
         "## The claims", "",
         "A claim *better* holds when the difference of the means is above the sum of the standard",
         "deviations. *As good as* holds when the mean is at most 0.02 behind, also after that sum",
-        f"is added. Of {len(rows)} claims: {told}.", "",
+        f"is added. {tally([row[-1] for row in rows])}.", "",
         *table(("claim", "source", "task", "measured", "verdict"),
                ((*row[:4], f"**{row[4]}**") for row in rows)),
         "", "## Every method", "",

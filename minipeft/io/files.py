@@ -55,6 +55,17 @@ def check_writable(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
+def check_finite(caller: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor to be saved holds NaN or Inf, which check_values refuses."""
+    # the least and the greatest are NaN where one number is, and need no copy as isfinite does
+    ends = {name: torch.stack(tensor.detach().aminmax()) for name, tensor in tensors.items()}
+    if bad := [name for name, pair in ends.items() if not bool(pair.isfinite().all())]:
+        raise ValueError(
+            f"{caller}: {bad[0]} holds NaN or Inf ({len(bad)} such tensors in all); look for a "
+            "diverged training"
+        )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU; checksums are verified where it has them.
 

@@ -11,11 +11,15 @@ import torch
 from torch import nn
 
 import minipeft as mp
+from minipeft.integrations.transformers import attach_prefix
 from minipeft.io.bitsandbytes import load_quantized, save_quantized
-from minipeft.io.prefixes import save_prefix
+from minipeft.io.prefixes import save_prefix, save_prefix_encoder
 from minipeft.io.replace import COMMIT
+from minipeft.io.save_pretrained import save_adapters
 
 pytest.importorskip("transformers")
+from transformers import LlamaConfig, LlamaForCausalLM
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forks")
 
@@ -164,3 +168,28 @@ def test_a_save_that_is_refused_touches_nothing(tmp_path):
     with pytest.raises(ValueError, match="no values here"):
         mp.save_peft(lora(2).to("meta"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("writer", ["save_peft", "save_pretrained", "save_prefix", "table"])
+def test_what_diverged_is_refused_and_the_file_before_it_stays(writer, bad, tmp_path):
+    if writer in ("save_peft", "save_pretrained"):
+        model = lora(1)
+        mp.inject_lora(model, ["2"], rank=1, name="other")
+        number = model[2].lora_b
+        save = mp.save_peft if writer == "save_peft" else save_adapters
+    else:
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "vocab_size": 9}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        attach_prefix(model, 3)
+        number = list(mp.adapter_parameters(model))[-1]
+        save = save_prefix if writer == "save_prefix" else save_prefix_encoder
+    save(model, tmp_path / "a")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    with torch.no_grad():
+        number.view(-1)[-1] = bad
+    with pytest.raises(
+        ValueError, match=r"save_\w+: .* holds NaN or Inf \(1 such tensors in all\)"
+    ):
+        save(model, tmp_path / "a")
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

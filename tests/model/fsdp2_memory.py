@@ -14,6 +14,8 @@ import transformers
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from tests.gloo import leave
+
 SIZES = {
     "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 128,
     "num_attention_heads": 4, "num_key_value_heads": 4, "architectures": ["LlamaForCausalLM"],
@@ -87,7 +89,7 @@ def main() -> None:
         trace = f"{os.environ['MEET']}.json"
         profile.export_chrome_trace(trace)
         print("measured", held, highest(trace), flush=True)
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 import minipeft as mp
+from tests.gloo import leave
 
 COLUMNS = ["gate", "up", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj"]  # colwise styles
 ROWS = ["down", "down_proj", "o_proj"]  # rowwise
@@ -371,7 +372,7 @@ def main() -> None:
     dist.all_gather_object(every, found)
     if rank == 0:
         print(json.dumps(every))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

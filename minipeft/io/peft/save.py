@@ -17,7 +17,7 @@ from minipeft.adapters.protocol import Adapter, innermost, is_conv1d
 from minipeft.adapters.replicas import unwrapped
 from minipeft.adapters.sharded import own_class
 from minipeft.adapters.targets import matches, visible_modules
-from minipeft.io.files import check_writable
+from minipeft.io.files import check_finite, check_writable
 from minipeft.io.gathering import whole
 from minipeft.io.peft.config import CONFIG_NAME, WEIGHTS_NAME
 from minipeft.io.peft.keys import PREFIX
@@ -303,8 +303,8 @@ def save_peft(
 
     Raises:
         ValueError: no adapter, one that PEFT's format cannot express (prompts.py says which
-            prefixes; save_prefix writes all), or parameters whose
-            values are not here.  Nothing is written then.
+            prefixes; save_prefix writes all), parameters whose values are not here, or NaN or Inf,
+            which load_peft refuses.  Nothing is written then.
         OSError: the disk is full, and the like; the old files are as they were.
     """
     if not isinstance(model, nn.Module):
@@ -363,6 +363,7 @@ def describe(
         warnings.warn(f"save_peft: {complaint(changed)}", stacklevel=level)
     for adapter in found.values():
         check_writable(adapter.tensors)
+        check_finite("save_peft", adapter.tensors)
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minipeft.adapters.names import DEFAULT
 from minipeft.integrations.transformers.attach import attach
 from minipeft.integrations.transformers.prefixes import Prefix
-from minipeft.io.files import read_tensors, write_tensors
+from minipeft.io.files import check_finite, read_tensors, write_tensors
 from minipeft.io.pickled import SUFFIXES, read_pickled
 from minipeft.io.prefixes.load import encoder_of_table
 from minipeft.io.prefixes.save import prefix_of
@@ -41,7 +41,8 @@ def flat_table(state: Mapping[str, Tensor]) -> Tensor:
                 raise ValueError(f"flat_table: two tensors called prefix_encoder.{own}")
             if not value.is_floating_point():
                 raise ValueError(f"flat_table: prefix_encoder.{own} is {value.dtype}")
-            found[own] = value.float()
+            # copied: some processors give a product other bits where a file's tensor is not aligned
+            found[own] = value.to(torch.float32, copy=True)
     table = found.pop("embedding.weight", None)
     if table is None or table.dim() != 2:
         raise ValueError(
@@ -127,9 +128,11 @@ def save_prefix_encoder(
     """Write a prefix as P-tuning v2 and ChatGLM keep it: one flat table, in a safetensors file.
 
     Raises:
-        ValueError: a prompt or a gated prefix, which that table cannot say.
+        ValueError: a prompt or a gated prefix, which that table cannot say; NaN or Inf.
     """
     _, encoder = prefix_of("save_prefix_encoder", model, name)
     if not isinstance(encoder, PrefixEncoder) or encoder.gated:
         raise ValueError("save_prefix_encoder: only a prefix without gates is such a table")
-    write_tensors(Path(path), {key: encoder.flat().detach()})
+    tensors = {key: encoder.flat().detach()}
+    check_finite("save_prefix_encoder", tensors)
+    write_tensors(Path(path), tensors)

@@ -11,7 +11,7 @@ from minipeft.adapters.names import DEFAULT, adapters_called
 from minipeft.adapters.replicas import unwrapped
 from minipeft.adapters.sharded import own_class
 from minipeft.integrations.transformers.prefixes import NAME, Prefix
-from minipeft.io.files import check_writable
+from minipeft.io.files import check_finite, check_writable
 from minipeft.io.gathering import whole
 from minipeft.io.heads import head_tensors
 from minipeft.io.prefixes.config import CONFIG_NAME, WEIGHTS_NAME, tensors_of
@@ -112,9 +112,7 @@ def describe_prefix(
     for place, state in states.items():
         tensors |= {f"head.{place}.{key}": value for key, value in state.items()}
     check_writable(tensors)
-    for key, value in tensors.items():
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"save_prefix: {key} holds NaN or Inf; look for a diverged training")
+    check_finite("save_prefix", tensors)
     return config, tensors
 
 

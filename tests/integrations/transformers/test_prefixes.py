@@ -417,6 +417,7 @@ import os, sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp_
 from torch.nn.parallel import DistributedDataParallel
 import minipeft as mp
+from tests.gloo import leave
 from tests.prefix_behaviours import Case
 
 def make(family):
@@ -444,7 +445,7 @@ def work(rank, port):
                                 mp.adapter_parameters(whole.model))
             )
             print(family, worst, sep="; ", flush=True)
-    dist.destroy_process_group()
+    leave()
 
 if __name__ == "__main__":
     mp_.spawn(work, (os.environ["FREE_PORT"],), nprocs=2)

@@ -17,6 +17,7 @@ import torch, torch.distributed as dist, torch.multiprocessing as mp_
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 import minipeft as mp
+from tests.gloo import leave
 from tests.io.bitsandbytes.test_sharded_load import Uneven, prepared
 
 FOLDER, WORLD = os.environ["FOLDER"], int(os.environ["WORLD"])
@@ -54,7 +55,7 @@ def start(rank, port):
     dist.all_gather_object(every, found)
     if rank == 0:
         print(json.dumps(every), flush=True)
-    dist.destroy_process_group()
+    leave()
 
 if __name__ == "__main__":
     mp_.spawn(start, (os.environ["FREE_PORT"],), nprocs=WORLD)

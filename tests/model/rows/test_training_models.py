@@ -326,6 +326,7 @@ import torch, torch.distributed as dist, torch.multiprocessing as mp_
 from torch.nn.parallel import DistributedDataParallel
 import minipeft as mp
 from minipeft.adapters.state import named_tensors
+from tests.gloo import leave
 from tests.model.rows.test_training_models import IDS, llama, loss_of, randomize
 
 ROWS = ["fr", "default", "poet"]
@@ -362,7 +363,7 @@ def work(rank, port):
                 off = (mine[key].grad - p.grad).abs().max()
                 worst = max(worst, float(off / p.grad.abs().max()))
         print(json.dumps([count, worst]), flush=True)
-    dist.destroy_process_group()
+    leave()
 
 if __name__ == "__main__":
     mp_.spawn(work, (os.environ["FREE_PORT"],), nprocs=2)
