@@ -91,7 +91,8 @@ callers: dict[str, Callable[..., Any]] = {}  # fast/dense.py adds its own, when 
 
 def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """layer(...); where products of 16 bits are slow, a frozen linear layer by fast/dense.py."""
-    if not SLOW_ON_CPU or torch.compiler.is_compiling():
+    weight = layer._parameters.get("weight") if SLOW_ON_CPU else None
+    if weight is None or weight.dtype not in SLOW_ON_CPU or torch.compiler.is_compiling():
         return layer(*args, **kwargs)
     return callers["dense"](layer, *args, **kwargs)
 
@@ -114,6 +115,5 @@ def warn_of_dense(layer: nn.Module) -> None:
         f"minipeft: this CPU has no products of {kind}.  Below adapters a frozen nn.Linear is "
         "multiplied in float32; all else (the head, attention) takes torch's loops, with tens of "
         "times that time, above all in backward.  Load the model in float32 (model.float())",
-        SlowProductsWarning,
-        stacklevel=2,
-    )
+        SlowProductsWarning, stacklevel=2,
+    )  # fmt: skip

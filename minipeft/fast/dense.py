@@ -32,9 +32,9 @@ plain_row("dense_linear")(operator.call)  # layer(x)
 
 
 def called(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """layer(...), by the row of the table for its weight."""
-    weight = layer._parameters.get("weight")
-    if weight is None or weight.dtype not in products.SLOW_ON_CPU or len(args) != 1 or kwargs:
+    """layer(...), by the row of the table for its weight, which has a slow dtype."""
+    weight: Any = layer._parameters["weight"]
+    if len(args) != 1 or kwargs:
         return layer(*args, **kwargs)
     if not isinstance(x := args[0], Tensor) or x.numel() * len(weight) < FEW:  # asked first: quick
         return layer(x)

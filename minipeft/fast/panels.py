@@ -113,7 +113,7 @@ def linear(
     if rows == out_features:
         decode_panel(buffer, weight, (rows, 0, rows), (0, columns), x.dtype)
         return products.cast(F.linear(products.cast(x, inside), buffer, wide_bias), x.dtype)
-    flat = products.cast(x.reshape(-1, in_features), inside)
+    flat = products.cast(x.reshape(-1, in_features), inside).contiguous()
     turned = _turned(flat)
     out = flat.new_empty((out_features, len(flat)) if turned else (len(flat), out_features))
     for first in range(0, out_features, rows):
@@ -147,7 +147,7 @@ def input_gradient(
         panel = _buffer(out_features * in_features, inside, dy.device).view(out_features, -1)
         decode_panel(panel, weight, (out_features, 0, out_features), (0, blocks), dy.dtype)
         return products.cast(torch.matmul(products.cast(dy, inside), panel), dy.dtype)
-    flat = products.cast(dy.reshape(-1, out_features), inside)
+    flat = products.cast(dy.reshape(-1, out_features), inside).contiguous()
     by = _by_columns if inside.itemsize == 2 else _by_rows
     out = by(flat, weight, blocks, dy.dtype, decode_panel)
     return products.cast(out, dy.dtype).view(*dy.shape[:-1], in_features)

@@ -1,5 +1,6 @@
 """Loops for CPUs against the plain functions: equal bits, for every shape, dtype and place."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -320,13 +321,13 @@ def test_products_in_panels_and_of_one_row(dtype, rows, threads_, monkeypatch):
 def test_operands_with_gaps(monkeypatch):
     monkeypatch.setattr(panels, "PANEL_BYTES", 2**12)
     x, dy, weight, bias = operands(128, 96, 5, torch.float32)
-    gaps = [torch.stack([t, t], dim=-1)[..., 0] for t in (x, dy)]
     apart = weight._replace(packed=torch.stack([weight.packed] * 2, dim=-1)[..., 0])
-    for rows in (slice(None), slice(1)):
+    layouts = (lambda t: torch.stack([t, t], dim=-1)[..., 0], lambda t: t.T.contiguous().T)
+    for layout, rows in itertools.product(layouts, (slice(None), slice(1))):
         expected = product.linear(x[rows], weight, bias, 96)
-        assert same(product.linear(gaps[0][rows], apart, bias, 96), expected)
+        assert same(product.linear(layout(x)[rows], apart, bias, 96), expected)
         expected = product.input_gradient(dy[rows], weight, 128)
-        assert same(product.input_gradient(gaps[1][rows], apart, 128), expected)
+        assert same(product.input_gradient(layout(dy)[rows], apart, 128), expected)
 
 
 def layer_and_result():
