@@ -113,6 +113,7 @@ def linear(
     if rows == out_features:
         decode_panel(buffer, weight, (rows, 0, rows), (0, columns), x.dtype)
         return products.cast(F.linear(products.cast(x, inside), buffer, wide_bias), x.dtype)
+    # contiguous: bits and time of a product can depend on the layout, and each panel has one
     flat = products.cast(x.reshape(-1, in_features), inside).contiguous()
     turned = _turned(flat)
     out = flat.new_empty((out_features, len(flat)) if turned else (len(flat), out_features))
